@@ -1,0 +1,7744 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["cryptography>=48"]
+# ///
+"""trchat: a secure chat in one file. Copy it, run it, choose from the menu.
+
+    python3 trchat.py            the numbered menu
+    python3 trchat.py server     start a server: it relays what it cannot read, and prints a token
+    python3 trchat.py connect TOKEN
+    python3 trchat.py demo       all of it in one process, step by step
+
+The parts, in the order of their dependencies; those with a star are pure (no socket, file, clock
+or thread: bytes in, events out) and each uses only parts above itself:
+
+  1. Constants and errors *
+  2. Text and bytes *
+  3. Cryptographic primitives *
+  4. Identity, trust and tokens *
+  5. Pairwise session *
+  6. Room keys *
+  7. Wire format *
+  8. Relay machine *
+  9. Delivery and rooms *
+ 10. Client machine *
+ 11. Keys and widths *
+ 12. Line editor and screen *
+ 13. Settings and paths
+ 14. Dependencies
+ 15. Vault
+ 16. Network
+ 17. Events and threads
+ 18. Relay server
+ 19. Chat client
+ 20. Commands
+ 21. Terminal
+ 22. Faces: terminal and JSON lines
+ 23. Activities
+ 24. Demonstration
+ 25. Command line
+
+The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
+keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
+"""
+
+from __future__ import annotations  # trchat needs Python 3.9 or newer (https://www.python.org)
+
+import sys
+
+# Python 3.7 and 3.8 must be able to parse this whole file to get here: no `:=`, no `/` in a
+# parameter list, no f"{x=}". Python 3.6 shows the comment on the line with __future__.
+if sys.version_info < (3, 9):
+    raise SystemExit(
+        "trchat needs Python 3.9 or newer, and this is %d.%d: get one at https://www.python.org"
+        % sys.version_info[:2]
+    )
+
+import base64
+import codecs
+import collections
+import datetime
+import errno
+import functools
+import hashlib
+import hmac
+import importlib
+import importlib.machinery
+import os
+import re
+import struct
+import time
+import types
+import unicodedata
+
+# ==================================================================================================
+# Part 1. Constants and errors | pure | uses -
+#
+# Numbers that both ends must agree on, and the error classes. An error that a person may see is a
+# ChatError: one sentence, and what to do about it. Nothing below Part 18 ends the program.
+# ==================================================================================================
+
+VERSION = "0.1.0"
+PROTOCOL = b"trchat/1"
+DEFAULT_PORT = 8089
+DEFAULT_ROOM = "lobby"
+
+MAX_FRAME = 1 << 20  # bytes of one frame after its length field
+MAX_TEXT = 256 << 10  # bytes of one message of text
+MAX_SKIPPED_KEYS = 1000  # Double Ratchet, section 3.2: MAX_SKIP
+MAX_ROSTER = 4096  # people in one room
+
+CONFIRM_SECONDS = 60.0  # after this long without acknowledgement a message is reported
+ACK_DELAY = 0.2  # acknowledgements to one peer are gathered this long
+REKEY_GAP = 0.25  # changes of a room this close together share one epoch
+REKEY_SECONDS = 3600.0  # the oldest an epoch gets
+OLD_EPOCH_SECONDS = 10.0  # how long frames of the epoch before still count
+TAKEOVER_SECONDS = 30.0  # after a reconnect: how long the room waits for its admin
+SETTLE_SECONDS = 5.0  # after a reconnect: how long to wait for the others' word on the room
+PING_SECONDS = 30.0  # an idle client asks this often whether the server still lives
+SILENCE_SECONDS = 75.0  # and gives a silent connection up after this long
+RECONNECT_FIRST, RECONNECT_MOST = 1.0, 30.0
+
+HANDSHAKE_SECONDS = 10.0  # from the first packet to the accepted login
+MAX_PER_ADDRESS = 50  # connections from one address
+NEW_PER_SECOND = 10  # new connections a second from one address, after a burst of MAX_PER_ADDRESS
+MAX_HALF_OPEN = 512  # connections that have not logged in, over all addresses
+FRAMES_PER_SECOND, FRAME_BURST = 1000, 5000  # of one key
+THROTTLED_SECONDS = 120.0  # a sender slowed down this long without a pause is ended
+QUEUE_HIGH, QUEUE_LOW = 4 << 20, 1 << 20  # bytes waiting for one receiver: full, and good again
+HOLD_SECONDS, HOLD_WINDOW = 10.0, 60.0  # how long a receiver may hold others up in a window
+
+INVITATION_USES, INVITATION_SECONDS = 50, 24 * 3600
+
+
+class ChatError(Exception):
+    """An error for a person: what went wrong and, in `hint`, what to do.
+
+    `code` is what the `error` event of JSON lines carries; the README lists the codes.
+    """
+
+    def __init__(self, text: str, hint: str = "", code: str = "usage"):
+        super().__init__(text)
+        self.text, self.hint, self.code = text, hint, code
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.hint}".strip()
+
+
+class RemoteProtocolError(ChatError):
+    """The other end broke the protocol: the connection, or that one message, is given up."""
+
+    def __init__(self, text: str):
+        super().__init__(text, code="protocol")
+
+
+class LocalProtocolError(RuntimeError):
+    """Our own code used a machine wrongly: a bug, never shown as the peer's fault."""
+
+
+# ==================================================================================================
+# Part 2. Text and bytes | pure | uses 1
+#
+# Small things without a subject of their own: late imports, plain values, byte fields, names,
+# padding, times and what of a stranger's text may reach a screen.
+# ==================================================================================================
+
+
+class Lazy:
+    """A module that is imported when first used, so that the menu does not wait for it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value
+
+
+class Record:
+    """A value with the fields named in `__slots__`, compared and shown by them.
+
+    (`dataclasses` would do, but costs a fifth of the time to the menu.)
+    """
+
+    __slots__: tuple = ()
+
+    def __init__(self, *values, **named):
+        for name, value in zip(self.__slots__, values):
+            setattr(self, name, value)
+        for name, value in named.items():
+            setattr(self, name, value)
+
+    def _values(self) -> tuple:
+        return tuple(getattr(self, name, None) for name in self.__slots__)
+
+    def __eq__(self, other) -> bool:
+        return type(other) is type(self) and other._values() == self._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{n}={v!r}" for n, v in zip(self.__slots__, self._values()))
+        return f"{type(self).__name__}({fields})"
+
+
+def u8(value: int) -> bytes:
+    return value.to_bytes(1, "big")
+
+
+def u16(value: int) -> bytes:
+    return value.to_bytes(2, "big")
+
+
+def u32(value: int) -> bytes:
+    return value.to_bytes(4, "big")
+
+
+def u64(value: int) -> bytes:
+    return value.to_bytes(8, "big")
+
+
+def block(data: bytes) -> bytes:
+    """A byte string behind its length (u32)."""
+    return u32(len(data)) + data
+
+
+def text_block(text: str) -> bytes:
+    return block(text.encode("utf-8"))
+
+
+class Reader:
+    """Takes fields off the front of `data`; whatever does not fit is a RemoteProtocolError."""
+
+    def __init__(self, data: bytes):
+        self._data = bytes(data)
+        self._position = 0
+
+    def take(self, count: int) -> bytes:
+        end = self._position + count
+        if end > len(self._data):
+            raise RemoteProtocolError("A message ends too early.")
+        part = self._data[self._position : end]
+        self._position = end
+        return part
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def block(self, most: int = MAX_FRAME) -> bytes:
+        size = self.number(4)
+        if size > most:
+            raise RemoteProtocolError("A field is longer than allowed.")
+        return self.take(size)
+
+    def text(self, most: int = 1024) -> str:
+        try:
+            return self.block(most).decode("utf-8")
+        except UnicodeDecodeError:
+            raise RemoteProtocolError("A text is not UTF-8.") from None
+
+    def count(self, most: int) -> int:
+        """A u16 that says how many entries follow."""
+        value = self.number(2)
+        if value > most:
+            raise RemoteProtocolError("A list is longer than allowed.")
+        return value
+
+    def rest(self) -> bytes:
+        return self.take(len(self._data) - self._position)
+
+    def done(self) -> None:
+        if self._position != len(self._data):
+            raise RemoteProtocolError("A message is longer than its fields.")
+
+
+def padded_size(size: int) -> int:
+    """256, 512, 1024, then Padmé (Nikitin and others, PETS 2019): few sizes, at most 12 % more."""
+    for bucket in (256, 512, 1024):
+        if size <= bucket:
+            return bucket
+    exponent = size.bit_length() - 1
+    mask = (1 << (exponent - exponent.bit_length())) - 1
+    return (size + mask) & ~mask
+
+
+def pad(content: bytes) -> bytes:
+    framed = block(content)
+    return framed.ljust(padded_size(len(framed)), b"\0")
+
+
+def unpad(padded: bytes) -> bytes:
+    reader = Reader(padded)
+    content = reader.block()
+    if reader.rest().strip(b"\0"):
+        raise RemoteProtocolError("A message's padding is not zero.")
+    return content
+
+
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def from_base64url(text: str) -> bytes:
+    """The bytes of `text`; ValueError if it is not base64url."""
+    return base64.b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), b"-_", validate=True)
+
+
+def fingerprint_text(fingerprint: bytes) -> str:
+    return "sha256:" + fingerprint.hex()
+
+
+def parse_fingerprint(text: str) -> bytes:
+    """The 32 bytes of `sha256:HEX` (colons and case do not matter); ChatError else."""
+    digits = text.strip().lower()
+    digits = digits[7:] if digits.startswith("sha256:") else digits
+    try:
+        value = bytes.fromhex(digits.replace(":", ""))
+    except ValueError:
+        value = b""
+    if len(value) != 32:
+        raise ChatError(
+            f"{printable(text)[:80]!r} is not a fingerprint.",
+            "It looks like sha256: and 64 digits.",
+        )
+    return value
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90`, `30s`, `10m`, `24h` or `7d`; ChatError else."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in units else (text, "s")
+    if not (
+        number.isascii() and number.isdigit() and 0 < int(number) * units[unit] <= 10 * 366 * 86400
+    ):
+        raise ChatError(f"{printable(text)[:40]!r} is not a time.", "Write 30s, 10m, 24h or 7d.")
+    return float(int(number) * units[unit])
+
+
+def rfc3339(seconds: float) -> str:
+    """A time as RFC 3339 in UTC, to the millisecond."""
+    milliseconds = min(max(int(seconds * 1000), 0), 253402300799999)
+    moment = datetime.datetime.fromtimestamp(milliseconds // 1000, datetime.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{milliseconds % 1000:03d}Z"
+
+
+NAME_MOST = 32
+NAME_EXTRA = "_-."
+# Latin letters, each with the digits, signs and letters of other scripts that pass for it.
+LOOKALIKE_GROUPS = {
+    "a": "4@\u0430\u03b1", "b": "8\u0432\u03b2", "c": "\u0441", "e": "3\u0435\u03b5",
+    "h": "\u04bb", "i": "\u0456\u03b9\u0131", "j": "\u0458", "k": "\u043a\u03ba",
+    "l": "1|!\u04cf", "m": "\u043c", "n": "\u043f\u03b7", "o": "0\u043e\u03bf\u03c3",
+    "p": "\u0440\u03c1", "q": "\u051b", "s": "5$\u0455", "t": "7\u0442\u03c4", "u": "\u03c5",
+    "v": "\u0475\u03bd", "w": "\u051d\u03c9", "x": "\u0445\u03c7", "y": "\u0443\u03b3",
+}  # fmt: skip
+LOOKALIKES = {ord(c): latin for latin, group in LOOKALIKE_GROUPS.items() for c in group}
+
+
+def check_name(name: str) -> str:
+    """A nickname or room name as it counts (NFKC); ChatError `name-invalid` if it cannot be."""
+    clean = unicodedata.normalize("NFKC", name.strip())
+    if not 1 <= len(clean) <= NAME_MOST or not all(c.isalnum() or c in NAME_EXTRA for c in clean):
+        raise ChatError(
+            f"The name {printable(name)[:40]!r} cannot be used.",
+            "Take 1 to 32 letters, digits, dots, dashes or underscores.",
+            "name-invalid",
+        )
+    return clean
+
+
+def check_room(name: str) -> str:
+    """A room's name without its `#`, folded, so that #Lobby and #lobby are one room."""
+    clean = name.strip()
+    return check_name(clean[1:] if clean.startswith("#") else clean).casefold()
+
+
+def name_skeleton(name: str) -> str:
+    """What a name looks like: names with the same skeleton are taken for each other."""
+    folded = unicodedata.normalize("NFKD", name.casefold())
+    bare = "".join(c for c in folded if not unicodedata.combining(c) and c not in NAME_EXTRA)
+    return bare.translate(LOOKALIKES).replace("rn", "m").replace("vv", "w").replace("i", "l")
+
+
+BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+UNPRINTABLE = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0), *map(ord, BIDI_CONTROLS)))
+UNPRINTABLE.update({0x09: "    ", 0x0A: "\n", 0x2028: "\n", 0x2029: "\n", 0xFEFF: None})
+
+
+KEPT_BY_KEYS = {c: to for c, to in UNPRINTABLE.items() if c != 0x09}
+
+
+def without_controls(text: str) -> str:
+    """Typed or pasted text without controls; its tabs and line breaks stay."""
+    return text.replace("\r\n", "\n").translate(KEPT_BY_KEYS)
+
+
+def printable(text: str) -> str:
+    """`text` without anything that could steer a terminal; line breaks stay, tabs become spaces."""
+    clean = text.translate(UNPRINTABLE)
+    return clean.encode("utf-8", "replace").decode("utf-8")
+
+
+def one_line(text: str) -> str:
+    return printable(text).replace("\n", " ")
+
+
+# ==================================================================================================
+# Part 3. Cryptographic primitives | pure | uses 1, 2
+#
+# Standard constructions under their standard names, each a thin call into `cryptography` or the
+# standard library. Randomness is drawn here and nowhere else.
+# ==================================================================================================
+
+_aead = Lazy("cryptography.hazmat.primitives.ciphers.aead")
+_ed25519 = Lazy("cryptography.hazmat.primitives.asymmetric.ed25519")
+_hashes = Lazy("cryptography.hazmat.primitives.hashes")
+_kdf = Lazy("cryptography.hazmat.primitives.kdf.hkdf")
+_mlkem = Lazy("cryptography.hazmat.primitives.asymmetric.mlkem")
+_padding = Lazy("cryptography.hazmat.primitives.asymmetric.padding")
+_rsa = Lazy("cryptography.hazmat.primitives.asymmetric.rsa")
+_serialization = Lazy("cryptography.hazmat.primitives.serialization")
+_x25519 = Lazy("cryptography.hazmat.primitives.asymmetric.x25519")
+_exceptions = Lazy("cryptography.exceptions")
+
+RSA_BITS = 3072
+RSA_BYTES = RSA_BITS // 8
+KEM_PUBLIC, KEM_CIPHERTEXT = 1184, 1088  # ML-KEM-768, FIPS 203 table 3
+SINGLE_USE_NONCE = bytes(12)  # only for keys that encrypt exactly one message
+
+
+def random_bytes(count: int) -> bytes:
+    return os.urandom(count)
+
+
+def random_fraction() -> float:
+    """A number in [0, 1), for jitter."""
+    return int.from_bytes(os.urandom(6), "big") / (1 << 48)
+
+
+def sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def hmac_sha256(key: bytes, data: bytes) -> bytes:
+    return hmac.digest(key, data, "sha256")
+
+
+def same(one: bytes, other: bytes) -> bool:
+    """Whether two secrets are equal, in constant time."""
+    return hmac.compare_digest(one, other)
+
+
+def hkdf(secret: bytes, salt: bytes, info: bytes, size: int = 32) -> bytes:
+    """HKDF-SHA256 (RFC 5869), extract and expand."""
+    return _kdf.HKDF(_hashes.SHA256(), size, salt, info).derive(secret)
+
+
+def seal(key: bytes, nonce: bytes, plaintext: bytes, associated: bytes) -> bytes:
+    """AES-256-GCM: ciphertext with its 16-byte tag."""
+    return _aead.AESGCM(key).encrypt(nonce, plaintext, associated)
+
+
+def open_sealed(key: bytes, nonce: bytes, ciphertext: bytes, associated: bytes) -> bytes:
+    """The plaintext; RemoteProtocolError if key, nonce, data or context is not the sealed one."""
+    try:
+        return _aead.AESGCM(key).decrypt(nonce, ciphertext, associated)
+    except (_exceptions.InvalidTag, ValueError, OverflowError):
+        raise RemoteProtocolError("A message could not be authenticated.") from None
+
+
+class DiffieHellman:
+    """An X25519 key pair (RFC 7748)."""
+
+    def __init__(self):
+        self._private = _x25519.X25519PrivateKey.generate()
+        self.public = self._private.public_key().public_bytes_raw()
+
+    def exchange(self, public: bytes) -> bytes:
+        """The shared secret, 32 bytes; RemoteProtocolError for a point that gives none."""
+        try:
+            return self._private.exchange(_x25519.X25519PublicKey.from_public_bytes(public))
+        except ValueError:
+            raise RemoteProtocolError("A Diffie-Hellman key is not valid.") from None
+
+
+class Signer:
+    """An Ed25519 key pair (RFC 8032)."""
+
+    def __init__(self):
+        self._private = _ed25519.Ed25519PrivateKey.generate()
+        self.public = self._private.public_key().public_bytes_raw()
+
+    def sign(self, data: bytes) -> bytes:
+        return self._private.sign(data)
+
+
+def verify_signature(public: bytes, signature: bytes, data: bytes) -> None:
+    """RemoteProtocolError unless `signature` is `public`'s Ed25519 signature of `data`."""
+    try:
+        _ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
+    except (_exceptions.InvalidSignature, ValueError):
+        raise RemoteProtocolError("A signature is not valid.") from None
+
+
+class Encapsulator:
+    """An ML-KEM-768 key pair (FIPS 203)."""
+
+    def __init__(self):
+        self._private = _mlkem.MLKEM768PrivateKey.generate()
+        self.public = self._private.public_key().public_bytes_raw()
+
+    def decapsulate(self, ciphertext: bytes) -> bytes:
+        try:
+            return self._private.decapsulate(ciphertext)
+        except ValueError:
+            raise RemoteProtocolError("A key encapsulation is not valid.") from None
+
+
+def encapsulate(public: bytes) -> tuple:
+    """(shared secret, ciphertext) for an ML-KEM-768 public key."""
+    try:
+        return _mlkem.MLKEM768PublicKey.from_public_bytes(public).encapsulate()
+    except ValueError:
+        raise RemoteProtocolError("A key encapsulation key is not valid.") from None
+
+
+def _pss():
+    return _padding.PSS(mgf=_padding.MGF1(_hashes.SHA256()), salt_length=32)
+
+
+def _oaep(label: bytes):
+    return _padding.OAEP(_padding.MGF1(_hashes.SHA256()), _hashes.SHA256(), label)
+
+
+class RSAPublic:
+    """Somebody's long-term RSA-3072 key, from its DER SubjectPublicKeyInfo (RFC 5280)."""
+
+    def __init__(self, spki: bytes):
+        try:
+            key = _serialization.load_der_public_key(spki)
+        except Exception:  # the loader raises several kinds, none of which says more
+            raise RemoteProtocolError("An identity key cannot be read.") from None
+        if not isinstance(key, _rsa.RSAPublicKey) or key.key_size != RSA_BITS:
+            raise RemoteProtocolError("An identity key is not RSA-3072.")
+        if key.public_numbers().e != 65537 or spki_of(key) != spki:
+            raise RemoteProtocolError("An identity key is not in its usual form.")
+        self._key = key
+
+    def verify(self, signature: bytes, data: bytes) -> None:
+        """RSA-PSS with SHA-256 and a salt of 32 bytes (RFC 8017)."""
+        try:
+            self._key.verify(signature, data, _pss(), _hashes.SHA256())
+        except _exceptions.InvalidSignature:
+            raise RemoteProtocolError("An identity's signature is not valid.") from None
+
+    def encrypt(self, secret: bytes, label: bytes) -> bytes:
+        """RSA-OAEP with SHA-256 (RFC 8017)."""
+        return self._key.encrypt(secret, _oaep(label))
+
+
+def spki_of(public_key) -> bytes:
+    """A `cryptography` public key as DER SubjectPublicKeyInfo."""
+    return public_key.public_bytes(
+        _serialization.Encoding.DER, _serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def generate_rsa():
+    """A new RSA-3072 private key (a `cryptography` object)."""
+    return _rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS)
+
+
+# ==================================================================================================
+# Part 4. Identity, trust and tokens | pure | uses 1-3
+#
+# Who somebody is: a long-term RSA key. Who somebody is now: a bundle of fresh keys that the
+# long-term key signs for one connection to one server. What lets a stranger in: a token.
+# ==================================================================================================
+
+BUNDLE_LABEL = PROTOCOL + b" bundle"
+
+
+class Identity:
+    """One's own long-term key; `fingerprint` is SHA-256 over the DER SubjectPublicKeyInfo."""
+
+    def __init__(self, private_key):
+        self._key = private_key
+        self.spki = spki_of(private_key.public_key())
+        self.fingerprint = sha256(self.spki)
+
+    def sign(self, data: bytes) -> bytes:
+        return self._key.sign(data, _pss(), _hashes.SHA256())
+
+    def decrypt(self, ciphertext: bytes, label: bytes) -> bytes:
+        """Opens what RSAPublic.encrypt made; RemoteProtocolError if it was made for another."""
+        try:
+            return self._key.decrypt(ciphertext, _oaep(label))
+        except ValueError:
+            raise RemoteProtocolError("A session secret was not made for this identity.") from None
+
+
+class Bundle(Record):
+    """The public half of one connection's keys. `hash` (over the signed part) names it."""
+
+    __slots__ = ("spki", "name", "dh", "signing", "kem", "server", "nonce",
+                 "rsa", "fingerprint", "hash")  # fmt: skip
+
+    def signed_part(self) -> bytes:
+        return (
+            block(BUNDLE_LABEL) + block(self.spki) + text_block(self.name)
+            + self.dh + self.signing + self.kem + self.server + self.nonce
+        )  # fmt: skip
+
+
+class BundleKeys(Record):
+    """The private half of one's own bundle, and the bundle."""
+
+    __slots__ = ("dh", "signer", "kem", "bundle", "encoded")
+
+
+def create_bundle(identity: Identity, name: str, server: bytes, nonce: bytes) -> BundleKeys:
+    """Fresh keys for one connection to the server with fingerprint `server` that sent `nonce`."""
+    keys = BundleKeys(DiffieHellman(), Signer(), Encapsulator())
+    fields = (identity.spki, name, keys.dh.public, keys.signer.public, keys.kem.public)
+    signed = Bundle(*fields, server, nonce).signed_part()
+    keys.encoded = signed + identity.sign(signed)
+    keys.bundle = consume_bundle(keys.encoded, server)
+    return keys
+
+
+def consume_bundle(encoded: bytes, server: bytes) -> Bundle:
+    """Checks a bundle's form, signature and server; RemoteProtocolError if any is wrong."""
+    signed, signature = encoded[:-RSA_BYTES], encoded[-RSA_BYTES:]
+    reader = Reader(signed)
+    if reader.block(64) != BUNDLE_LABEL:
+        raise RemoteProtocolError("A person's keys are of another version.")
+    spki, name = reader.block(1024), reader.text(256)
+    fields = [reader.take(size) for size in (32, 32, KEM_PUBLIC, 32, 32)]
+    reader.done()
+    if fields[3] != server:
+        raise RemoteProtocolError("A person's keys were made for another server.")
+    if check_name(name) != name:
+        raise RemoteProtocolError("A person's name is not in its usual form.")
+    rsa = RSAPublic(spki)
+    rsa.verify(signature, signed)
+    return Bundle(spki, name, *fields, rsa, sha256(spki), sha256(signed))
+
+
+def safety_number(one: bytes, other: bytes) -> str:
+    """60 digits that are the same for both people, from their SPKIs.
+
+    Signal's numeric fingerprint: SHA-512 iterated 5,200 times over version, key and identifier;
+    six groups of five digits each; the lower half first.
+    """
+    return " ".join(sorted(_numeric_fingerprint(spki) for spki in (one, other)))
+
+
+def _numeric_fingerprint(spki: bytes) -> str:
+    digest = b"\0\0" + spki + sha256(spki)
+    for _ in range(5200):
+        digest = hashlib.sha512(digest + spki).digest()
+    groups = (int.from_bytes(digest[i : i + 5], "big") % 100000 for i in range(0, 30, 5))
+    return " ".join(f"{group:05d}" for group in groups)
+
+
+class Token(Record):
+    """What one person hands another: where the server is, how to know it, and a way in.
+
+    `addresses` are "host:port" texts; `inviter` 32 bytes or b""; `secret` 16 bytes or b"";
+    `uses` 0 means any number; `expires` is Unix seconds, 0 means never.
+    """
+
+    __slots__ = ("addresses", "fingerprint", "inviter", "secret", "uses", "expires", "room")
+
+
+TOKEN_PREFIX = "trchat:"
+
+
+def create_token(token: Token) -> str:
+    body = u8(1) + u8(len(token.addresses)) + b"".join(map(text_block, token.addresses))
+    body += token.fingerprint + block(token.inviter) + block(token.secret)
+    body += u32(token.uses) + u64(int(token.expires)) + text_block(token.room)
+    return TOKEN_PREFIX + base64url(body + sha256(body)[:4])
+
+
+def consume_token(text: str) -> Token:
+    """The token in `text`; ChatError if it is damaged or no token at all."""
+    words = "".join(text.split())
+    try:
+        data = from_base64url(words[len(TOKEN_PREFIX) :])
+        if not words.startswith(TOKEN_PREFIX) or sha256(data[:-4])[:4] != data[-4:]:
+            raise ValueError
+        return _read_token(Reader(data[:-4]))
+    except (ValueError, RemoteProtocolError):
+        hint = "Copy it again, whole, from 'trchat:' to its last letter."
+        raise ChatError("This token is damaged or incomplete.", hint) from None
+
+
+def _read_token(reader: Reader) -> Token:
+    if reader.number(1) != 1:
+        raise ChatError("This token is of a newer trchat.", "Use the same version as its sender.")
+    addresses = [reader.text(256) for _ in range(reader.number(1))]
+    token = Token(addresses, reader.take(32), reader.block(32), reader.block(16))
+    token.uses, token.expires, token.room = reader.number(4), reader.number(8), reader.text(256)
+    reader.done()
+    if not addresses or len(token.inviter) not in (0, 32) or len(token.secret) not in (0, 16):
+        raise ValueError
+    for address in addresses:
+        split_address(address)
+    token.room = check_room(token.room)
+    return token
+
+
+def split_address(text: str, default_port: int | None = None) -> tuple:
+    """(host, port) of `host:port` or `[v6]:port`; ChatError if it is neither."""
+    host, colon, port = text.strip().rpartition(":")
+    if default_port is not None and (not colon or text.endswith("]")):
+        host, port = text.strip(), str(default_port)
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    valid_port = port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    if not host or not valid_port or any(c.isspace() or not c.isprintable() for c in host):
+        raise ChatError(
+            f"{one_line(text)[:80]!r} is not an address.", "Write host:port or a token."
+        )
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Invitation(Record):
+    """What a token's secret splits into, so that the server's half does not give the other.
+
+    `id` (8 bytes) names it, `gate` opens the server, `proof` convinces the people inside.
+    """
+
+    __slots__ = ("id", "gate", "proof")
+
+
+def derive_invitation(secret: bytes) -> Invitation:
+    parts = hkdf(secret, b"", PROTOCOL + b" invitation", 72)
+    return Invitation(parts[:8], parts[8:40], parts[40:])
+
+
+def gate_mac(gate: bytes, bundle_hash: bytes) -> bytes:
+    return hmac_sha256(gate, block(PROTOCOL + b" gate") + bundle_hash)
+
+
+def proof_mac(proof: bytes, bundle_hash: bytes) -> bytes:
+    return hmac_sha256(proof, block(PROTOCOL + b" proof") + bundle_hash)
+
+
+# ==================================================================================================
+# Part 5. Pairwise session | pure | uses 1-3
+#
+# Between each two people: one flight from the one with the lower bundle hash sets up a root key,
+# then Signal's Double Ratchet (revision 1, section 3) with AES-256-GCM carries every message.
+# ==================================================================================================
+
+FLIGHT_SIZE = 32 + KEM_CIPHERTEXT + RSA_BYTES
+OAEP_LABEL = PROTOCOL + b" pairwise secret"
+RATCHET_HEADER = struct.Struct(">32sII")  # ratchet key, length of the chain before, number
+
+
+def _root_key(keys: tuple, flight: bytes, initiator: bytes, responder: bytes) -> bytes:
+    """HKDF over DH(e_A, x_B), DH(x_A, x_B), ML-KEM secret and OAEP secret, each with its length."""
+    salt = sha256(block(initiator) + block(responder) + block(flight))
+    info = PROTOCOL + b" pairwise root: initiator, responder"
+    return hkdf(b"".join(map(block, keys)), salt, info)
+
+
+def create_initiation(own: BundleKeys, peer: Bundle) -> tuple:
+    """(flight, session) for the one who begins: the one with the lower bundle hash."""
+    ephemeral = DiffieHellman()
+    kem_secret, kem_ciphertext = encapsulate(peer.kem)
+    rsa_secret = random_bytes(32)
+    flight = ephemeral.public + kem_ciphertext + peer.rsa.encrypt(rsa_secret, OAEP_LABEL)
+    secrets = (ephemeral.exchange(peer.dh), own.dh.exchange(peer.dh), kem_secret, rsa_secret)
+    root = _root_key(secrets, flight, own.bundle.hash, peer.hash)
+    return flight, DoubleRatchet.initiator(root, peer.dh, own.bundle.hash + peer.hash)
+
+
+def consume_initiation(flight: bytes, identity: Identity, own: BundleKeys, peer: Bundle):
+    """The responder's session; RemoteProtocolError if the flight was not made for it."""
+    if len(flight) != FLIGHT_SIZE or peer.hash >= own.bundle.hash:
+        raise RemoteProtocolError("A session was begun by the wrong side.")
+    ephemeral, rest = flight[:32], flight[32:]
+    rsa_secret = identity.decrypt(rest[KEM_CIPHERTEXT:], OAEP_LABEL)
+    kem_secret = own.kem.decapsulate(rest[:KEM_CIPHERTEXT])
+    secrets = (own.dh.exchange(ephemeral), own.dh.exchange(peer.dh), kem_secret, rsa_secret)
+    root = _root_key(secrets, flight, peer.hash, own.bundle.hash)
+    return DoubleRatchet.responder(root, own.dh, peer.hash + own.bundle.hash)
+
+
+def kdf_root(root: bytes, dh_output: bytes) -> tuple:
+    """KDF_RK (Double Ratchet, section 7.2): (root key, chain key)."""
+    both = hkdf(dh_output, root, PROTOCOL + b" ratchet root", 64)
+    return both[:32], both[32:]
+
+
+def kdf_chain(chain: bytes) -> tuple:
+    """KDF_CK (Double Ratchet, section 7.2): (chain key, message key)."""
+    return hmac_sha256(chain, b"\x02"), hmac_sha256(chain, b"\x01")
+
+
+class DoubleRatchet:
+    """One session's state, with the specification's names spelled out.
+
+    DHs `pair`, DHr `remote`, RK `root`, CKs `sending`, CKr `receiving`, Ns `sent`, Nr `received`,
+    PN `previous`, MKSKIPPED `skipped`. AD is the two bundle hashes, the initiator's first. Each
+    message key is used once, hence the constant nonce (section 3.1, ENCRYPT).
+    """
+
+    def __init__(self, root: bytes, pair: DiffieHellman, associated: bytes):
+        self.root, self.pair, self.associated = root, pair, associated
+        self.remote = self.sending = self.receiving = b""
+        self.sent = self.received = self.previous = 0
+        self.skipped: dict = {}
+
+    @classmethod
+    def initiator(cls, root: bytes, remote: bytes, associated: bytes) -> DoubleRatchet:
+        """RatchetInitAlice: `remote` is the responder's first ratchet key."""
+        ratchet = cls(root, DiffieHellman(), associated)
+        ratchet.remote = remote
+        ratchet.root, ratchet.sending = kdf_root(root, ratchet.pair.exchange(remote))
+        return ratchet
+
+    @classmethod
+    def responder(cls, root: bytes, pair: DiffieHellman, associated: bytes) -> DoubleRatchet:
+        """RatchetInitBob: can send only after the initiator's first message."""
+        return cls(root, pair, associated)
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        """RatchetEncrypt: header and ciphertext."""
+        if not self.sending:
+            raise LocalProtocolError("the responder may not speak first")
+        self.sending, key = kdf_chain(self.sending)
+        header = RATCHET_HEADER.pack(self.pair.public, self.previous, self.sent)
+        self.sent += 1
+        return header + seal(key, SINGLE_USE_NONCE, plaintext, self.associated + header)
+
+    def decrypt(self, message: bytes) -> bytes:
+        """RatchetDecrypt; on RemoteProtocolError the session is as it was before."""
+        header, ciphertext = message[: RATCHET_HEADER.size], message[RATCHET_HEADER.size :]
+        if len(header) < RATCHET_HEADER.size:
+            raise RemoteProtocolError("A message ends too early.")
+        remote, previous, number = RATCHET_HEADER.unpack(header)
+        associated = self.associated + header
+        if (remote, number) in self.skipped:
+            key = self.skipped[remote, number]
+            plaintext = open_sealed(key, SINGLE_USE_NONCE, ciphertext, associated)
+            del self.skipped[remote, number]
+            return plaintext
+        trial = self._trial()
+        key = trial._advance(remote, previous, number)
+        plaintext = open_sealed(key, SINGLE_USE_NONCE, ciphertext, associated)
+        self._commit(trial)
+        return plaintext
+
+    def _trial(self) -> DoubleRatchet:
+        """A copy to step forward, thrown away if the message turns out false."""
+        trial = object.__new__(DoubleRatchet)
+        trial.__dict__.update(self.__dict__)
+        trial.skipped = {}
+        return trial
+
+    def _commit(self, trial: DoubleRatchet) -> None:
+        kept, fresh = self.skipped, trial.skipped
+        self.__dict__.update(trial.__dict__)
+        self.skipped = kept
+        kept.update(fresh)
+        while len(kept) > MAX_SKIPPED_KEYS:
+            del kept[next(iter(kept))]  # the oldest
+
+    def _advance(self, remote: bytes, previous: int, number: int) -> bytes:
+        """Steps to message `number` of the chain under `remote`; returns its key."""
+        if remote != self.remote:
+            if self.receiving:
+                self._skip_until(previous)
+            self._dh_ratchet(remote)
+        if number < self.received:
+            raise RemoteProtocolError("A message was replayed.")
+        self._skip_until(number)
+        self.receiving, key = kdf_chain(self.receiving)
+        self.received += 1
+        return key
+
+    def _skip_until(self, number: int) -> None:
+        if number - self.received > MAX_SKIPPED_KEYS:
+            raise RemoteProtocolError("Too many messages are missing.")
+        while self.received < number:
+            self.receiving, key = kdf_chain(self.receiving)
+            self.skipped[self.remote, self.received] = key
+            self.received += 1
+
+    def _dh_ratchet(self, remote: bytes) -> None:
+        self.previous, self.sent, self.received = self.sent, 0, 0
+        self.remote = remote
+        self.root, self.receiving = kdf_root(self.root, self.pair.exchange(remote))
+        self.pair = DiffieHellman()
+        self.root, self.sending = kdf_root(self.root, self.pair.exchange(remote))
+
+
+# ==================================================================================================
+# Part 6. Room keys | pure | uses 1-3, 5
+#
+# A room's key lives for one epoch. The admin, who is the first of the roster, announces each
+# epoch, signed; the announcement's hash is the epoch id, and every sender's chain of message keys
+# hangs on it: whoever was shown another roster has other keys and can be seen to have them.
+# ==================================================================================================
+
+ROOM_HEAD = 32 + 8 + 64  # epoch id, counter, signature
+ANNOUNCE_LABEL = PROTOCOL + b" announcement"
+MESSAGE_LABEL = PROTOCOL + b" room message"
+NO_EPOCH = bytes(32)
+
+
+class Member(Record):
+    """One line of a roster: identity fingerprint, hash of the present bundle, nickname."""
+
+    __slots__ = ("fingerprint", "bundle", "name")
+
+
+class Announcement(Record):
+    """What the admin says of one epoch. `bans` and `mutes` are lists of identity fingerprints."""
+
+    __slots__ = ("room", "number", "previous", "roster", "bans", "mutes", "locked", "key_hash")
+
+    def encode(self) -> bytes:
+        roster = [m.fingerprint + m.bundle + text_block(m.name) for m in self.roster]
+        lists = [roster, self.bans, self.mutes]
+        counted = b"".join(u16(len(entries)) + b"".join(entries) for entries in lists)
+        head = text_block(self.room) + u64(self.number) + self.previous
+        return head + counted + u8(bool(self.locked)) + self.key_hash
+
+    def fingerprints(self) -> list:
+        return [member.fingerprint for member in self.roster]
+
+
+def decode_announcement(encoded: bytes) -> Announcement:
+    reader = Reader(encoded)
+    room, number, previous = reader.text(256), reader.number(8), reader.take(32)
+    roster = []
+    for _ in range(reader.count(MAX_ROSTER)):
+        roster.append(Member(reader.take(32), reader.take(32), reader.text(256)))
+    bans, mutes = ([reader.take(32) for _ in range(reader.count(MAX_ROSTER))] for _ in "bm")
+    said = Announcement(room, number, previous, roster, bans, mutes, reader.number(1) == 1)
+    said.key_hash = reader.take(32)
+    reader.done()
+    if said.encode() != encoded or not roster or number < 1:
+        raise RemoteProtocolError("A room's announcement is not in its usual form.")
+    for values in (said.fingerprints(), [m.bundle for m in roster], [m.name for m in roster]):
+        if len(set(values)) != len(values):
+            raise RemoteProtocolError("A room's announcement names somebody twice.")
+    return said
+
+
+def epoch_id(encoded: bytes) -> bytes:
+    return sha256(block(ANNOUNCE_LABEL) + encoded)
+
+
+def create_announcement(said: Announcement, signer: Signer) -> tuple:
+    """(encoded announcement, signature, room key) with a fresh key."""
+    key = random_bytes(32)
+    said.key_hash = sha256(key)
+    encoded = said.encode()
+    return encoded, signer.sign(block(ANNOUNCE_LABEL) + encoded), key
+
+
+def consume_announcement(encoded: bytes, signature: bytes, key: bytes, admin: Bundle):
+    """The checked Announcement; RemoteProtocolError unless `admin`, its roster's first, made it."""
+    verify_signature(admin.signing, signature, block(ANNOUNCE_LABEL) + encoded)
+    said = decode_announcement(encoded)
+    if not same(sha256(key), said.key_hash):
+        raise RemoteProtocolError("A room's key is not the one announced.")
+    if said.roster[0].fingerprint != admin.fingerprint or said.roster[0].bundle != admin.hash:
+        raise RemoteProtocolError("A room's announcement is not from the admin it names.")
+    return said
+
+
+class SenderChain:
+    """One sender's message keys in one epoch; a key is gone once used."""
+
+    def __init__(self, room_key: bytes, epoch: bytes, bundle_hash: bytes):
+        info = block(PROTOCOL + b" sender chain") + epoch + bundle_hash
+        self._chain = hkdf(room_key, b"", info)
+        self.counter = 0
+
+    def next_key(self) -> bytes:
+        self._chain, key = kdf_chain(self._chain)
+        self.counter += 1
+        return key
+
+    def fork(self) -> SenderChain:
+        """A copy to step forward, kept only if the message turns out true."""
+        copy = object.__new__(SenderChain)
+        copy._chain, copy.counter = self._chain, self.counter
+        return copy
+
+
+class RoomEpoch:
+    """One epoch's chains. All are derived at once; the room key itself is not kept."""
+
+    def __init__(self, said: Announcement, encoded: bytes, room_key: bytes):
+        self.said, self.id = said, epoch_id(encoded)
+        self.members = {member.bundle: member for member in said.roster}
+        self._chains = {b: SenderChain(room_key, self.id, b) for b in self.members}
+
+    def _context(self, bundle_hash: bytes, counter: int) -> bytes:
+        """What is signed, and authenticated, before the ciphertext."""
+        labelled = block(MESSAGE_LABEL) + text_block(self.said.room)
+        return labelled + self.id + bundle_hash + u64(counter)
+
+    def seal(self, own: BundleKeys, content: bytes) -> tuple:
+        """(counter, payload): one ciphertext for the whole room."""
+        chain = self._chains[own.bundle.hash]
+        counter = chain.counter
+        context = self._context(own.bundle.hash, counter)
+        ciphertext = seal(chain.next_key(), SINGLE_USE_NONCE, pad(content), context)
+        signature = own.signer.sign(context + ciphertext)
+        return counter, self.id + u64(counter) + signature + ciphertext
+
+    def open(self, sender: Bundle, payload: bytes) -> tuple:
+        """(counter, how many before it are missing, content) of another member's payload."""
+        counter = int.from_bytes(payload[32:40], "big")
+        chain = self._chains.get(sender.hash)
+        if chain is None or payload[:32] != self.id or len(payload) < ROOM_HEAD:
+            raise RemoteProtocolError("A message is from somebody who is not in the room.")
+        context, ciphertext = self._context(sender.hash, counter), payload[ROOM_HEAD:]
+        verify_signature(sender.signing, payload[40:ROOM_HEAD], context + ciphertext)
+        missing = counter - chain.counter
+        if missing < 0:
+            raise RemoteProtocolError("A message was replayed or came out of order.")
+        if missing > MAX_SKIPPED_KEYS:
+            raise RemoteProtocolError("Too many messages are missing.")
+        ahead = chain.fork()
+        for _ in range(missing):
+            ahead.next_key()
+        content = unpad(open_sealed(ahead.next_key(), SINGLE_USE_NONCE, ciphertext, context))
+        self._chains[sender.hash] = ahead
+        return counter, missing, content
+
+
+def is_next_admin(roster: list, fingerprint: bytes, present) -> bool:
+    """Whether everybody before `fingerprint` in the roster (identities) is gone from `present`."""
+    for member in roster:
+        if member == fingerprint:
+            return True
+        if member in present:
+            return False
+    return False
+
+
+# ==================================================================================================
+# Part 7. Wire format | pure | uses 1, 2
+#
+# Frames between a client and the relay (u32 length, u8 kind, body; the length counts kind and
+# body), and contents between people, which travel encrypted inside DATA frames. Both are tables:
+# a kind, its field types in order. Integers are big-endian; b is a u32 length and bytes, s the
+# same in UTF-8, n32 that many bytes as they are, [x] a u16 count and as many x.
+# ==================================================================================================
+
+(
+    GREETING,
+    WELCOME,
+    REFUSED,
+    PRESENT,
+    ROOM,
+    JOINED,
+    LEFT,
+    GONE,
+    ABSENT,
+    CLOSED,
+    PONG,
+    INVITED,
+    ROOMS,
+) = range(1, 14)
+LOGIN, JOIN, LEAVE, LOOKUP, PING, INVITE, BYE, LIST = range(17, 25)
+DATA = 32
+
+FRAME_FIELDS = {
+    # relay to client
+    GREETING: "n32 u8",  # nonce, authorisation mode (place in AUTH_MODES)
+    WELCOME: "u32",  # the client's own id
+    REFUSED: "s s",  # error code, sentence
+    PRESENT: "u32 b",  # a person's id and bundle
+    ROOM: "u32 s [u32]",  # a joined room's id and name, its members in the order they came
+    JOINED: "u32 u32",  # room, person
+    LEFT: "u32 u32",
+    GONE: "u32",  # a person's connection has ended
+    ABSENT: "s",  # nobody of this name is here
+    CLOSED: "s s",  # reason, sentence
+    PONG: "",
+    INVITED: "n8",  # an invitation now opens the gate
+    ROOMS: "[r]",  # every room's name and number of people
+    # client to relay
+    LOGIN: "b n8 n32",  # bundle, invitation id and MAC (zeros: none)
+    JOIN: "s",
+    LEAVE: "u32",
+    LOOKUP: "s",  # answered by PRESENT or ABSENT; PRESENT again when that name comes
+    PING: "",
+    INVITE: "n8 n32 u32 u64",  # invitation id, gate key, uses, expiry
+    BYE: "",
+    LIST: "",
+}
+AUTH_MODES = ("invite", "keys", "certs", "open")
+FRAME_HEAD = struct.Struct(">IB")
+DATA_HEAD = struct.Struct(">IBII")  # length, kind, destination id, source id
+
+HELLO, TEXT, ACK, EPOCH, FAREWELL, REMOVED, VOUCH = range(1, 8)
+
+CONTENT_FIELDS = {
+    HELLO: "u8 [h] n8 n32",  # answer wanted?, rooms, invitation id and proof (zeros: none)
+    TEXT: "n16 u64 u64 u8 s t",  # id, sequence, Unix ms, kind, room ("" = direct), text
+    ACK: "[a]",
+    EPOCH: "b n64 n32",  # announcement, signature, room key
+    FAREWELL: "[s]",  # rooms left on purpose
+    REMOVED: "s u8",  # room; 0 kicked, 1 banned, 2 not admitted
+    VOUCH: "s n8 n32 u32 u64",  # room, invitation id, proof key, uses, expiry
+}
+# Acknowledged: all of a stream below the count but those missing; a stream is an epoch id, or
+# zeros for what came through the pairwise session.
+COMPOUND_FIELDS = {"r": "s u32", "h": "s u64 n32", "a": "n32 u64 [u64]"}
+SAID, ACTION = 0, 1  # kinds of TEXT
+
+
+def _field(kind: str):
+    """(encoder, decoder) of one field type."""
+    if kind[0] == "[":
+        return _list_field(kind[1:-1])
+    if kind in COMPOUND_FIELDS:
+        encode, decode = _codec(COMPOUND_FIELDS[kind])
+        return (lambda value: encode(*value)), decode
+    if kind[0] in "un":
+        size = int(kind[1:]) // (8 if kind[0] == "u" else 1)
+        return _number_field(size) if kind[0] == "u" else _fixed_field(size)
+    return {"b": (block, Reader.block), "s": (text_block, Reader.text), "t": _TEXT_FIELD}[kind]
+
+
+_TEXT_FIELD = (text_block, lambda reader: reader.text(MAX_TEXT))
+
+
+def _number_field(size: int) -> tuple:
+    return (lambda value: value.to_bytes(size, "big")), (lambda reader: reader.number(size))
+
+
+def _fixed_field(size: int) -> tuple:
+    def encode(value: bytes) -> bytes:
+        if len(value) != size:
+            raise LocalProtocolError(f"a field of {size} bytes has {len(value)}")
+        return value
+
+    return encode, (lambda reader: reader.take(size))
+
+
+def _list_field(inner: str) -> tuple:
+    encode_one, decode_one = _field(inner)
+
+    def encode(values) -> bytes:
+        return u16(len(values)) + b"".join(map(encode_one, values))
+
+    return encode, (lambda reader: [decode_one(reader) for _ in range(reader.count(0xFFFF))])
+
+
+def _codec(fields: str) -> tuple:
+    """(encode(*values), decode(reader) -> tuple) for a row of a field table."""
+    pairs = [_field(kind) for kind in fields.split()]
+
+    def encode(*values) -> bytes:
+        return b"".join([pair[0](value) for pair, value in zip(pairs, values)])
+
+    return encode, (lambda reader: tuple([pair[1](reader) for pair in pairs]))
+
+
+_FRAME_CODECS = {kind: _codec(fields) for kind, fields in FRAME_FIELDS.items()}
+_CONTENT_CODECS = {kind: _codec(fields) for kind, fields in CONTENT_FIELDS.items()}
+
+
+def encode_frame(kind: int, *values) -> bytes:
+    body = _FRAME_CODECS[kind][0](*values)
+    return FRAME_HEAD.pack(len(body) + 1, kind) + body
+
+
+def encode_data(destination: int, source: int, payload: bytes) -> bytes:
+    size = len(payload) + 9
+    if size > MAX_FRAME:
+        raise ChatError("This is too large for one message.", "Send it as a file.", "too-large")
+    return DATA_HEAD.pack(size, DATA, destination, source) + payload
+
+
+def decode_frame(kind: int, body: bytes) -> tuple:
+    """A frame's values; for DATA (destination, source, payload)."""
+    reader = Reader(body)
+    if kind == DATA:
+        return reader.number(4), reader.number(4), reader.rest()
+    if kind not in _FRAME_CODECS:
+        raise RemoteProtocolError(f"A frame of unknown kind {kind} came.")
+    values = _FRAME_CODECS[kind][1](reader)
+    reader.done()
+    return values
+
+
+def encode_content(kind: int, *values) -> bytes:
+    return u8(kind) + _CONTENT_CODECS[kind][0](*values)
+
+
+def decode_content(content: bytes) -> tuple:
+    """(kind, values) of what somebody sent inside the encryption."""
+    reader = Reader(content)
+    kind = reader.number(1)
+    if kind not in _CONTENT_CODECS:
+        raise RemoteProtocolError("A message of unknown kind came.")
+    values = _CONTENT_CODECS[kind][1](reader)
+    reader.done()
+    return kind, values
+
+
+class FrameBuffer:
+    """Bytes in, whole frames out, whatever the pieces they come in."""
+
+    def __init__(self, most: int = MAX_FRAME):
+        self._buffer = bytearray()
+        self._most = most
+
+    def receive_data(self, data: bytes) -> list:
+        """The (kind, body) of every frame that `data` completes."""
+        self._buffer += data
+        frames, position = [], 0
+        while len(self._buffer) - position >= FRAME_HEAD.size:
+            size, kind = FRAME_HEAD.unpack_from(self._buffer, position)
+            check_frame_size(size, self._most)
+            end = position + 4 + size
+            if end > len(self._buffer):
+                break
+            frames.append((kind, bytes(self._buffer[position + 5 : end])))
+            position = end
+        del self._buffer[:position]
+        return frames
+
+
+def check_frame_size(size: int, most: int = MAX_FRAME) -> None:
+    if not 1 <= size <= most:
+        raise RemoteProtocolError(f"A frame of {size} bytes came; at most {most} are allowed.")
+
+
+# ==================================================================================================
+# Part 8. Relay machine | pure | uses 1-4, 7
+#
+# The server without its sockets: who may come in, who is in which room, and runs of DATA frames
+# handed on as the bytes they came in. It checks the ids of every frame and reads nothing else;
+# it keeps no message once the receivers have it.
+# ==================================================================================================
+
+MAX_LOGIN = 8192  # bytes of a frame before the login
+MAX_ROOMS_EACH, MAX_NAMES_EACH, MAX_WATCHES_EACH, MAX_INVITATIONS = 64, 5, 256, 4096
+
+
+class User(Record):
+    """A key the server knows. `names` are reserved for it; `enrolled` lets it in by itself."""
+
+    __slots__ = ("names", "enrolled")
+
+
+class Gatekeeper:
+    """Who may come in under which name. `changed` says that it wants to be saved."""
+
+    def __init__(self, mode: str = "invite"):
+        self.mode = mode
+        self.users: dict = {}  # fingerprint -> User
+        self.owners: dict = {}  # name skeleton -> fingerprint
+        self.invitations: dict = {}  # invitation id -> [gate key, uses left or -1, expiry or 0]
+        self.banned: set = set()
+        self.allowed: set = set()
+        self.changed = False
+
+    def admit(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float) -> None:
+        """Lets the owner of `bundle` in and remembers key and name; ChatError says why not."""
+        key = bundle.fingerprint
+        if key in self.banned:
+            raise ChatError("You are banned from this server.", "Ask its operator.", "denied")
+        user = self.users.get(key)
+        uses = None
+        if not self._known(key, user):
+            uses = self._check_stranger(bundle, invitation, mac, now)
+        self._check_name(bundle.name, key, user)
+        if uses is not None:
+            self._use_up(invitation)
+        self._remember(bundle.name, key, uses is not None or key in self.allowed)
+
+    def _known(self, key: bytes, user) -> bool:
+        if self.mode == "open":
+            return True
+        return key in self.allowed or (self.mode != "certs" and user is not None and user.enrolled)
+
+    def _check_stranger(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float):
+        if self.mode == "certs":
+            return None  # TLS let only enrolled certificates through; the relay compares the keys
+        if self.mode == "keys":
+            text = f"Your key {fingerprint_text(bundle.fingerprint)} is not on this server's list."
+            raise ChatError(text, "Send that line to the server's operator.", "not-invited")
+        gate = self.invitations.get(invitation)
+        if gate is None or not same(gate_mac(gate[0], bundle.hash), mac):
+            text = "This server lets in only people who were invited."
+            raise ChatError(text, "Ask somebody inside for a token (/invite).", "not-invited")
+        if gate[2] and now > gate[2] or gate[1] == 0:
+            text = "This invitation has expired or was used up."
+            raise ChatError(text, "Ask for a new token (/invite).", "not-invited")
+        return gate[1]
+
+    def _check_name(self, name: str, key: bytes, user) -> None:
+        owner = self.owners.get(name_skeleton(name))
+        if owner not in (None, key):
+            text = f"The name {name} (or one that looks like it) belongs to another key."
+            raise ChatError(text, "Choose another with --name.", "name-taken")
+        if owner is None and user is not None and len(user.names) >= MAX_NAMES_EACH:
+            text = f"Your key already holds {MAX_NAMES_EACH} names here: {', '.join(user.names)}."
+            raise ChatError(text, "Use one of them with --name.", "name-taken")
+
+    def _use_up(self, invitation: bytes) -> None:
+        gate = self.invitations[invitation]
+        if gate[1] > 0:
+            gate[1] -= 1
+
+    def _remember(self, name: str, key: bytes, enrol: bool) -> None:
+        user = self.users.setdefault(key, User([], False))
+        if name not in user.names:
+            user.names.append(name)
+            self.owners[name_skeleton(name)] = key
+            self.changed = True
+        if enrol and not user.enrolled:
+            user.enrolled = self.changed = True
+
+    def invite(self, invitation: bytes, gate: bytes, uses: int, expires: int, now: float) -> None:
+        """Opens the gate to holders of a token; `uses` and `expires` 0 mean without end."""
+        spent = [i for i, g in self.invitations.items() if g[1] == 0 or 0 < g[2] < now]
+        for old in spent:
+            del self.invitations[old]
+        if len(self.invitations) < MAX_INVITATIONS:
+            self.invitations.setdefault(invitation, [gate, uses or -1, expires])
+            self.changed = True
+
+    def find(self, name: str):
+        """The fingerprint that owns `name`, or None."""
+        return self.owners.get(name_skeleton(name))
+
+    def ban(self, fingerprint: bytes, banned: bool = True) -> None:
+        (self.banned.add if banned else self.banned.discard)(fingerprint)
+        self.changed = True
+
+    def allow(self, fingerprint: bytes) -> None:
+        self.allowed.add(fingerprint)
+        self.banned.discard(fingerprint)
+        self.changed = True
+
+    def to_json(self) -> dict:
+        users = [
+            {"fingerprint": fingerprint_text(key), "names": user.names, "enrolled": user.enrolled}
+            for key, user in self.users.items()
+        ]
+        invitations = [
+            {"id": i.hex(), "gate": gate.hex(), "uses": uses, "expires": expires}
+            for i, (gate, uses, expires) in self.invitations.items()
+        ]
+        return {
+            "users": users,
+            "invitations": invitations,
+            "banned": sorted(map(fingerprint_text, self.banned)),
+            "allowed": sorted(map(fingerprint_text, self.allowed)),
+        }
+
+    def load_json(self, data: dict) -> None:
+        """Takes over what to_json gave; KeyError, TypeError or ValueError if it is not that."""
+        for entry in data["users"]:
+            key = parse_fingerprint(entry["fingerprint"])
+            self.users[key] = User([str(n) for n in entry["names"]], bool(entry["enrolled"]))
+            self.owners.update({name_skeleton(n): key for n in self.users[key].names})
+        for entry in data["invitations"]:
+            gate = [bytes.fromhex(entry["gate"]), int(entry["uses"]), int(entry["expires"])]
+            self.invitations[bytes.fromhex(entry["id"])] = gate
+        self.banned.update(map(parse_fingerprint, data["banned"]))
+        self.allowed.update(map(parse_fingerprint, data["allowed"]))
+
+
+class RelayRoom(Record):
+    __slots__ = ("id", "name", "members")  # members: client id -> RelayClient, in order of joining
+
+
+class RelayClient:
+    """One connection as the relay machine sees it."""
+
+    __slots__ = (
+        "id", "address", "nonce", "tls_fingerprint", "bundle", "encoded", "buffer", "wanted",
+        "outbox", "queued", "routes", "rooms", "watches", "closing", "tokens", "refilled",
+        "throttled_until", "throttled_since", "waiting_for", "holding", "held_since", "holds",
+    )  # fmt: skip
+
+    def __init__(self, number: int, address: str, nonce: bytes, now: float):
+        self.id, self.address, self.nonce = number, address, nonce
+        self.tls_fingerprint = self.bundle = None
+        self.encoded = b""
+        self.buffer, self.wanted = None, 0  # the beginning of a frame, and the size it will have
+        self.outbox: list = []
+        self.queued = 0
+        self.routes: dict = {}  # destination id -> the clients it stands for
+        self.rooms: dict = {}  # room id -> RelayRoom
+        self.watches: set = set()
+        self.closing = ""
+        self.tokens, self.refilled = float(FRAME_BURST), now
+        self.throttled_until = self.throttled_since = 0.0
+        self.waiting_for: set = set()  # receivers whose full queues hold this sender up
+        self.holding: set = set()  # senders that this receiver's full queue holds up
+        self.held_since = 0.0
+        self.holds: list = []  # (from, to) of earlier hold-ups
+
+    @property
+    def name(self) -> str:
+        return self.bundle.name if self.bundle else ""
+
+
+class RelayMachine:
+    """All clients and rooms of one server.
+
+    `receive` takes a client's bytes; what others (and itself) are to get then waits in their
+    outboxes, and `dirty` holds the clients that have something waiting. `events` gathers
+    (kind, client, text) for the console. Nothing here raises for what a client sent.
+    """
+
+    def __init__(self, fingerprint: bytes, gatekeeper: Gatekeeper, limits: bool = True):
+        self.fingerprint, self.gatekeeper, self.limits = fingerprint, gatekeeper, limits
+        self.clients: dict = {}  # id -> RelayClient, from greeting to end
+        self.present: dict = {}  # fingerprint -> RelayClient, logged in
+        self.by_name: dict = {}  # name skeleton -> RelayClient, logged in
+        self.rooms: dict = {}  # name -> RelayRoom
+        self.watchers: dict = {}  # name skeleton -> set of clients
+        self.full: set = set()  # receivers whose queues hold senders up
+        self._spent: dict = {}  # fingerprint -> (tokens, when) of keys that were here
+        self.dirty: dict = {}  # clients with output; a dict keeps their order
+        self.events: list = []
+        self.frames = self.bytes = self.deliveries = 0
+        self._next_id = 1
+        self._handlers = {
+            LOGIN: self._on_login, JOIN: self._on_join, LEAVE: self._on_leave,
+            LIST: self._on_list, LOOKUP: self._on_lookup, PING: self._on_ping,
+            INVITE: self._on_invite, BYE: self._on_bye,
+        }  # fmt: skip
+
+    # Connections
+
+    def connect(self, address: str, now: float) -> RelayClient:
+        client = RelayClient(self._number(), address, random_bytes(32), now)
+        self.clients[client.id] = client
+        mode = AUTH_MODES.index(self.gatekeeper.mode)
+        self._send(client, encode_frame(GREETING, client.nonce, mode))
+        return client
+
+    def _number(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
+
+    def disconnect(self, client: RelayClient, now: float, reason: str = "") -> None:
+        """Forgets a connection and tells those who knew of it."""
+        if self.clients.pop(client.id, None) is None:
+            return
+        for sender in list(client.holding):
+            self._release(client, sender, now)
+        for receiver in list(client.waiting_for):
+            self._release(receiver, client, now)
+        self.full.discard(client)
+        if client.bundle is not None:
+            self._spent[client.bundle.fingerprint] = (client.tokens, client.refilled)
+            self._forget_person(client)
+            self.events.append(("left", client, reason))
+        client.outbox, client.queued = [], 0
+        self.dirty.pop(client, None)
+
+    def _forget_person(self, client: RelayClient) -> None:
+        for room in list(client.rooms.values()):
+            self._leave_room(client, room)
+        gone = encode_frame(GONE, client.id)
+        for (other,) in client.routes.values():
+            del other.routes[client.id]
+            self._send(other, gone)
+        for skeleton in client.watches:
+            self.watchers[skeleton].discard(client)
+            if not self.watchers[skeleton]:
+                del self.watchers[skeleton]
+        if self.present.get(client.bundle.fingerprint) is client:
+            del self.present[client.bundle.fingerprint]
+        if self.by_name.get(name_skeleton(client.name)) is client:
+            del self.by_name[name_skeleton(client.name)]
+
+    def close(self, client: RelayClient, kind: int, code: str, text: str) -> None:
+        """Says why (kind CLOSED or REFUSED) and marks the connection to be ended after that."""
+        if not client.closing:
+            self._send(client, encode_frame(kind, code, text))
+            client.closing = code
+
+    # Bytes in
+
+    def receive(self, client: RelayClient, data: bytes, now: float) -> None:
+        """Takes the next bytes of a client's stream, in pieces of any size."""
+        if client.closing:
+            return
+        if client.buffer is not None:
+            client.buffer += data
+            if len(client.buffer) < client.wanted:
+                return
+            data, client.buffer = bytes(client.buffer), None
+        self.bytes += len(data)
+        try:
+            used = self._consume(client, data, now)
+        except ChatError as error:
+            self.events.append(("protocol", client, error.text))
+            self.close(client, CLOSED, "protocol", error.text)
+            return
+        if used < len(data) and not client.closing:
+            client.buffer = bytearray(data[used:])
+            client.wanted = self._wanted(client.buffer)
+
+    def _wanted(self, start: bytearray) -> int:
+        """How many bytes there must be before another look at them is worth it."""
+        if len(start) < FRAME_HEAD.size:
+            return FRAME_HEAD.size
+        return 4 + FRAME_HEAD.unpack_from(start)[0]
+
+    def _consume(self, client: RelayClient, data: bytes, now: float) -> int:
+        """Handles the whole frames at the front of `data`; returns how many bytes they were."""
+        position, end, frames = 0, len(data), 0
+        while end - position >= FRAME_HEAD.size and not client.closing:
+            size, kind = FRAME_HEAD.unpack_from(data, position)
+            check_frame_size(size, MAX_FRAME if client.bundle else MAX_LOGIN)
+            if position + 4 + size > end:
+                break
+            if kind == DATA:
+                stop, count = self._forward(client, data, position)
+            else:
+                stop, count = position + 4 + size, 1
+                self._control(client, kind, data[position + 5 : stop], now)
+            position, frames = stop, frames + count
+        self.frames += frames
+        self._charge(client, frames, now)
+        return position
+
+    def _forward(self, client: RelayClient, data: bytes, start: int) -> tuple:
+        """Hands the run of frames with one destination on in one piece: (its end, its frames)."""
+        head = data[start + 4 : start + 13]  # kind, destination, source
+        position, end, count = start, len(data), 0
+        unpack = _LENGTH.unpack_from
+        while data[position + 4 : position + 13] == head:
+            size = unpack(data, position)[0]
+            if not 9 <= size <= MAX_FRAME or position + 4 + size > end:
+                break
+            position, count = position + 4 + size, count + 1
+        if not count or client.bundle is None or int.from_bytes(head[5:], "big") != client.id:
+            raise RemoteProtocolError("A frame is not from the client it names.")
+        run = data[start:position]
+        for receiver in client.routes.get(int.from_bytes(head[1:5], "big"), ()):
+            if receiver is not client:
+                self._deliver(client, receiver, run)
+                self.deliveries += count
+        return position, count
+
+    def _deliver(self, sender: RelayClient, receiver: RelayClient, run: bytes) -> None:
+        self._send(receiver, run)
+        if receiver.queued > QUEUE_HIGH:
+            sender.waiting_for.add(receiver)
+            receiver.holding.add(sender)
+            self.full.add(receiver)
+
+    def _send(self, client: RelayClient, data: bytes) -> None:
+        client.outbox.append(data)
+        client.queued += len(data)
+        self.dirty[client] = None
+
+    def take_output(self, client: RelayClient, most: int = 1 << 20) -> bytes:
+        """What is waiting for `client`, in one piece: about `most` bytes, at least one run."""
+        outbox = client.outbox
+        if client.queued <= most or len(outbox) == 1:
+            client.outbox, client.queued = [], 0
+            return outbox[0] if len(outbox) == 1 else b"".join(outbox)
+        size = count = 0
+        while size < most:
+            size += len(outbox[count])
+            count += 1
+        client.outbox = outbox[count:]
+        client.queued -= size
+        return b"".join(outbox[:count])
+
+    # Limits: a sender waits for its full receivers and for its own tokens
+
+    def _charge(self, client: RelayClient, frames: int, now: float) -> None:
+        if not self.limits:
+            return
+        refill = (now - client.refilled) * FRAMES_PER_SECOND
+        client.tokens = min(client.tokens + refill, FRAME_BURST) - frames
+        client.refilled = now
+        if client.tokens >= 0:
+            client.throttled_since = 0.0
+            return
+        client.throttled_until = now - client.tokens / FRAMES_PER_SECOND
+        client.throttled_since = client.throttled_since or now
+        if now - client.throttled_since > THROTTLED_SECONDS:
+            text = f"You sent more than {FRAMES_PER_SECOND} frames a second for too long."
+            self.events.append(("rate-limited", client, text))
+            self.close(client, CLOSED, "rate-limited", text)
+
+    def may_read(self, client: RelayClient, now: float) -> bool:
+        """Whether more of this client's bytes are wanted at present."""
+        return not client.waiting_for and now >= client.throttled_until
+
+    def drained(self, receiver: RelayClient, now: float) -> list:
+        """After output was taken: the senders that need wait for this receiver no longer."""
+        if not receiver.holding or receiver.queued > QUEUE_LOW:
+            return []
+        freed = list(receiver.holding)
+        for sender in freed:
+            self._release(receiver, sender, now)
+        return [sender for sender in freed if not sender.waiting_for]
+
+    def _release(self, receiver: RelayClient, sender: RelayClient, now: float) -> None:
+        sender.waiting_for.discard(receiver)
+        receiver.holding.discard(sender)
+        if not receiver.holding:
+            self.full.discard(receiver)
+        if not receiver.holding and receiver.held_since:
+            receiver.holds.append((receiver.held_since, now))
+            receiver.held_since = 0.0
+
+    def check_holds(self, now: float):
+        """Ends receivers that held others up too long; returns when to look again, or None."""
+        next_look = None
+        for receiver in self.full:
+            receiver.held_since = receiver.held_since or now
+            window = now - HOLD_WINDOW
+            receiver.holds = [hold for hold in receiver.holds if hold[1] > window]
+            held = sum(to - max(since, window) for since, to in receiver.holds)
+            left = HOLD_SECONDS - held - (now - receiver.held_since)
+            if left <= 0:
+                self.events.append(("too-slow", receiver, "it held others up"))
+                receiver.closing = receiver.closing or "too-slow"
+            else:
+                next_look = min(next_look or now + left, now + left)
+        return next_look
+
+    # Control frames
+
+    def _control(self, client: RelayClient, kind: int, body: bytes, now: float) -> None:
+        handler = self._handlers.get(kind)
+        if handler is None or (client.bundle is None) != (kind == LOGIN):
+            raise RemoteProtocolError(f"A frame of kind {kind} came at the wrong time.")
+        handler(client, now, *decode_frame(kind, body))
+
+    def _on_login(self, client, now, encoded: bytes, invitation: bytes, mac: bytes) -> None:
+        try:
+            bundle = consume_bundle(encoded, self.fingerprint)
+            if bundle.nonce != client.nonce:
+                raise RemoteProtocolError("The login was made for another connection.")
+            if self.gatekeeper.mode == "certs" and client.tls_fingerprint != bundle.fingerprint:
+                raise RemoteProtocolError("The login is not by the certificate's owner.")
+            self.gatekeeper.admit(bundle, invitation, mac, now)
+        except ChatError as error:
+            self.events.append(("refused", client, f"{error.code}: {error.text}"))
+            self.close(client, REFUSED, error.code, str(error))
+            return
+        self._replace(bundle.fingerprint)
+        client.bundle, client.encoded = bundle, encoded
+        client.tokens, client.refilled = self._spent.pop(bundle.fingerprint, (FRAME_BURST, now))
+        self.present[bundle.fingerprint] = client
+        self.by_name[name_skeleton(bundle.name)] = client
+        self._send(client, encode_frame(WELCOME, client.id))
+        self.events.append(("joined", client, ""))
+        for watcher in self.watchers.pop(name_skeleton(bundle.name), ()):
+            watcher.watches.discard(name_skeleton(bundle.name))
+            self._introduce(watcher, client)
+
+    def _replace(self, fingerprint: bytes) -> None:
+        """The same key again: the older connection is dead, or its owner has moved."""
+        older = self.present.get(fingerprint)
+        if older is not None:
+            self.close(older, CLOSED, "replaced", "This identity has connected from elsewhere.")
+            self.events.append(("left", older, "replaced"))
+            self._forget_person(older)
+            older.bundle = None
+
+    def _introduce(self, one: RelayClient, other: RelayClient) -> None:
+        if one is other or other.id in one.routes:
+            return
+        for person, about in ((one, other), (other, one)):
+            person.routes[about.id] = (about,)
+            self._send(person, encode_frame(PRESENT, about.id, about.encoded))
+
+    def _on_join(self, client, now, name: str) -> None:
+        if check_room(name) != name or len(client.rooms) >= MAX_ROOMS_EACH:
+            raise RemoteProtocolError("A room's name cannot be used, or these are too many rooms.")
+        room = self.rooms.get(name)
+        if room is None:
+            room = self.rooms[name] = RelayRoom(self._number(), name, {})
+        if client.id in room.members:
+            return
+        joined = encode_frame(JOINED, room.id, client.id)
+        for member in room.members.values():
+            self._introduce(client, member)
+            self._send(member, joined)
+        room.members[client.id] = client
+        client.rooms[room.id] = room
+        client.routes[room.id] = room.members.values()
+        self._send(client, encode_frame(ROOM, room.id, name, list(room.members)))
+
+    def _on_leave(self, client, now, number: int) -> None:
+        room = client.rooms.get(number)
+        if room is not None:
+            self._leave_room(client, room)
+
+    def _leave_room(self, client: RelayClient, room: RelayRoom) -> None:
+        del room.members[client.id], client.rooms[room.id], client.routes[room.id]
+        left = encode_frame(LEFT, room.id, client.id)
+        for member in room.members.values():
+            self._send(member, left)
+        if not room.members:
+            del self.rooms[room.name]
+
+    def _on_lookup(self, client, now, name: str) -> None:
+        skeleton = name_skeleton(name)
+        found = self.by_name.get(skeleton)
+        if found is not None and found.name == name and not found.closing:
+            self._introduce(client, found)
+            return
+        self._send(client, encode_frame(ABSENT, name))
+        if len(client.watches) < MAX_WATCHES_EACH:
+            client.watches.add(skeleton)
+            self.watchers.setdefault(skeleton, set()).add(client)
+
+    def _on_list(self, client, now) -> None:
+        rooms = [(room.name, len(room.members)) for room in self.rooms.values()]
+        self._send(client, encode_frame(ROOMS, rooms[:4096]))
+
+    def _on_ping(self, client, now) -> None:
+        self._send(client, encode_frame(PONG))
+
+    def _on_invite(self, client, now, invitation: bytes, gate: bytes, uses: int, expires: int):
+        if self.gatekeeper.mode == "invite":
+            self.gatekeeper.invite(invitation, gate, uses, expires, now)
+        self._send(client, encode_frame(INVITED, invitation))
+
+    def _on_bye(self, client, now) -> None:
+        client.closing = "BYE"
+
+
+_LENGTH = struct.Struct(">I")
+
+
+# ==================================================================================================
+# Part 9. Delivery and rooms | pure | uses 1-4, 6, 7
+#
+# What a client remembers beyond one connection: which messages somebody has not confirmed, and,
+# for each room, who is in it, whose word on its keys counts, and who is let in. Both speak to
+# the world through the client machine they are given (Part 10), never to a socket.
+# ==================================================================================================
+
+DIRECT_STREAM = bytes(32)  # in acknowledgements: what came through the pairwise session
+
+
+class Outgoing(Record):
+    """One message of one's own. `pending` and `done` map fingerprints to names."""
+
+    __slots__ = ("id", "room", "kind", "text", "created", "deadline", "pending", "done", "answered")
+
+
+class Delivery:
+    """Own messages that somebody has not confirmed yet.
+
+    `owed` holds, for each person, what still has to go to that person alone, in order, once
+    there is a session; `streams` what went out, so that acknowledgements find it.
+    """
+
+    def __init__(self, emit):
+        self._emit = emit
+        self.open: dict = {}  # id -> Outgoing, oldest first
+        self.owed: dict = {}  # fingerprint -> {id: Outgoing}
+        self._streams: dict = {}  # stream key -> {counter: Outgoing}
+        self._acked: dict = {}  # (fingerprint, stream) -> count
+
+    def add(self, message: Outgoing) -> None:
+        self.open[message.id] = message
+
+    def owe(self, message: Outgoing, fingerprint: bytes) -> None:
+        self.owed.setdefault(fingerprint, {})[message.id] = message
+
+    def take_owed(self, fingerprint: bytes) -> list:
+        return list(self.owed.pop(fingerprint, {}).values())
+
+    def record(self, stream, counter: int, message: Outgoing) -> None:
+        """Notes where `message` went out; `stream` is an epoch id or a person's bundle hash."""
+        self._streams.setdefault(stream, {})[counter] = message
+
+    def acknowledge(self, fingerprint: bytes, stream: bytes, count: int, missing: list) -> None:
+        """A person has all of a stream below `count` but those in `missing`."""
+        sent = self._streams.get(stream, {})
+        already = self._acked.get((fingerprint, stream), 0)
+        count = min(count, max(sent, default=-1) + 1)
+        absent = set(missing)
+        for counter in range(already, count):
+            message = sent.get(counter)
+            if message is not None and counter not in absent:
+                self.settle(message, fingerprint)
+                if not message.pending:
+                    del sent[counter]
+        if count > already:
+            self._acked[fingerprint, stream] = count
+
+    def settle(self, message: Outgoing, fingerprint: bytes) -> None:
+        if fingerprint in message.pending:
+            message.done[fingerprint] = message.pending.pop(fingerprint)
+        if not message.pending and self.open.pop(message.id, None):
+            self._emit("delivered", id=message.id.hex(), by=sorted(message.done.values()))
+
+    def person_gone(self, fingerprint: bytes) -> None:
+        """That person's connection ended: what is unconfirmed is owed to the next one."""
+        for message in self.open.values():
+            if fingerprint in message.pending:
+                self.owe(message, fingerprint)
+
+    def connection_lost(self) -> None:
+        self._streams.clear()
+        self._acked.clear()
+        for message in self.open.values():
+            for fingerprint in message.pending:
+                self.owe(message, fingerprint)
+
+    def postpone(self, seconds: float) -> None:
+        """The time without a connection does not count."""
+        for message in self.open.values():
+            message.deadline += seconds
+
+    def next_deadline(self):
+        return next(iter(self.open.values())).deadline if self.open else None
+
+    def expire(self, now: float) -> None:
+        """Reports what was not confirmed in time."""
+        for message in [m for m in self.open.values() if m.deadline <= now]:
+            self.give_up(message)
+
+    def give_up(self, message: Outgoing) -> None:
+        del self.open[message.id]
+        for fingerprint in message.pending:
+            self.owed.get(fingerprint, {}).pop(message.id, None)
+        if message.done:
+            self._emit("delivered", id=message.id.hex(), by=sorted(message.done.values()))
+        self._emit("undelivered", id=message.id.hex(), to=sorted(message.pending.values()))
+
+
+class Voucher(Record):
+    """An invitation that a member made: its holder may enter the room even when it is locked.
+
+    `told` holds the bundles that know of our own invitation; None for somebody else's.
+    """
+
+    __slots__ = ("proof", "uses", "expires", "used_by", "told")
+
+
+class RoomKeeper:
+    """One room as one of its members keeps it.
+
+    `last` is the newest announcement this client accepted, over all connections; `epoch` its keys
+    on this connection. The admin is the first of the roster. `stale` means that somebody of the
+    roster is gone, so that nothing may be sent before the next epoch.
+    """
+
+    def __init__(self, machine, name: str):
+        self.machine, self.name = machine, name
+        self.last: Announcement | None = None
+        self.last_id = NO_EPOCH
+        self.is_ready = False  # whether `ready` was emitted
+        self.earlier: set = set()  # identities that were members before
+        self.admitted: set = set()  # identities let in by hand
+        self.vouchers: dict = {}  # invitation id -> Voucher
+        self.waiting: list = []  # own messages typed before there was a key
+        self.left: set = set()  # members of the last roster who were reported as gone
+        self.locked, self.bans, self.mutes = False, set(), set()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Forgets whatever belonged to the connection."""
+        self.id = None
+        self.members: dict = {}  # client id -> Person or None (oneself), in the server's order
+        self.epoch: RoomEpoch | None = None
+        self.old_epochs: list = []  # (RoomEpoch, until)
+        self.stale = False
+        self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
+        self.gone_on_purpose: set = set()
+        self.awaited: dict = {}  # fingerprint -> when its absence will count
+        self.requests: dict = {}  # fingerprint -> Person, to be admitted by hand
+        self.joining: dict = {}  # fingerprint -> Person, admitted with the next epoch
+        self.removed: set = set()  # bundle hashes
+        self.early: list = []  # (when, person, payload) of an epoch not known yet
+        self.held: tuple = ()  # an announcement whose acceptance must wait
+        self.since = self.changed_at = 0.0
+        self.rekey_at = None
+        self.rekeyed_at = float("-inf")
+
+    # Who is there
+
+    def enter(self, number: int, members: dict, now: float) -> None:
+        """The server let us into the room; `members` in its order, oneself as None."""
+        self.id, self.members, self.since, self.changed_at = number, members, now, now
+        if self.last is not None:
+            others = [m for m in self.last.roster if m.fingerprint != self.own]
+            self.awaited = {m.fingerprint: now + TAKEOVER_SECONDS for m in others}
+
+    @property
+    def own(self) -> bytes:
+        return self.machine.identity.fingerprint
+
+    def present(self) -> dict:
+        """Fingerprint -> Person for everybody the server shows here, oneself as None."""
+        return {(p.fingerprint if p else self.own): p for p in self.members.values()}
+
+    def roster(self) -> list:
+        return self.last.roster if self.last else []
+
+    def admin_name(self) -> str:
+        return self.roster()[0].name if self.last else ""
+
+    def is_admin(self) -> bool:
+        return self.epoch is not None and self.roster()[0].fingerprint == self.own
+
+    def is_member(self, fingerprint: bytes) -> bool:
+        return any(member.fingerprint == fingerprint for member in self.roster())
+
+    def person_joined(self, number: int, person, now: float) -> None:
+        self.members[number] = person
+        self.gone_on_purpose.discard(person.fingerprint)
+        self.changed_at = now
+
+    def person_left(self, number: int, now: float) -> None:
+        person = self.members.pop(number, None)
+        if person is None or any(
+            p and p.fingerprint == person.fingerprint for p in self.members.values()
+        ):
+            return
+        self.changed_at = now
+        for waiting in (self.requests, self.joining, self.claims):
+            waiting.pop(person.fingerprint, None)
+        if self.epoch is not None and person.hash in self.epoch.members:
+            self.stale = True
+            self._report_left(person)
+        self.review(now)
+
+    def _report_left(self, who) -> None:
+        if who.fingerprint not in self.left:
+            self.left.add(who.fingerprint)
+            self._emit_person("left", who)
+
+    def _emit_person(self, event: str, who) -> None:
+        self.machine.emit(
+            event, name=who.name, fingerprint=fingerprint_text(who.fingerprint), room=self.name
+        )
+
+    def greeted(self, person, number: int, epoch: bytes, now: float) -> None:
+        """A person says, inside the session, to be in this room, and which epoch it knows."""
+        if person.id not in self.members:
+            return
+        self.claims[person.fingerprint] = (number, epoch)
+        if self.is_admin():
+            self._consider(person, now)
+        self.review(now)
+
+    def said_farewell(self, person, now: float) -> None:
+        self.gone_on_purpose.add(person.fingerprint)
+        self.awaited.pop(person.fingerprint, None)
+
+    # Whom to admit (the admin's part)
+
+    def _consider(self, person, now: float) -> None:
+        key = person.fingerprint
+        if person.hash in self.epoch.members:
+            self._heal(person, now)
+        elif key in self.bans:
+            self.machine.send(person, REMOVED, self.name, 1)
+        elif person.hash not in self.removed and self._may_enter(person, now):
+            self.requests.pop(key, None)
+            self.joining[key] = person
+            self.schedule(now)
+        elif key not in self.requests and person.hash not in self.removed:
+            self.requests[key] = person
+            self.machine.send(person, REMOVED, self.name, 2)
+            self.machine.emit(
+                "request",
+                **{"from": person.name},
+                fingerprint=fingerprint_text(key),
+                room=self.name,
+            )
+
+    def _may_enter(self, person, now: float) -> bool:
+        if person.key_changed:
+            return False
+        if not self.locked or person.fingerprint in self.admitted | self.earlier:
+            return True
+        return self.machine.is_contact(person) or self._has_proof(person, now)
+
+    def _has_proof(self, person, now: float) -> bool:
+        voucher = self.vouchers.get(person.invitation)
+        if voucher is None or not same(proof_mac(voucher.proof, person.hash), person.proof):
+            return False
+        if voucher.expires and self.machine.wall_clock() > voucher.expires:
+            return False
+        if person.fingerprint not in voucher.used_by and 0 < voucher.uses <= len(voucher.used_by):
+            return False
+        voucher.used_by.add(person.fingerprint)
+        return True
+
+    def _heal(self, person, now: float) -> None:
+        """A member knows a later epoch than ours: go beyond it, so that all can follow."""
+        number, claimed = self.claims[person.fingerprint]
+        if number >= self.last.number and claimed not in (self.last_id, self.last.previous):
+            self.schedule(now)
+
+    def admit(self, name: str, now: float) -> None:
+        person = self._find_request(name)
+        self.admitted.add(person.fingerprint)
+        self._consider(person, now)
+
+    def refuse(self, name: str) -> None:
+        person = self._find_request(name)
+        del self.requests[person.fingerprint]
+        self.removed.add(person.hash)
+
+    def _find_request(self, name: str):
+        for person in self.requests.values():
+            if person.name == name:
+                return person
+        text = f"{one_line(name)} is not waiting to enter #{self.name}."
+        raise ChatError(text, "/requests shows who is.", "no-such-person")
+
+    # The admin's commands
+
+    def require_admin(self) -> None:
+        if not self.is_admin():
+            hint = f"Ask {self.admin_name()}, who is." if self.last else ""
+            raise ChatError(f"You are not the admin of #{self.name}.", hint, "denied")
+
+    def remove(self, fingerprint: bytes, ban: bool, now: float) -> None:
+        """Puts a member out; with `ban` for good."""
+        self.require_admin()
+        self.earlier.discard(fingerprint)
+        self.admitted.discard(fingerprint)
+        self.joining.pop(fingerprint, None)
+        if ban:
+            self.bans.add(fingerprint)
+        person = self.present().get(fingerprint)
+        if person is not None:
+            self.removed.add(person.hash)
+            self.machine.send(person, REMOVED, self.name, 1 if ban else 0)
+        self.stale = True
+        self.schedule(now)
+
+    def set_lock(self, locked: bool, now: float) -> None:
+        self.require_admin()
+        self.locked = locked
+        for person in list(self.requests.values()):
+            self._consider(person, now)
+        self.schedule(now)
+
+    # Whose word counts
+
+    def schedule(self, now: float) -> None:
+        """Changes close together share one epoch; the first does not wait."""
+        if self.rekey_at is None:
+            self.rekey_at = max(now, self.rekeyed_at + REKEY_GAP)
+
+    def next_deadline(self):
+        times = list(self.awaited.values())
+        if self.epoch is None and self.id is not None:
+            times += [self.since + SETTLE_SECONDS, self.changed_at + SETTLE_SECONDS]
+            times += [self.since + TAKEOVER_SECONDS]
+        elif self.is_admin():
+            times.append(self.rekeyed_at + REKEY_SECONDS)
+        if self.early:
+            times.append(self.early[0][0] + OLD_EPOCH_SECONDS)
+        if self.waiting:
+            times.append(self.rekeyed_at + OLD_EPOCH_SECONDS)
+        times = [t for t in times if t > self.machine.now]
+        if self.rekey_at is not None:
+            times.append(self.rekey_at)
+        return min(times, default=None)
+
+    def tick(self, now: float) -> None:
+        for fingerprint in [f for f, until in self.awaited.items() if until <= now]:
+            del self.awaited[fingerprint]
+            self._report_absent(fingerprint)
+        if self.is_admin() and now >= self.rekeyed_at + REKEY_SECONDS:
+            self.schedule(now)
+        if self.rekey_at is not None and now >= self.rekey_at:
+            self._announce(now)
+        self._drop_early(now)
+        self.review(now)
+
+    def _report_absent(self, fingerprint: bytes) -> None:
+        if fingerprint not in self.present():
+            self._report_left(Member(fingerprint, b"", self.machine.name_of(fingerprint)))
+
+    def review(self, now: float) -> None:
+        """Decides whether it is for us to announce an epoch."""
+        if self.id is None:
+            return
+        if self.epoch is not None:
+            if self.stale and self._is_next(self.last.fingerprints()):
+                self.schedule(now)
+        elif self.last is None:
+            if self._may_found(now):
+                self._announce(now)
+        else:
+            self._review_return(now)
+        if self.rekey_at is not None and self.rekey_at <= now:
+            self._announce(now)
+
+    def _is_next(self, fingerprints: list) -> bool:
+        return is_next_admin(fingerprints, self.own, self.present())
+
+    def _may_found(self, now: float) -> bool:
+        """The first in an empty room founds it, or, much later, whoever is left without a key."""
+        if next(iter(self.members.values())) is not None:
+            return False
+        alone = len(self.members) == 1
+        nobody_knows = all(number == 0 for number, _ in self.claims.values())
+        settled = self.changed_at == self.since or now >= self.changed_at + SETTLE_SECONDS
+        return alone and settled or nobody_knows and now >= self.changed_at + SETTLE_SECONDS
+
+    def _review_return(self, now: float) -> None:
+        """Back after a lost connection: the last admin resumes, unless the room has moved on."""
+        if self.held:
+            self._review_held(now)
+            return
+        present, ranks = self.present(), self.last.fingerprints()
+        moved = [f for f, (number, _) in self.claims.items() if number > self.last.number]
+        if moved and not self._still_here(ranks, max(map(self._rank, moved))):
+            return  # their admin will tell us
+        if not self._is_next(ranks):
+            return
+        known = [f for f in ranks if present.get(f)]
+        greeted = all(f in self.claims for f in known) or now >= self.since + SETTLE_SECONDS
+        before = ranks[: ranks.index(self.own)] if self.own in ranks else ranks
+        excused = all(f in self.gone_on_purpose for f in before)
+        if greeted and (excused or now >= self.since + TAKEOVER_SECONDS):
+            self._announce(now)
+
+    def _rank(self, fingerprint: bytes) -> int:
+        ranks = self.last.fingerprints()
+        return ranks.index(fingerprint) if fingerprint in ranks else len(ranks)
+
+    def _still_here(self, ranks: list, rank: int) -> list:
+        """Others ranked before `rank` who are back and, like us, know nothing newer."""
+        back = (f for f in ranks[:rank] if f != self.own and f in self.present())
+        return [f for f in back if self.claims.get(f, (0,))[0] <= self.last.number]
+
+    # Epochs
+
+    def _announce(self, now: float) -> None:
+        """Makes the next epoch and hands it to all who are in it."""
+        if self.epoch is not None and not self._is_next(self.last.fingerprints()):
+            self.rekey_at = None
+            return
+        said = self._next_announcement()
+        encoded, signature, key = create_announcement(said, self.machine.keys.signer)
+        recipients = [p for p in self.present().values() if p and self._is_in(said, p)]
+        self.claims.update({p.fingerprint: (said.number, epoch_id(encoded)) for p in recipients})
+        self.joining.clear()
+        self._install(said, encoded, key, now)
+        for person in recipients:
+            self.machine.send(person, EPOCH, encoded, signature, key)
+        for person in list(self.present().values()):
+            if person is not None and person.fingerprint in self.claims:
+                self._consider(person, now)
+
+    def _is_in(self, said: Announcement, person) -> bool:
+        return any(member.bundle == person.hash for member in said.roster)
+
+    def _next_announcement(self) -> Announcement:
+        present = self.present()
+        roster = [Member(self.own, self.machine.keys.bundle.hash, self.machine.name)]
+        order = self.last.fingerprints() if self.last else []
+        for fingerprint in [*order, *self.joining]:
+            person = present.get(fingerprint)
+            if person is None or not person.confirmed or person.hash in self.removed:
+                continue
+            if fingerprint in self.claims and all(fingerprint != m.fingerprint for m in roster):
+                roster.append(Member(fingerprint, person.hash, person.name))
+        claimed = [number for number, _ in self.claims.values() if number < 1 << 62]
+        number = max([self.last.number if self.last else 0, *claimed]) + 1
+        lists = (sorted(self.bans), sorted(self.mutes), self.locked)
+        return Announcement(self.name, number, self.last_id, roster, *lists)
+
+    def receive_epoch(
+        self, person, encoded: bytes, signature: bytes, key: bytes, now: float
+    ) -> None:
+        """An announcement came from `person`; it is installed if that person may make it."""
+        said = consume_announcement(encoded, signature, key, person.bundle)
+        if said.room != self.name or all(
+            m.bundle != self.machine.keys.bundle.hash for m in said.roster
+        ):
+            raise RemoteProtocolError(f"{person.name} announced #{said.room} without us in it.")
+        if self.last is not None and said.number <= self.last.number:
+            self._refuse_epoch(person, "an epoch that is not newer than ours")
+        elif self.epoch is not None:
+            self._continue_epoch(person, said, encoded, key, now)
+        elif self.last is not None:
+            self.held = (person, said, encoded, key)
+            self._review_held(now)
+        else:
+            self._install(said, encoded, key, now)
+
+    def _refuse_epoch(self, person, why: str) -> None:
+        self.machine.greet(person, again=True)
+        text = f"{person.name} announced {why} for #{self.name}: refused."
+        self.machine.alarm(text, "The server, or that person, may be trying to take the room over.")
+
+    def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
+        if not is_next_admin(self.last.fingerprints(), person.fingerprint, self.present()):
+            self._refuse_epoch(person, "an epoch out of turn")
+            return
+        if said.previous != self.last_id:
+            text = f"{person.name} continued #{self.name} from another past than ours (a fork)."
+            self.machine.alarm(text, "Compare /names with the others.")
+        self._install(said, encoded, key, now)
+
+    def _review_held(self, now: float) -> None:
+        """Whether an announcement made while we were away is to be believed yet."""
+        person, said, encoded, key = self.held
+        ranks = self.last.fingerprints()
+        rank = self._rank(person.fingerprint)
+        before = [f for f in ranks[:rank] if f != self.own]
+        if self._still_here(ranks, rank) and all(
+            f in self.claims for f in before if f in self.present()
+        ):
+            self.held = ()
+            self._refuse_epoch(person, "itself admin out of turn")
+        elif all(self._has_moved(f) for f in before) or now >= self.since + SETTLE_SECONDS:
+            self.held = ()
+            if rank > 0:
+                text = f"{said.roster[0].name} became admin of #{self.name} while you were away."
+                self.machine.emit("notice", text=text, room=self.name)
+            self._install(said, encoded, key, now)
+
+    def _has_moved(self, fingerprint: bytes) -> bool:
+        gone = fingerprint in self.gone_on_purpose
+        return gone or self.claims.get(fingerprint, (0,))[0] > self.last.number
+
+    def _install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
+        before = self.last
+        if self.epoch is not None:
+            self.old_epochs = [e for e in self.old_epochs if e[1] > now]
+            self.old_epochs.append((self.epoch, now + OLD_EPOCH_SECONDS))
+        self.epoch = RoomEpoch(said, encoded, key)
+        self.last, self.last_id = said, self.epoch.id
+        self.locked, self.bans, self.mutes = said.locked, set(said.bans), set(said.mutes)
+        self.rekey_at, self.rekeyed_at, self.held = None, now, ()
+        self.earlier.update(said.fingerprints())
+        self.stale = not self._all_here(said)
+        self._emit_changes(before, said)
+        self._retry_early(now)
+        self.machine.room_rekeyed(self, now)
+        if self.stale:
+            self.review(now)
+
+    def _all_here(self, said: Announcement) -> bool:
+        present = self.present()
+        return all(member.fingerprint in present for member in said.roster)
+
+    def _emit_changes(self, before, said: Announcement) -> None:
+        was = {m.fingerprint: m for m in before.roster} if before else {}
+        now_in = {m.fingerprint: m for m in said.roster}
+        emit = self.machine.emit
+        if not self.is_ready:
+            self.is_ready = True
+            emit("ready", **self.machine.ready_fields(self))
+            self.machine.check_inviter(self)
+            return
+        for fingerprint, member in was.items():
+            if fingerprint not in now_in and fingerprint not in self.awaited:
+                self._report_left(member)
+        for fingerprint, member in now_in.items():
+            back = self.awaited.pop(fingerprint, None) and fingerprint not in self.left
+            if (fingerprint not in was or fingerprint in self.left) and not back:
+                self._emit_person("joined", member)
+            self.left.discard(fingerprint)
+        members = self.machine.member_fields(said.roster)
+        emit("rekeyed", room=self.name, epoch=said.number, admin=self.admin_name(), members=members)
+
+    # Messages
+
+    def recipients(self) -> dict:
+        """Fingerprint -> name of all whom a message typed now is meant for."""
+        people = {m.fingerprint: m.name for m in self.roster() if m.fingerprint not in self.left}
+        people.update({f: self.machine.name_of(f) for f in self.awaited})
+        people.pop(self.own, None)
+        return people
+
+    def can_send(self, now: float) -> bool:
+        """Whether the room's key may be used: nobody has left, nobody still waits for old lines."""
+        if self.epoch is None or self.stale or self.id is None:
+            return False
+        if now >= self.rekeyed_at + OLD_EPOCH_SECONDS:
+            return True
+        return not any(self.machine.delivery.owed.get(m.fingerprint) for m in self.roster())
+
+    def open(self, person, payload: bytes, now: float):
+        """(epoch id, counter, missing, content), or None while its epoch is not known yet."""
+        for epoch, until in [(self.epoch, now), *reversed(self.old_epochs)]:
+            if epoch is not None and epoch.id == payload[:32]:
+                if now > until or not self._counts(epoch, person):
+                    raise RemoteProtocolError(f"A message from {person.name} came too late.")
+                return (epoch.id, *epoch.open(person.bundle, payload))
+        if payload[:32] == (self.last.previous if self.last else NO_EPOCH):
+            return None  # from just before we came in
+        if len(self.early) < MAX_SKIPPED_KEYS:
+            self.early.append((now, person, payload))
+        return None
+
+    def _counts(self, epoch: RoomEpoch, person) -> bool:
+        return epoch is self.epoch or person.hash in self.epoch.members
+
+    def _retry_early(self, now: float) -> None:
+        waiting, self.early = self.early, []
+        for since, person, payload in waiting:
+            if payload[:32] == self.epoch.id:
+                self.machine.receive_room(self, person, payload, now)
+            elif payload[:32] != self.last.previous:
+                self.early.append((since, person, payload))
+
+    def _drop_early(self, now: float) -> None:
+        while self.early and now >= self.early[0][0] + OLD_EPOCH_SECONDS:
+            _, person, _ = self.early.pop(0)
+            if self.is_ready:
+                text = f"{person.name} wrote to #{self.name} with a key we were not given."
+                self.machine.alarm(
+                    text, "You may have been shown different members: compare /names."
+                )
+
+
+# ==================================================================================================
+# Part 10. Client machine | pure | uses 1-7, 9
+#
+# The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and bytes
+# for the server out. It outlives connections; time comes in as `now` (seconds, monotonic). What a
+# server or a person sends wrongly becomes an `error` event, never an exception.
+# ==================================================================================================
+
+FLIGHT, MESSAGE = b"\x01", b"\x02"  # what a direct payload begins with
+SHOWN_MOST = 65536  # remembered ids of messages that were shown
+
+
+class Person:
+    """Somebody present on the server, as their bundle says."""
+
+    __slots__ = (
+        "id", "bundle", "session", "confirmed", "backlog", "invitation", "proof",
+        "key_changed", "told", "texts_sent", "streams", "unacknowledged", "acked_at",
+    )  # fmt: skip
+
+    def __init__(self, number: int, bundle: Bundle):
+        self.id, self.bundle, self.session, self.confirmed = number, bundle, None, False
+        self.backlog: list = []  # contents that wait for the session to be confirmed
+        self.invitation, self.proof = bytes(8), bytes(32)
+        self.key_changed = False
+        self.told: list = []  # the rooms in our last HELLO
+        self.texts_sent = 0
+        self.streams: dict = {}  # stream -> [count, missing], as far as received from them
+        self.unacknowledged: set = set()  # streams
+        self.acked_at = float("-inf")
+
+    @property
+    def fingerprint(self) -> bytes:
+        return self.bundle.fingerprint
+
+    @property
+    def hash(self) -> bytes:
+        return self.bundle.hash
+
+    @property
+    def name(self) -> str:
+        return self.bundle.name
+
+
+class ClientMachine:
+    """One person's side of one server."""
+
+    def __init__(self, identity: Identity, name: str, wall_clock, token: Token | None = None):
+        self.identity, self.name, self.wall_clock, self.token = identity, name, wall_clock, token
+        self.events: list = []
+        self.delivery = Delivery(self.emit)
+        self.rooms: dict = {}  # name -> RoomKeeper
+        self.known: dict = {}  # name -> fingerprint, as met on this server
+        self.verified: set = set()  # fingerprints compared by safety number
+        self.names: dict = {}  # fingerprint -> name
+        self.server, self.server_address, self.mode = b"", "", ""
+        self.now = 0.0
+        self.was_online = False
+        self.fatal = ""  # a reason for `closed` after which no reconnecting helps
+        self.lost_at = None
+        self.spare_names: list = []  # to be tried if the server says `name-taken`
+        self.renamed = False
+        self._shown: dict = {}  # (fingerprint, id) -> hash of the content
+        self._lookups: dict = {}  # name -> [Outgoing] for somebody not yet looked up
+        self._tokens: dict = {}  # invitation id -> (Token, room) waiting for the server
+        self._alarms: dict = {}  # text -> when
+        self._reset()
+
+    def _reset(self) -> None:
+        """Everything that belongs to one connection."""
+        self.phase = "offline"
+        self.id, self.keys = 0, None
+        self.broken = ""  # why this connection must be given up
+        self.people: dict = {}  # id -> Person
+        self.room_ids: dict = {}  # id -> RoomKeeper
+        self._frames = FrameBuffer()
+        self._output: list = []
+        self._starting: list = []  # people to begin a session with
+        self._ack_people: dict = {}
+        self._ack_at = None
+        self.heard_at = self.sent_at = self.now
+
+    # Events
+
+    def emit(self, event: str, **fields) -> None:
+        self.events.append({"event": event, **fields})
+
+    def take_events(self) -> list:
+        events, self.events = self.events, []
+        return events
+
+    def alarm(self, text: str, hint: str = "") -> None:
+        """Something that must not happen between honest people and an honest server."""
+        if self.now - self._alarms.get(text, float("-inf")) < 5:
+            return
+        self._alarms[text] = self.now
+        while len(self._alarms) > 256:
+            del self._alarms[next(iter(self._alarms))]
+        self.emit("error", code="protocol", text=f"{text} {hint}".strip())
+
+    def member_fields(self, roster: list) -> list:
+        return [
+            {
+                "name": member.name,
+                "fingerprint": fingerprint_text(member.fingerprint),
+                "verified": self.is_verified(member.fingerprint),
+            }
+            for member in roster
+        ]
+
+    def is_verified(self, fingerprint: bytes) -> bool:
+        return fingerprint in self.verified or fingerprint == self.identity.fingerprint
+
+    def ready_fields(self, room: RoomKeeper) -> dict:
+        return {
+            "name": self.name,
+            "fingerprint": fingerprint_text(self.identity.fingerprint),
+            "server": self.server_address,
+            "server_fingerprint": fingerprint_text(self.server),
+            "room": room.name,
+            "members": self.member_fields(room.roster()),
+            "admin": room.admin_name(),
+        }
+
+    # The connection
+
+    def connection_made(self, server: bytes, address: str, now: float) -> None:
+        """A TLS connection to the server with this fingerprint stands."""
+        self.now = now
+        self._reset()
+        self.phase, self.server, self.server_address = "greeting", server, address
+
+    def connection_lost(self, now: float) -> None:
+        self.now = now
+        if self.phase == "online" and self.lost_at is None:
+            self.lost_at = now
+        self._reset()
+        for room in self.rooms.values():
+            room.disconnect()
+            if room.last is not None:
+                room.waiting.clear()  # from now on owed to each of them alone
+        self.delivery.connection_lost()
+        for messages in self._lookups.values():
+            for message in messages:
+                self._answer(message, "queued")
+
+    def take_output(self) -> bytes:
+        output, self._output = b"".join(self._output), []
+        if output:
+            self.sent_at = self.now
+        return output
+
+    def _send_frame(self, kind: int, *values) -> None:
+        self._output.append(encode_frame(kind, *values))
+
+    def receive_data(self, data: bytes, now: float) -> None:
+        """Takes the server's next bytes, in pieces of any size."""
+        self.now = self.heard_at = now
+        try:
+            for kind, body in self._frames.receive_data(data):
+                values = decode_frame(kind, body)
+                handler = _CLIENT_HANDLERS.get(kind)
+                if handler is None or self.broken:
+                    raise RemoteProtocolError(f"The server sent a frame of kind {kind}.")
+                handler(self, *values)
+        except RemoteProtocolError as error:
+            self.broken = self.broken or error.text
+        self._settle()
+
+    def tick(self, now: float) -> None:
+        """Does what is due; see next_deadline."""
+        self.now = now
+        if self.phase == "online":
+            for room in list(self.rooms.values()):
+                room.tick(now)
+            self.delivery.expire(now)
+            if now - self.heard_at >= SILENCE_SECONDS:
+                self.broken = "The server has been silent for too long."
+            elif now - self.sent_at >= PING_SECONDS:
+                self._send_frame(PING)
+                self.sent_at = now
+        self._settle()
+
+    def _settle(self) -> None:
+        """After any input: begin sessions, send what can go now, acknowledge."""
+        for person in self._starting:
+            if person.id in self.people:
+                self._initiate(person)
+        self._starting = []
+        for room in self.rooms.values():
+            self._flush_room(room)
+        self._send_acknowledgements()
+
+    def next_deadline(self):
+        """When `tick` should be called again, or None."""
+        if self.phase != "online":
+            return None
+        times = [room.next_deadline() for room in self.rooms.values()]
+        times += [self.delivery.next_deadline(), self._ack_at, self.sent_at + PING_SECONDS]
+        times.append(self.heard_at + SILENCE_SECONDS)
+        return min(t for t in times if t is not None)
+
+    def _on_greeting(self, nonce: bytes, mode: int) -> None:
+        if self.phase != "greeting" or mode >= len(AUTH_MODES):
+            raise RemoteProtocolError("The server's greeting is not as it should be.")
+        self.phase, self.mode = "login", AUTH_MODES[mode]
+        self.keys = create_bundle(self.identity, self.name, self.server, nonce)
+        invitation, mac = bytes(8), bytes(32)
+        if self.token is not None and self.token.secret:
+            derived = derive_invitation(self.token.secret)
+            invitation, mac = derived.id, gate_mac(derived.gate, self.keys.bundle.hash)
+        self._send_frame(LOGIN, self.keys.encoded, invitation, mac)
+
+    def _on_welcome(self, number: int) -> None:
+        if self.phase != "login":
+            raise RemoteProtocolError("The server's welcome came at the wrong time.")
+        self.phase, self.id = "online", number
+        if self.lost_at is not None:
+            self.delivery.postpone(self.now - self.lost_at)
+            self.lost_at = None
+        self.was_online = True
+        self.emit("_online")
+        for name in self.rooms:
+            self._send_frame(JOIN, name)
+        owed = {self.name_of(fingerprint) for fingerprint in self.delivery.owed}
+        for name in sorted(owed | set(self._lookups)):
+            self._send_frame(LOOKUP, name)
+
+    def _on_refused(self, code: str, text: str) -> None:
+        self.broken = text
+        if code == "name-taken" and self.spare_names:
+            taken, self.name, self.renamed = self.name, self.spare_names.pop(0), True
+            self.emit("notice", text=f"The name {taken} is taken here; trying {self.name}.")
+            return
+        self.fatal = "denied" if code in ("denied", "not-invited") else "error"
+        self.emit("error", code=one_line(code), text=one_line(text))
+
+    def _on_closed(self, reason: str, text: str) -> None:
+        if reason in ("kicked", "banned", "denied", "server-closed", "replaced", "rate-limited"):
+            self.fatal = (
+                reason if reason in ("kicked", "banned", "denied", "server-closed") else "error"
+            )
+        if text:
+            code = {"kicked": "denied", "banned": "denied", "rate-limited": reason}.get(
+                reason, "protocol"
+            )
+            self.emit(
+                "notice" if reason == "server-closed" else "error", code=code, text=one_line(text)
+            )
+        self.broken = one_line(text) or reason
+
+    def _on_pong(self) -> None:
+        pass
+
+    # People
+
+    def name_of(self, fingerprint: bytes) -> str:
+        return self.names.get(fingerprint, fingerprint.hex()[:8])
+
+    def find_person(self, name: str) -> Person | None:
+        wanted = name.lstrip("@").partition("~")[0]
+        found = [p for p in self.people.values() if p.name == wanted]
+        return found[-1] if found else None
+
+    def is_contact(self, person: Person) -> bool:
+        return person.fingerprint in self.verified
+
+    def _on_present(self, number: int, encoded: bytes) -> None:
+        try:
+            bundle = consume_bundle(encoded, self.server)
+        except ChatError as error:
+            self.alarm(f"The server showed keys that are not valid: {error.text}")
+            return
+        if number == self.id or number in self.people or bundle.hash == self.keys.bundle.hash:
+            self.alarm("The server showed somebody's keys twice.")
+            return
+        if bundle.fingerprint == self.identity.fingerprint:
+            return  # oneself on an older connection
+        person = self.people[number] = Person(number, bundle)
+        self._check_known(person)
+        self._starting.append(person)
+
+    def _check_known(self, person: Person) -> None:
+        old = self.known.get(person.name)
+        if old is None:
+            self.known[person.name] = person.fingerprint
+            self.emit("_known", name=person.name, fingerprint=person.fingerprint)
+        elif old != person.fingerprint:
+            person.key_changed = True
+            new = fingerprint_text(person.fingerprint)
+            self.emit("key-changed", name=person.name, old=fingerprint_text(old), new=new)
+        self.names[person.fingerprint] = person.name
+
+    def accept_key(self, name: str) -> None:
+        person = self._require_person(name)
+        if person.key_changed:
+            person.key_changed = False
+            self.known[person.name] = person.fingerprint
+            self.emit("_known", name=person.name, fingerprint=person.fingerprint)
+            self._flush_owed(person)
+            for room in self.rooms.values():
+                if room.is_admin() and person.id in room.members:
+                    room.greeted(
+                        person, *room.claims.get(person.fingerprint, (0, NO_EPOCH)), self.now
+                    )
+        self.emit("notice", text=f"The key of {person.name} is accepted.", name=person.name)
+
+    def _require_person(self, name: str) -> Person:
+        person = self.find_person(name)
+        if person is None:
+            text = f"{one_line(name)[:40]} is not here."
+            raise ChatError(text, "/names shows who is.", "no-such-person")
+        return person
+
+    def _on_gone(self, number: int) -> None:
+        person = self.people.pop(number, None)
+        if person is None:
+            return
+        for room in self.rooms.values():
+            if number in room.members:
+                room.person_left(number, self.now)
+        self.delivery.person_gone(person.fingerprint)
+        self._ack_people.pop(person, None)
+        for other in self.people.values():
+            if other.fingerprint == person.fingerprint:
+                self._flush_owed(other)  # already back on another connection
+        if self.delivery.owed.get(person.fingerprint):
+            self._send_frame(LOOKUP, person.name)
+
+    def _on_absent(self, name: str) -> None:
+        for message in self._lookups.pop(name, ()):
+            if not message.pending:
+                text = f"{one_line(name)[:40]} is not on this server."
+                self.emit("error", code="no-such-person", text=text + " /names shows who is.")
+
+    # Sessions
+
+    def _initiate(self, person: Person) -> None:
+        if person.session is not None or self.keys.bundle.hash > person.hash:
+            return  # it is for the other side to begin
+        flight, person.session = create_initiation(self.keys, person.bundle)
+        hello = self._hello(person, answer=True)
+        self._send_payload(person, FLIGHT + flight + person.session.encrypt(pad(hello)))
+
+    def _send_payload(self, person: Person, payload: bytes) -> None:
+        self._output.append(encode_data(person.id, self.id, payload))
+
+    def send(self, person: Person, kind: int, *values) -> None:
+        """Sends one content to one person, as soon as the session with them is confirmed."""
+        content = encode_content(kind, *values)
+        if person.confirmed:
+            self._send_payload(person, MESSAGE + person.session.encrypt(pad(content)))
+        else:
+            person.backlog.append((kind, values))
+
+    def _hello(self, person: Person, answer: bool) -> bytes:
+        shared = [room for room in self.rooms.values() if person.id in room.members]
+        states = [(r.name, r.last.number if r.last else 0, r.last_id) for r in shared]
+        person.told = [room.name for room in shared]
+        invitation, proof = bytes(8), bytes(32)
+        if self.token is not None and self.token.secret:
+            derived = derive_invitation(self.token.secret)
+            invitation, proof = derived.id, proof_mac(derived.proof, self.keys.bundle.hash)
+        return encode_content(HELLO, int(answer), states, invitation, proof)
+
+    def greet(self, person: Person, again: bool = False) -> None:
+        """Tells a person which rooms we share, if that is news."""
+        shared = [room.name for room in self.rooms.values() if person.id in room.members]
+        if person.confirmed and (again or shared != person.told):
+            hello = self._hello(person, answer=False)
+            self._send_payload(person, MESSAGE + person.session.encrypt(pad(hello)))
+
+    def _on_data(self, destination: int, source: int, payload: bytes) -> None:
+        person = self.people.get(source)
+        room = self.room_ids.get(destination)
+        if person is None or (destination != self.id and room is None):
+            return  # from before a leave: the relay and we crossed
+        try:
+            if room is not None:
+                self.receive_room(room, person, payload, self.now)
+            else:
+                self._receive_direct(person, payload)
+        except ChatError as error:
+            self.alarm(f"From {person.name}: {error.text}")
+
+    def _receive_direct(self, person: Person, payload: bytes) -> None:
+        if payload[:1] == FLIGHT:
+            content = self._consume_flight(person, payload[1:])
+        elif payload[:1] == MESSAGE and person.session is not None:
+            content = unpad(person.session.decrypt(payload[1:]))
+        else:
+            raise RemoteProtocolError("A message came before its session.")
+        if not person.confirmed:
+            person.confirmed = True
+            self._confirmed(person)
+        kind, values = decode_content(content)
+        _CONTENT_HANDLERS[kind](self, person, *values)
+
+    def _consume_flight(self, person: Person, data: bytes) -> bytes:
+        if person.session is not None:
+            raise RemoteProtocolError("A session was begun a second time.")
+        flight, message = data[:FLIGHT_SIZE], data[FLIGHT_SIZE:]
+        session = consume_initiation(flight, self.identity, self.keys, person.bundle)
+        content = unpad(session.decrypt(message))
+        person.session = session
+        return content
+
+    def _confirmed(self, person: Person) -> None:
+        backlog, person.backlog = person.backlog, []
+        for kind, values in backlog:
+            self.send(person, kind, *values)
+        for name, messages in list(self._lookups.items()):
+            if name == person.name:
+                for message in messages:
+                    message.pending = {person.fingerprint: person.name}
+                    self.delivery.add(message)
+                    self.delivery.owe(message, person.fingerprint)
+                del self._lookups[name]
+        self._flush_owed(person)
+
+    def _content_hello(self, person: Person, answer, states, invitation, proof) -> None:
+        person.invitation, person.proof = invitation, proof
+        self.greet(person, again=bool(answer))
+        for name, number, epoch in states:
+            if name in self.rooms:
+                self.rooms[name].greeted(person, number, epoch, self.now)
+
+    # Rooms
+
+    def join(self, name: str) -> None:
+        if name not in self.rooms:
+            self.rooms[name] = RoomKeeper(self, name)
+            if self.phase == "online":
+                self._send_frame(JOIN, name)
+
+    def leave(self, name: str) -> None:
+        room = self.require_room(name)
+        for person in room.members.values():
+            if person is not None:
+                self.send(person, FAREWELL, [name])
+        if room.id is not None:
+            self._send_frame(LEAVE, room.id)
+        self._drop_room(room)
+
+    def _drop_room(self, room: RoomKeeper) -> None:
+        del self.rooms[room.name]
+        self.room_ids.pop(room.id, None)
+        for message in room.waiting:
+            self.delivery.give_up(message)
+
+    def require_room(self, name: str) -> RoomKeeper:
+        if name not in self.rooms:
+            text = f"You are not in #{one_line(name)[:40]}."
+            raise ChatError(text, "/join NAME enters a room, /rooms lists them.", "usage")
+        return self.rooms[name]
+
+    def _on_room(self, number: int, name: str, ids: list) -> None:
+        room = self.rooms.get(name)
+        if room is None:
+            self._send_frame(LEAVE, number)
+            return
+        if room.id is not None or number in self.room_ids or self.id not in ids:
+            raise RemoteProtocolError("The server's list of a room is not as it should be.")
+        members = {i: self.people.get(i) for i in ids if i == self.id or i in self.people}
+        self.room_ids[number] = room
+        room.enter(number, members, self.now)
+        for person in members.values():
+            if person is not None:
+                self.greet(person)
+        room.review(self.now)
+
+    def _on_joined(self, number: int, client: int) -> None:
+        room, person = self.room_ids.get(number), self.people.get(client)
+        if room is not None and person is not None and client not in room.members:
+            room.person_joined(client, person, self.now)
+            self.greet(person)
+
+    def _on_left(self, number: int, client: int) -> None:
+        room = self.room_ids.get(number)
+        if room is not None and client != self.id:
+            room.person_left(client, self.now)
+            if client in self.people and self.people[client].told:
+                person = self.people[client]
+                person.told = [name for name in person.told if name != room.name]
+
+    def _on_rooms(self, rooms: list) -> None:
+        listed = [{"name": check_room(name), "people": people} for name, people in rooms]
+        shown = ", ".join(f"#{r['name']} ({r['people']})" for r in listed) or "no rooms"
+        self.emit("notice", text=f"Rooms on this server: {shown}.", rooms=listed)
+
+    def list_rooms(self) -> None:
+        self._send_frame(LIST)
+
+    def check_inviter(self, room: RoomKeeper) -> None:
+        """With a person's token there must be that person; else somebody shows us a false room."""
+        if self.token is None or not self.token.inviter or room.name != self.token.room:
+            return
+        if not room.is_member(self.token.inviter):
+            text = f"Whoever made your token is not in #{room.name}."
+            self.emit("notice", text=text + " Ask them before you trust this room.", warning=True)
+
+    def room_rekeyed(self, room: RoomKeeper, now: float) -> None:
+        for person in room.members.values():
+            if person is not None and room.is_admin():
+                self.greet(person)
+        for invitation, voucher in room.vouchers.items():
+            if voucher.told is not None:
+                self._vouch(room, invitation, voucher)
+
+    def _content_epoch(self, person: Person, encoded, signature, key) -> None:
+        name = decode_announcement(encoded).room
+        if name in self.rooms and person.id in self.rooms[name].members:
+            self.rooms[name].receive_epoch(person, encoded, signature, key, self.now)
+
+    def _content_farewell(self, person: Person, names: list) -> None:
+        for name in names:
+            if name in self.rooms:
+                self.rooms[name].said_farewell(person, self.now)
+
+    def _content_removed(self, person: Person, name: str, why: int) -> None:
+        room = self.rooms.get(name)
+        if room is None or person.id not in room.members:
+            return
+        if why == 2:
+            text = f"#{name} is locked: {person.name} was asked to let you in."
+            self.emit("notice", text=text, room=name)
+            return
+        if room.epoch is None:  # who the admin is we cannot know yet
+            text = f"{person.name} says that you are banned from #{name}."
+            self.emit("error", code="denied", text=text, room=name)
+            return
+        if room.roster()[0].fingerprint != person.fingerprint:
+            raise RemoteProtocolError(f"{person.name} tried to remove us from #{name}.")
+        word = "banned" if why == 1 else "removed"
+        text = f"{person.name} {word} you from #{name}."
+        self.emit("error", code="denied", text=text, room=name)
+        if room.id is not None:
+            self._send_frame(LEAVE, room.id)
+        self._drop_room(room)
+        if not self.rooms:
+            self.fatal = "banned" if why == 1 else "kicked"
+            self.broken = text
+
+    # Invitations
+
+    def invite(self, token: Token) -> None:
+        """Makes a token of one's own; answered by a notice once the server knows of it."""
+        if self.mode in ("keys", "certs"):
+            hint = "Ask its operator to /allow the newcomer's fingerprint."
+            raise ChatError("This server lets people in by their keys only.", hint)
+        token.inviter, token.secret = self.identity.fingerprint, random_bytes(16)
+        derived = derive_invitation(token.secret)
+        self._tokens[derived.id] = token
+        self._send_frame(INVITE, derived.id, derived.gate, token.uses, int(token.expires))
+        room = self.rooms.get(token.room)
+        if room is not None:
+            voucher = Voucher(derived.proof, token.uses, token.expires, set(), set())
+            room.vouchers[derived.id] = voucher
+            self._vouch(room, derived.id, voucher)
+
+    def _vouch(self, room: RoomKeeper, invitation: bytes, voucher: Voucher) -> None:
+        """Tells the room's members of an invitation, so that any admin can let its holder in."""
+        fields = (room.name, invitation, voucher.proof, voucher.uses, int(voucher.expires))
+        for person in room.members.values():
+            news = person is not None and person.hash not in voucher.told
+            if news and room.is_member(person.fingerprint):
+                voucher.told.add(person.hash)
+                self.send(person, VOUCH, *fields)
+
+    def _content_vouch(self, person: Person, name, invitation, proof, uses, expires) -> None:
+        room = self.rooms.get(name)
+        if room is not None and room.is_member(person.fingerprint) and len(room.vouchers) < 4096:
+            room.vouchers.setdefault(invitation, Voucher(proof, uses, expires, set(), None))
+
+    def _on_invited(self, invitation: bytes) -> None:
+        token = self._tokens.pop(invitation, None)
+        if token is not None:
+            text = create_token(token)
+            uses = f"{token.uses} people" if token.uses > 1 else "one person"
+            self.emit("notice", text=f"A token for {uses}: {text}", token=text)
+
+    # Messages
+
+    def say(self, room_name: str, text: str, kind: int = SAID) -> None:
+        """Sends text to a room; answered by `sent` or `queued`."""
+        room = self.require_room(room_name)
+        for person in room.members.values():
+            if person is not None and room.is_member(person.fingerprint):
+                self._check_key(person)
+        message = self._new_message(room.name, text, kind)
+        if room.can_send(self.now) and not room.waiting:
+            self._seal_room(room, message)
+            self._answer(message, "sent")
+        elif room.epoch is None and room.last is not None:
+            self._send_singly(room, message)
+        else:
+            room.waiting.append(message)
+            message.pending = room.recipients()
+            self.delivery.add(message)
+            self._answer(message, "queued")
+        self._settle()
+
+    def _check_key(self, person: Person) -> None:
+        if person.key_changed:
+            text = f"The key of {person.name} has changed; nothing was sent."
+            hint = f"Compare /code {person.name} by voice, then /accept-key {person.name}."
+            raise ChatError(text, hint, "key-changed")
+
+    def _new_message(self, room: str, text: str, kind: int) -> Outgoing:
+        if len(text.encode("utf-8")) > MAX_TEXT:
+            most = f"{MAX_TEXT >> 10} KiB"
+            raise ChatError(f"A message holds at most {most}.", "Send it as a file.", "too-large")
+        if not text:
+            raise ChatError("There is nothing to send.", "Write a text.")
+        created = self.wall_clock()
+        deadline = self.now + CONFIRM_SECONDS
+        return Outgoing(random_bytes(16), room, kind, text, created, deadline, {}, {}, False)
+
+    def _answer(self, message: Outgoing, event: str) -> None:
+        """Says once what became of a line: sent, or queued."""
+        if message.answered:
+            return
+        message.answered = True
+        to = sorted([*message.pending.values(), *message.done.values()])
+        self.emit(event, id=message.id.hex(), to=to, _message=message)
+
+    def _seal_room(self, room: RoomKeeper, message: Outgoing) -> None:
+        """One ciphertext for the room; those still away get theirs when they are back."""
+        message.pending = room.recipients()
+        content = self._text_content(message, 0)
+        counter, payload = room.epoch.seal(self.keys, content)
+        self._output.append(encode_data(room.id, self.id, payload))
+        self.delivery.add(message)
+        self.delivery.record(room.epoch.id, counter, message)
+        self._owe_absent(room, message)
+        if not message.pending:
+            self._answer(message, "sent")
+            self.delivery.settle(message, b"")
+
+    def _owe_absent(self, room: RoomKeeper, message: Outgoing) -> None:
+        for fingerprint in message.pending:
+            if not room.is_member(fingerprint):
+                self._send_or_owe(message, fingerprint)
+
+    def _send_singly(self, room: RoomKeeper, message: Outgoing) -> None:
+        """Between a reconnect and the room's next epoch: to each of the last roster alone."""
+        message.pending = room.recipients()
+        self.delivery.add(message)
+        self._answer(message, "queued" if message.pending else "sent")
+        for fingerprint in list(message.pending):
+            self._send_or_owe(message, fingerprint)
+        if not message.pending:
+            self.delivery.settle(message, b"")
+
+    def _send_or_owe(self, message: Outgoing, fingerprint: bytes) -> None:
+        self.delivery.owe(message, fingerprint)
+        for person in list(self.people.values()):
+            if person.fingerprint == fingerprint and person.confirmed:
+                self._flush_owed(person)
+
+    def _text_content(self, message: Outgoing, sequence: int) -> bytes:
+        moment = int(message.created * 1000)
+        fields = (message.id, sequence, moment, message.kind, message.room or "", message.text)
+        return encode_content(TEXT, *fields)
+
+    def tell(self, name: str, text: str, kind: int = SAID) -> None:
+        """Sends text to one person; answered by `sent` or `queued`, or an error."""
+        message = self._new_message("", text, kind)
+        person = self.find_person(name)
+        wanted = name.lstrip("@").partition("~")[0]
+        if wanted == self.name:
+            raise ChatError("That is you.", "/names shows who else is here.", "no-such-person")
+        if person is not None:
+            self._check_key(person)
+            message.pending = {person.fingerprint: person.name}
+            self.delivery.add(message)
+            self._send_or_owe(message, person.fingerprint)
+        else:
+            self._look_up(check_name(wanted), message)
+        if self.phase != "online":
+            self._answer(message, "queued")
+        self._settle()
+
+    def _look_up(self, name: str, message: Outgoing) -> None:
+        if self.phase == "online":
+            self._send_frame(LOOKUP, name)
+        elif name in self.known:
+            message.pending = {self.known[name]: name}
+            self.delivery.add(message)
+            self.delivery.owe(message, self.known[name])
+            self.names.setdefault(self.known[name], name)
+            return
+        self._lookups.setdefault(name, []).append(message)
+
+    def _flush_owed(self, person: Person) -> None:
+        """Sends a person, alone, all that is still owed to them, in order."""
+        if not person.confirmed or person.key_changed:
+            return
+        for message in self.delivery.take_owed(person.fingerprint):
+            content = self._text_content(message, person.texts_sent)
+            self.delivery.record(person.hash, person.texts_sent, message)
+            person.texts_sent += 1
+            self._send_payload(person, MESSAGE + person.session.encrypt(pad(content)))
+            self._answer(message, "sent")
+
+    def _flush_room(self, room: RoomKeeper) -> None:
+        if room.waiting and room.can_send(self.now):
+            waiting, room.waiting = room.waiting, []
+            for message in waiting:
+                if message.id in self.delivery.open:
+                    self._seal_room(room, message)
+
+    def receive_room(self, room: RoomKeeper, person: Person, payload: bytes, now: float) -> None:
+        opened = room.open(person, payload, now)
+        if opened is None:
+            return
+        stream, counter, missing, content = opened
+        kind, values = decode_content(content)
+        if kind != TEXT or values[4] != room.name:
+            raise RemoteProtocolError("A room's message is not what it should be.")
+        self._note_received(person, stream, counter, missing)
+        self._show(person, values)
+
+    def _content_text(self, person: Person, *values) -> None:
+        """A text that came through the pairwise session: a direct one, or one sent again."""
+        sequence, room = values[1], values[4]
+        count = person.streams.get(DIRECT_STREAM, (0,))[0]
+        if sequence < count or sequence - count > MAX_SKIPPED_KEYS:
+            raise RemoteProtocolError("A message came out of order.")
+        if room and not (room in self.rooms and self.rooms[room].is_member(person.fingerprint)):
+            raise RemoteProtocolError("A message is for a room that its sender is not in.")
+        self._note_received(person, DIRECT_STREAM, sequence, sequence - count)
+        self._show(person, values)
+
+    def _show(self, person: Person, values: tuple) -> None:
+        number, _, moment, kind, room, text = values
+        digest = sha256(encode_content(TEXT, number, 0, *values[2:]))
+        seen = self._shown.get((person.fingerprint, number))
+        if seen is not None:
+            if seen != digest:
+                raise RemoteProtocolError("One message came with two contents.")
+            return
+        self._shown[person.fingerprint, number] = digest
+        while len(self._shown) > SHOWN_MOST:
+            del self._shown[next(iter(self._shown))]
+        if room and person.fingerprint in self.rooms[room].mutes:
+            return
+        self.emit("message", **self._message_fields(person, number, room, text, moment, kind))
+
+    def _message_fields(self, person, number, room, text, moment, kind) -> dict:
+        fields = {
+            "id": number.hex(),
+            "room": room or None,
+            "direct": not room,
+            "from": person.name,
+            "fingerprint": fingerprint_text(person.fingerprint),
+            "verified": self.is_verified(person.fingerprint),
+            "text": text,
+            "time": rfc3339(moment / 1000),
+        }
+        if kind == ACTION:
+            fields["action"] = True
+        if person.key_changed:
+            fields["key_changed"] = True
+        return fields
+
+    # Acknowledgements
+
+    def _note_received(self, person: Person, stream: bytes, counter: int, missing: int) -> None:
+        state = person.streams.setdefault(stream, [0, []])
+        if missing:
+            state[1] = [*state[1], *range(counter - missing, counter)][-MAX_SKIPPED_KEYS:]
+            self.alarm(
+                f"{missing} message(s) from {person.name} did not arrive.",
+                "The server held them back or changed their order; their sender is told.",
+            )
+        state[0] = counter + 1
+        person.unacknowledged.add(stream)
+        self._ack_people[person] = None
+
+    def _send_acknowledgements(self) -> None:
+        """At most one frame to a person in ACK_DELAY; the first goes at once."""
+        self._ack_at = None
+        for person in list(self._ack_people):
+            due = person.acked_at + ACK_DELAY
+            if due > self.now or not person.confirmed:
+                self._ack_at = min(self._ack_at or due, due) if person.confirmed else self._ack_at
+                continue
+            entries = [(stream, *person.streams[stream]) for stream in person.unacknowledged]
+            self.send(person, ACK, entries)
+            person.unacknowledged.clear()
+            person.acked_at = self.now
+            del self._ack_people[person]
+
+    def _content_ack(self, person: Person, entries: list) -> None:
+        for stream, count, missing in entries:
+            key = person.hash if stream == DIRECT_STREAM else stream
+            self.delivery.acknowledge(person.fingerprint, key, count, missing)
+
+    # Trust
+
+    def code(self, name: str) -> None:
+        person = self._require_person(name)
+        digits = safety_number(self.identity.spki, person.bundle.spki)
+        self.emit(
+            "code", name=person.name, digits=digits, verified=person.fingerprint in self.verified
+        )
+
+    def verify(self, name: str, digits: str) -> None:
+        """Marks a person as verified if the 60 digits are the right ones."""
+        person = self._require_person(name)
+        right = safety_number(self.identity.spki, person.bundle.spki)
+        if "".join(digits.split()) != right.replace(" ", ""):
+            text = f"These are not the digits that belong to {person.name} and you."
+            raise ChatError(text, "Compare them by voice; do not trust this person yet.")
+        self.verified.add(person.fingerprint)
+        self.emit("_verified", name=person.name, fingerprint=person.fingerprint)
+        self.code(name)
+
+    # Leaving
+
+    def unfinished(self) -> bool:
+        """Whether something typed has neither arrived nor been reported."""
+        return bool(self.delivery.open or self._lookups)
+
+    def give_up(self) -> None:
+        """Reports all that is not confirmed, before leaving."""
+        for message in list(self.delivery.open.values()):
+            self.delivery.give_up(message)
+
+    def goodbye(self) -> None:
+        """Tells everybody, and the server, that we leave on purpose."""
+        if self.phase == "online":
+            for person in self.people.values():
+                if person.confirmed:
+                    self.send(person, FAREWELL, list(self.rooms))
+            self._send_frame(BYE)
+
+
+_CLIENT_HANDLERS = {
+    GREETING: ClientMachine._on_greeting, WELCOME: ClientMachine._on_welcome,
+    REFUSED: ClientMachine._on_refused, PRESENT: ClientMachine._on_present,
+    ROOM: ClientMachine._on_room, JOINED: ClientMachine._on_joined, LEFT: ClientMachine._on_left,
+    GONE: ClientMachine._on_gone, ABSENT: ClientMachine._on_absent,
+    CLOSED: ClientMachine._on_closed, PONG: ClientMachine._on_pong,
+    INVITED: ClientMachine._on_invited, ROOMS: ClientMachine._on_rooms,
+    DATA: ClientMachine._on_data,
+}  # fmt: skip
+_CONTENT_HANDLERS = {
+    HELLO: ClientMachine._content_hello, TEXT: ClientMachine._content_text,
+    ACK: ClientMachine._content_ack, EPOCH: ClientMachine._content_epoch,
+    FAREWELL: ClientMachine._content_farewell, REMOVED: ClientMachine._content_removed,
+    VOUCH: ClientMachine._content_vouch,
+}  # fmt: skip
+
+
+# ==================================================================================================
+# Part 11. Keys and widths | pure | uses 2
+#
+# How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
+# about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
+# anywhere by the operating system.
+# ==================================================================================================
+
+_ZERO_WIDTH_CATEGORIES = frozenset(("Mn", "Me", "Cf"))
+_JOINER, _EMOJI_STYLE = "\u200d", "\ufe0f"
+_SGR = re.compile("(\x1b\\[[0-9;]*m)")
+_BOUNDARY_WINDOW = 64  # no honest cluster is longer
+
+
+def _is_control(char: str) -> bool:
+    return char < " " or "\x7f" <= char < "\xa0"
+
+
+def _is_regional(char: str) -> bool:
+    return "\U0001f1e6" <= char <= "\U0001f1ff"
+
+
+@functools.lru_cache(maxsize=4096)
+def _character_width(char: str) -> int:
+    if char < "\u0300":
+        return 0 if _is_control(char) else 1
+    if "\u1160" <= char <= "\u11ff" or unicodedata.category(char) in _ZERO_WIDTH_CATEGORIES:
+        return 0  # U+1160..11FF: Hangul parts that join the syllable before them
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _attaches(char: str) -> bool:
+    """Does this character belong to the one before it (accent, selector, skin tone)?"""
+    if char < "\u0300":
+        return False
+    return _character_width(char) == 0 or "\U0001f3fb" <= char <= "\U0001f3ff"
+
+
+def _cluster_end(text: str, start: int) -> int:
+    """Return where the cluster (what a person calls one character) at `start` ends."""
+    end = start + 1
+    if _is_control(text[start]):
+        return end
+    if _is_regional(text[start]) and end < len(text) and _is_regional(text[end]):
+        end += 1
+    while end < len(text):
+        # A joiner glues emoji only; between letters it merely shapes them.
+        joined = text[end - 1] == _JOINER and text[end] >= "\u2190"
+        if not joined and not _attaches(text[end]):
+            break
+        end += 1
+    return end
+
+
+def _clusters(text: str) -> list:
+    found, start = [], 0
+    while start < len(text):
+        end = _cluster_end(text, start)
+        found.append(text[start:end])
+        start = end
+    return found
+
+
+def _cluster_width(cluster: str) -> int:
+    if len(cluster) > 1 and (_EMOJI_STYLE in cluster or _is_regional(cluster[1])):
+        return 2
+    return _character_width(cluster[0])
+
+
+def _previous_boundary(text: str, position: int) -> int:
+    start = end = max(0, position - _BOUNDARY_WINDOW)
+    while end < position:
+        start, end = end, _cluster_end(text, end)
+    return start
+
+
+def _next_boundary(text: str, position: int) -> int:
+    return _cluster_end(text, position) if position < len(text) else position
+
+
+def display_width(text: str) -> int:
+    """Return how many columns `text` takes; control characters count nothing."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    return sum(_cluster_width(cluster) for cluster in _clusters(text))
+
+
+_PASTE_BEGIN, _PASTE_END = b"\x1b[200~", b"\x1b[201~"
+_PASTE_LIMIT = 1 << 20
+_TEXT_BYTES = re.compile(rb"[\x20-\x7e\x80-\xff]+")
+_TEXT_KEYS = re.compile("<|[^<]+")
+# The three patterns share their limits, so that a cut never changes the keys.
+_SEQUENCE = re.compile(
+    rb"\x1b(?:\[\[[ -~]|\[([0-?]{0,32})[ -/]{0,8}([@-Z\\-~])"
+    rb"|O([ -~])|([\x00-\x1a\x1c-NP-Z\\-\x7f]))"
+)
+_SEQUENCE_BEGIN = re.compile(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?\Z")
+_SEQUENCE_BROKEN = re.compile(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?")
+_CONTROL_KEYS = {8: "backspace", 9: "tab", 10: "enter", 13: "enter", 127: "backspace"}
+_FINAL_KEYS = {
+    b"A": "up", b"B": "down", b"C": "right", b"D": "left", b"H": "home", b"F": "end",
+    b"Z": "shift-tab",
+}  # fmt: skip
+_NUMBERED_KEYS = {
+    "1": "home", "2": "insert", "3": "delete", "4": "end", "5": "page-up", "6": "page-down",
+    "7": "home", "8": "end",
+}  # fmt: skip
+_MODIFIERS = ("shift-", "alt-", "ctrl-")
+
+
+def _control_key(code: int) -> str:
+    return _CONTROL_KEYS.get(code) or "ctrl-" + chr(code + 64).lower()
+
+
+def _alt_key(char: bytes) -> str:
+    code = char[0]
+    return "alt-" + (_control_key(code) if code < 32 or code == 127 else chr(code))
+
+
+def _sequence_key(match) -> str:
+    """Name the key of one whole escape sequence; '' for one we do not know."""
+    parameters, final, application, alt = match.groups()
+    if alt:
+        return _alt_key(alt)
+    numbers = (parameters or b"").decode("ascii").split(";")
+    if final == b"~":
+        name = _NUMBERED_KEYS.get(numbers[0], "")
+    else:
+        name = _FINAL_KEYS.get(final or application or b"", "")
+    bits = int(numbers[1]) - 1 if len(numbers) > 1 and numbers[1].isdigit() else 0
+    modifiers = [word for bit, word in enumerate(_MODIFIERS) if bits >> bit & 1]
+    return "".join(reversed(modifiers)) + name if name else ""
+
+
+class KeyDecoder:
+    """Turns terminal bytes into keys: text, '<name>' or ('paste', text).
+
+    Only a named key is a str longer than one that starts with '<'.
+    """
+
+    def __init__(self):
+        self._buffer = b""
+        self._decode = codecs.getincrementaldecoder("utf-8")("ignore")
+        self._paste = None  # the chunks of an unfinished paste
+        self._paste_size = 0
+
+    @property
+    def pending(self) -> bool:
+        """True while a lone ESC waits: the Escape key, or the first byte of a sequence."""
+        return self._paste is None and self._buffer == b"\x1b"
+
+    def flush(self) -> list:
+        """Give up waiting: a lone ESC was the Escape key."""
+        if not self.pending:
+            return []
+        self._buffer = b""
+        return ["<escape>"]
+
+    def receive_data(self, data: bytes) -> list:
+        """Return the keys that `data` completes."""
+        keys = []
+        buffer, self._buffer = self._buffer + data, b""
+        position = 0
+        while position < len(buffer):
+            step = self._step_keys if self._paste is None else self._step_paste
+            advanced = step(buffer, position, keys)
+            if advanced == position:
+                break
+            position = advanced
+        self._buffer = buffer[position:]
+        return keys
+
+    def _step_keys(self, buffer: bytes, position: int, keys: list) -> int:
+        run = _TEXT_BYTES.match(buffer, position)
+        if run:
+            text = self._decode.decode(run.group())
+            keys.extend(_TEXT_KEYS.findall(without_controls(text)))
+            return run.end()
+        self._decode.reset()  # an unfinished character ends here
+        if buffer[position] != 0x1B:
+            keys.append("<" + _control_key(buffer[position]) + ">")
+            return position + 1
+        return self._step_escape(buffer, position, keys)
+
+    def _step_escape(self, buffer: bytes, position: int, keys: list) -> int:
+        match = _SEQUENCE.match(buffer, position)
+        if match is None:
+            if _SEQUENCE_BEGIN.match(buffer, position):
+                return position
+            broken = _SEQUENCE_BROKEN.match(buffer, position)
+            if broken.end() == position + 1:
+                keys.append("<escape>")
+            return broken.end()
+        if match.group() == _PASTE_BEGIN:
+            self._paste, self._paste_size = [], 0
+        else:
+            name = _sequence_key(match)
+            keys.extend(["<" + name + ">"] if name else [])
+        return match.end()
+
+    def _step_paste(self, buffer: bytes, position: int, keys: list) -> int:
+        end = buffer.find(_PASTE_END, position)
+        stop = end if end >= 0 else _without_partial_marker(buffer, position)
+        # What is over the limit is dropped, not typed: it could hold commands.
+        chunk = buffer[position:stop][: _PASTE_LIMIT - self._paste_size]
+        self._paste.append(chunk)
+        self._paste_size += len(chunk)
+        if end < 0:
+            return stop
+        text = b"".join(self._paste).decode("utf-8", "ignore").replace("\r\n", "\n")
+        keys.append(("paste", without_controls(text.replace("\r", "\n"))))
+        self._paste = None
+        return end + len(_PASTE_END)
+
+
+def _without_partial_marker(buffer: bytes, position: int) -> int:
+    """Return where a paste chunk ends, before the possible start of its end marker."""
+    for size in range(len(_PASTE_END) - 1, 0, -1):
+        if len(buffer) - size >= position and buffer.endswith(_PASTE_END[:size]):
+            return len(buffer) - size
+    return len(buffer)
+
+
+# ==================================================================================================
+# Part 12. Line editor and screen | pure | uses 11
+#
+# The line being typed, and its picture. Every character carries a mark, because pasted text must
+# never be a command. Rows are broken here and automatic wrapping is off while they are painted, so
+# the row count holds even where the terminal thinks differently about a character's width.
+# ==================================================================================================
+
+_TYPED, _PASTED = "t", "p"
+_TEXT_LIMIT = 1 << 20
+_HISTORY_ENTRY_LIMIT = 1 << 14
+_BEEP = ("beep",)
+_WORD = re.compile(r"[\W_]*[^\W_]*")
+
+
+class LineEditor:
+    """One line of input with history, a kill buffer and completion."""
+
+    def __init__(self, history_size: int = 500):
+        self.complete = None
+        self.remember = True
+        self._history_size = history_size
+        self._history = []  # pairs of text and marks, as is the kill buffer
+        self._killed = ("", "")
+        self.reset()
+
+    def reset(self) -> None:
+        """Start with an empty line."""
+        self.text, self._marks, self.cursor = "", "", 0
+        self._place = len(self._history)
+        self._draft = ("", "")
+        self._last_key = None
+
+    def forget(self) -> None:
+        """Drop the history and the kill buffer."""
+        self._history, self._killed = [], ("", "")
+        self.reset()
+
+    @property
+    def history(self) -> list:
+        """The remembered lines, oldest first."""
+        return [text for text, _ in self._history]
+
+    def handle(self, key):
+        """Apply one key. Return None, or what the caller must do, such as ('beep',).
+
+        The others: ('line', text, pasted), ('interrupt',), ('eof',), ('clear',),
+        ('suspend',) and ('candidates', list).
+        """
+        result = None
+        if isinstance(key, tuple):
+            result = self._insert(key[1], _PASTED * len(key[1]))
+        elif key in self._MOVES:
+            self.cursor = self._MOVES[key](self)
+        elif key in self._DELETIONS:
+            result = self._delete(self._DELETIONS[key](self))
+        elif key in self._KILLS:
+            result = self._kill(self._KILLS[key](self))
+        elif key in self._ACTIONS:
+            result = self._ACTIONS[key](self)
+        elif len(key) == 1 or key[0] != "<":
+            result = self._insert(key, _TYPED * len(key))
+        self._last_key = key
+        return result
+
+    # -- places in the line
+
+    def _before(self) -> int:
+        return _previous_boundary(self.text, self.cursor)
+
+    def _after(self) -> int:
+        return _next_boundary(self.text, self.cursor)
+
+    def _start(self) -> int:
+        return 0
+
+    def _end(self) -> int:
+        return len(self.text)
+
+    def _word_start(self) -> int:
+        position = self.cursor
+        while position and not self.text[position - 1].isalnum():
+            position -= 1
+        while position and self.text[position - 1].isalnum():
+            position -= 1
+        return position
+
+    def _word_end(self) -> int:
+        return _WORD.match(self.text, self.cursor).end()
+
+    def _blank_word_start(self) -> int:
+        before = self.text[: self.cursor].rstrip()
+        return len(before) - len(before.split()[-1]) if before else 0
+
+    # -- changes: all go through _replace, which keeps text and marks together
+
+    def _replace(self, start: int, end: int, text: str, marks: str) -> None:
+        self.text = self.text[:start] + text + self.text[end:]
+        self._marks = self._marks[:start] + marks + self._marks[end:]
+        self.cursor = start + len(text)
+
+    def _insert(self, text: str, marks: str):
+        if len(self.text) + len(text) > _TEXT_LIMIT:
+            return _BEEP
+        return self._replace(self.cursor, self.cursor, text, marks)
+
+    def _delete(self, place: int):
+        if place == self.cursor:
+            return _BEEP
+        return self._replace(min(place, self.cursor), max(place, self.cursor), "", "")
+
+    def _kill(self, place: int):
+        start, end = min(place, self.cursor), max(place, self.cursor)
+        if start == end:
+            return _BEEP
+        text, marks = self.text[start:end], self._marks[start:end]
+        if self._last_key in self._KILLS:  # kills in a row collect
+            old_text, old_marks = self._killed
+            if start < self.cursor:
+                text, marks = text + old_text, marks + old_marks
+            else:
+                text, marks = old_text + text, old_marks + marks
+        self._killed = (text, marks)
+        return self._delete(place)
+
+    def _yank(self):
+        return self._insert(*self._killed)
+
+    def _insert_newline(self):
+        return self._insert("\n", _TYPED)
+
+    def _delete_or_end(self):
+        return self._delete(self._after()) if self.text else ("eof",)
+
+    # -- history
+
+    def _recall(self, place: int):
+        if not 0 <= place <= len(self._history):
+            return _BEEP
+        if self._place == len(self._history):
+            self._draft = (self.text, self._marks)
+        self._place = place
+        entries = self._history + [self._draft]
+        self.text, self._marks = entries[place]
+        self.cursor = len(self.text)
+        return None
+
+    def _recall_older(self):
+        return self._recall(self._place - 1)
+
+    def _recall_newer(self):
+        return self._recall(self._place + 1)
+
+    def _keep_in_history(self) -> None:
+        if not self.remember or not self.text.strip() or len(self.text) > _HISTORY_ENTRY_LIMIT:
+            return
+        if not self._history or self._history[-1][0] != self.text:
+            self._history.append((self.text, self._marks))
+        del self._history[: max(0, len(self._history) - self._history_size)]
+
+    # -- completion
+
+    def _complete(self):
+        if self.complete is None:
+            return _BEEP
+        start, candidates = self.complete(self.text[: self.cursor])
+        if not candidates:
+            return _BEEP
+        completed = os.path.commonprefix(candidates)
+        if len(candidates) == 1:
+            followed = self.text[self.cursor : self.cursor + 1] == " "
+            # A folder's name goes on after its slash.
+            completed += "" if followed or completed.endswith(("/", "\\", " ")) else " "
+        if len(completed) >= self.cursor - start and completed != self.text[start : self.cursor]:
+            self._replace(start, self.cursor, completed, _TYPED * len(completed))
+            return None
+        return ("candidates", list(candidates)) if self._last_key == "<tab>" else _BEEP
+
+    # -- endings
+
+    def _accept(self):
+        # A mark in column 0 or a pasted newline: send it as it is, even if it starts with '/'.
+        pasted = self._marks[:1] == _PASTED or any(
+            char == "\n" and mark == _PASTED for char, mark in zip(self.text, self._marks)
+        )
+        self._keep_in_history()
+        line = ("line", self.text, pasted)
+        self.reset()
+        return line
+
+    def _interrupt(self):
+        self.reset()
+        return ("interrupt",)
+
+    _MOVES = {
+        "<left>": _before, "<ctrl-b>": _before, "<right>": _after, "<ctrl-f>": _after,
+        "<home>": _start, "<ctrl-a>": _start, "<end>": _end, "<ctrl-e>": _end,
+        "<alt-b>": _word_start, "<alt-left>": _word_start, "<ctrl-left>": _word_start,
+        "<alt-f>": _word_end, "<alt-right>": _word_end, "<ctrl-right>": _word_end,
+    }  # fmt: skip
+    _DELETIONS = {"<backspace>": _before, "<delete>": _after}
+    _KILLS = {
+        "<ctrl-k>": _end, "<ctrl-u>": _start, "<ctrl-w>": _blank_word_start,
+        "<alt-d>": _word_end, "<alt-backspace>": _word_start,
+    }  # fmt: skip
+    _ACTIONS = {
+        "<enter>": _accept, "<alt-enter>": _insert_newline, "<tab>": _complete,
+        "<ctrl-d>": _delete_or_end, "<ctrl-y>": _yank, "<ctrl-c>": _interrupt,
+        "<up>": _recall_older, "<ctrl-p>": _recall_older,
+        "<down>": _recall_newer, "<ctrl-n>": _recall_newer,
+        "<ctrl-l>": lambda self: ("clear",), "<ctrl-z>": lambda self: ("suspend",),
+    }  # fmt: skip
+
+
+_ERASE_BELOW, _ERASE_RIGHT, _ERASE_ALL = "\x1b[J", "\x1b[K", "\x1b[H\x1b[2J"
+_WRAP_ON, _WRAP_OFF = "\x1b[?7h", "\x1b[?7l"
+_CURSOR_CELL = ("", 1)  # keeps a place for the cursor after the text
+
+
+def _cells(text: str) -> list:
+    """Return the pairs (what is shown, its width) of some typed text."""
+    return [_cell(cluster) for cluster in _clusters(text)]
+
+
+def _cell(cluster: str) -> tuple:
+    if cluster == "\n":
+        return "\u23ce", 1  # a real newline would break the row count
+    if _is_control(cluster[0]):
+        return " ", 1
+    return cluster, _cluster_width(cluster)
+
+
+def _prompt_cells(prompt: str) -> list:
+    """Like _cells, but colour codes may stand in the text."""
+    cells = []
+    for piece in _SGR.split(prompt):
+        cells.extend([(piece, 0)] if piece.startswith("\x1b") else _cells(piece))
+    return cells
+
+
+def _wrap_cells(cells: list, columns: int) -> list:
+    rows, used = [[]], 0
+    for cell in cells:
+        if used + cell[1] > columns:
+            rows.append([])
+            used = 0
+        rows[-1].append(cell)
+        used += cell[1]
+    return rows
+
+
+def _locate(rows: list, index: int) -> tuple:
+    """Return the row and column of one cell."""
+    for number, row in enumerate(rows):
+        if index < len(row):
+            return number, sum(width for _, width in row[:index])
+        index -= len(row)
+    raise IndexError(index)
+
+
+def _up(rows: int) -> str:
+    return f"\x1b[{rows}A" if rows else ""
+
+
+def _to_column(column: int) -> str:
+    return f"\r\x1b[{column}C" if column else "\r"
+
+
+class Screen:
+    """Paints the input area in place: methods return the codes to write.
+
+    `reflows` tells whether the terminal re-wraps its lines when it gets narrower.
+    """
+
+    def __init__(self, columns: int = 80, lines: int = 24, reflows: bool = True):
+        self.columns, self.lines = columns, lines
+        self._reflows = reflows
+        self._input = None  # what repaint was last called with
+        self._top = 0  # first row in view, when not all rows fit
+        self.forget()
+
+    def forget(self) -> None:
+        """Take it that nothing is painted and the cursor stands on a free line."""
+        self._rows, self._row, self._column = [[]], 0, 0
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Note a new size; the caller repaints."""
+        if self._reflows and columns < self.columns:
+            self._row = self._reflowed_row(columns)
+        self.columns, self.lines = columns, lines
+
+    def _reflowed_row(self, columns: int) -> int:
+        """Count the rows that the narrower terminal has put above the cursor."""
+        above = sum(len(_wrap_cells(row, columns)) for row in self._rows[: self._row])
+        row, place, used = self._rows[self._row], 0, 0
+        while place < len(row) and used < self._column:
+            used += row[place][1]
+            place += 1
+        # What follows the cursor takes it along; at the end of the text it stays behind.
+        following = [cell for cell in row[place : place + 1] if cell != _CURSOR_CELL]
+        return above + len(_wrap_cells(row[:place] + following, columns)) - 1
+
+    def repaint(self, prompt: str, text: str, cursor: int) -> str:
+        """Paint prompt and text over what was painted before."""
+        rows, row, column = self._lay_out(prompt, text, cursor)
+        output = [self._to_top(), _WRAP_OFF, "\r\n".join(map(self._paint_row, rows))]
+        output += [_up(len(rows) - 1 - row), _to_column(column), _WRAP_ON]
+        self._input = (prompt, text, cursor)
+        self._rows, self._row, self._column = rows, row, column
+        return "".join(output)
+
+    def erase(self) -> str:
+        """Remove the input area; the cursor is left where it began."""
+        output = self._to_top()
+        self._input = None
+        self.forget()
+        return output
+
+    def finish(self) -> str:
+        """Leave the input area as it is and go to the line below it."""
+        down = len(self._rows) - 1 - self._row
+        output = (f"\x1b[{down}B" if down else "") + "\r\n"
+        self._input, self._top = None, 0
+        self.forget()
+        return output
+
+    def clear(self) -> str:
+        """Clear the whole screen; the caller repaints."""
+        self.forget()
+        return _ERASE_ALL
+
+    def show_above(self, text: str) -> str:
+        """Print finished lines above the input area."""
+        current = self._input
+        output = self.erase() + text.replace("\n", "\r\n") + "\r\n"
+        return output + (self.repaint(*current) if current else "")
+
+    def _to_top(self) -> str:
+        return _up(self._row) + "\r" + _ERASE_BELOW
+
+    def _lay_out(self, prompt: str, text: str, cursor: int) -> tuple:
+        """Return the rows in view and the cursor's place in them."""
+        begin, end = self._relevant_part(len(text), cursor)
+        before = _cells(text[begin:cursor])
+        # The prompt belongs to the first part of a very long text.
+        before = before if begin else _prompt_cells(prompt) + before
+        after = _cells(text[cursor:end]) or [_CURSOR_CELL]
+        rows = _wrap_cells(before + after, self.columns)
+        row, column = _locate(rows, len(before))
+        height = max(1, self.lines - 1)
+        self._top = min(max(self._top, row - height + 1), row, max(0, len(rows) - height))
+        return rows[self._top : self._top + height], row - self._top, column
+
+    def _relevant_part(self, size: int, cursor: int) -> tuple:
+        """Cut a huge text on a fixed grid: a repaint stays cheap, and rows do not dance."""
+        block = max(1, self.columns * self.lines)
+        if size <= 3 * block:
+            return 0, size
+        return max(0, (cursor // block - 1) * block), (cursor // block + 2) * block
+
+    def _paint_row(self, row: list) -> str:
+        output, column = [], 0
+        for shown, width in row:
+            output.append(shown)
+            column += width
+            if len(shown) > 1 and width > 0 and column < self.columns:
+                # The terminal may have drawn it wider or narrower: say where to go on.
+                output.append(_to_column(column) + _ERASE_RIGHT)
+        return "".join(output)
+
+
+# ==================================================================================================
+# Part 13. Settings and paths | uses 1, 2
+#
+# Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
+# out once, at the door, and handed down. Nothing is ever written beside the script.
+# ==================================================================================================
+
+
+argparse = Lazy("argparse")
+difflib = Lazy("difflib")
+json = Lazy("json")
+metadata = Lazy("importlib.metadata")
+queue = Lazy("queue")
+selectors = Lazy("selectors")
+shlex = Lazy("shlex")
+shutil = Lazy("shutil")
+signal = Lazy("signal")
+socket = Lazy("socket")
+ssl = Lazy("ssl")
+subprocess = Lazy("subprocess")
+tempfile = Lazy("tempfile")
+threading = Lazy("threading")
+
+
+def home_folder(given: str | None = None) -> str:
+    """--home, TRCHAT_HOME, `trchat-data` beside the script where it exists, else ~/.trchat."""
+    portable = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trchat-data")
+    chosen = given or os.environ.get("TRCHAT_HOME")
+    if not chosen:
+        chosen = portable if os.path.isdir(portable) else os.path.expanduser("~/.trchat")
+    return os.path.abspath(chosen)
+
+
+class Paths:
+    """The files of one profile."""
+
+    def __init__(self, home: str, profile: str = "default"):
+        self.home, self.profile = home, check_name(profile)
+        self.folder = os.path.join(home, self.profile)
+
+    def file(self, *names: str) -> str:
+        return os.path.join(self.folder, *names)
+
+    def make_folders(self) -> None:
+        for folder in (self.home, self.folder, self.file("cert")):
+            make_private_folder(folder)
+
+
+def storage_error(action: str, path: str, error: OSError) -> ChatError:
+    """One sentence for a file that could not be used."""
+    hints = {
+        errno.ENOSPC: "Free some space on that disk.",
+        errno.EACCES: "Check who owns it, or choose another folder with --home.",
+        errno.EROFS: "Choose another folder with --home.",
+    }
+    reason = error.strerror or type(error).__name__
+    hint = hints.get(error.errno, "Choose another folder with --home.")
+    return ChatError(f"{action} {path} failed: {reason}.", hint, "storage")
+
+
+def make_private_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise storage_error("Making", folder, error) from None
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Replaces a file by `data`, readable by its owner only; ends with the old or the new whole."""
+    folder, name = os.path.split(path)
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 0600
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise storage_error("Writing", path, error) from None
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a rename last; Windows cannot, and does not need to."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_file(path: str, most: int = 16 << 20) -> bytes | None:
+    """A file's bytes, None if there is none; ChatError if it cannot be read or is absurdly long."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error("Reading", path, error) from None
+    if len(data) > most:
+        raise ChatError(f"{path} is too long to be ours.", "Move it away.", "storage")
+    return data
+
+
+def read_json(path: str, default):
+    """What a JSON file holds; `default` if there is none. A damaged one is never overwritten."""
+    data = read_file(path)
+    if data is None:
+        return default
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if type(value) is not type(default):
+        raise damaged_file(path)
+    return value
+
+
+def damaged_file(path: str) -> ChatError:
+    return ChatError(
+        f"{path} is damaged.", "Restore it from a backup, or move it away to start anew.", "storage"
+    )
+
+
+def write_json(path: str, value) -> None:
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8") + b"\n")
+
+
+class ProfileLock:
+    """Keeps a second process out of a profile's role (`server` or `client`) while this one runs."""
+
+    def __init__(self, paths: Paths, role: str):
+        paths.make_folders()
+        path = paths.file(f"{role}.lock")
+        try:
+            self._file = open(path, "a+b")  # noqa: SIM115 - held until release
+            _lock_file(self._file)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.EWOULDBLOCK):
+                raise storage_error("Locking", path, error) from None
+            text = f"The profile '{paths.profile}' is in use by another trchat {role}."
+            raise ChatError(text, "Close that one, or take another with --profile NAME.") from None
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _lock_file(file) -> None:
+    if os.name == "nt":
+        msvcrt = importlib.import_module("msvcrt")
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl = importlib.import_module("fcntl")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class ServerList:
+    """servers.json: known servers, each {name, address, fingerprint, room, nickname, token}."""
+
+    def __init__(self, paths: Paths):
+        self._path = paths.file("servers.json")
+        self.servers = read_json(self._path, [])
+        if not all(
+            isinstance(s, dict) and {"name", "address", "fingerprint"} <= set(s)
+            for s in self.servers
+        ):
+            raise damaged_file(self._path)
+
+    def find(self, name: str):
+        """The server saved under this name or address, or None."""
+        found = [s for s in self.servers if name in (s["name"], s["address"])]
+        return found[0] if found else None
+
+    def find_fingerprint(self, fingerprint: str):
+        found = [s for s in self.servers if s["fingerprint"] == fingerprint]
+        return found[0] if found else None
+
+    def remember(self, address: str, fingerprint: str, room: str, nickname: str) -> None:
+        """Adds a server, or brings what is known of it up to date."""
+        entry = self.find_fingerprint(fingerprint)
+        if entry is None:
+            entry = {"name": self._free_name(address), "fingerprint": fingerprint}
+            self.servers.insert(0, entry)
+        entry.update(address=address, room=room, nickname=nickname)
+        write_json(self._path, self.servers)
+
+    def _free_name(self, address: str) -> str:
+        taken = {s["name"] for s in self.servers}
+        names = [address, *(f"{address} ({i})" for i in range(2, len(taken) + 3))]
+        return next(name for name in names if name not in taken)
+
+    def remove(self, name: str) -> None:
+        entry = self.find(name)
+        if entry is None:
+            hint = "'trchat.py servers' lists them."
+            raise ChatError(f"No server is saved as {one_line(name)}.", hint, "unknown-server")
+        self.servers.remove(entry)
+        write_json(self._path, self.servers)
+
+    def rename(self, name: str, new: str) -> None:
+        entry = self.find(name)
+        if entry is None or self.find(new) is not None:
+            text = f"{one_line(name)} is not saved, or {one_line(new)} is taken."
+            raise ChatError(text, "'trchat.py servers' lists them.", "unknown-server")
+        entry["name"] = new
+        write_json(self._path, self.servers)
+
+
+class People:
+    """contacts.json: who was met under which name on which server, and who is verified."""
+
+    def __init__(self, paths: Paths):
+        self._path = paths.file("contacts.json")
+        self._entries = read_json(self._path, [])
+        keys = {"name", "fingerprint", "server", "verified"}
+        if not all(isinstance(e, dict) and keys <= set(e) for e in self._entries):
+            raise damaged_file(self._path)
+
+    def known(self, server: bytes) -> dict:
+        """Name -> fingerprint of those met on this server."""
+        shown = fingerprint_text(server)
+        mine = [e for e in self._entries if e["server"] == shown]
+        return {e["name"]: parse_fingerprint(e["fingerprint"]) for e in mine}
+
+    def verified(self) -> set:
+        return {parse_fingerprint(e["fingerprint"]) for e in self._entries if e["verified"]}
+
+    def remember(self, server: bytes, name: str, fingerprint: bytes) -> None:
+        shown = {"name": name, "server": fingerprint_text(server)}
+        kept = [e for e in self._entries if {k: e[k] for k in shown} != shown]
+        verified = fingerprint in self.verified()
+        entry = {**shown, "fingerprint": fingerprint_text(fingerprint), "verified": verified}
+        self._entries = [*kept, entry]
+        write_json(self._path, self._entries)
+
+    def mark_verified(self, fingerprint: bytes) -> None:
+        for entry in self._entries:
+            if entry["fingerprint"] == fingerprint_text(fingerprint):
+                entry["verified"] = True
+        write_json(self._path, self._entries)
+
+
+# ==================================================================================================
+# Part 14. Dependencies | uses 1, 13
+#
+# Brings in the one package outside the standard library. Every start pays for
+# Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
+# tried at first use. A private folder appears under its name in one rename, whole and tried out,
+# or not at all.
+# ==================================================================================================
+
+NEEDED_VERSION = 48  # the first whose wheels have ML-KEM
+REQUIREMENT = f"cryptography>={NEEDED_VERSION}"
+PARTIAL = ".partial-"  # a folder that pip still fills
+STALE_SECONDS = 24 * 3600.0  # then such a folder belongs to a process that was killed
+WORKING_SECONDS = 10.0  # how often a long installation gives a sign of life
+RENAME_TRIES, RENAME_PAUSE = 10, 0.2  # a virus scanner may hold new files open for a moment
+MODULES = ("cryptography", "cffi", "_cffi_backend")  # these three must come from one place
+
+# --no-user, because a `user = true` in pip's own settings does not go with --target.
+PIP = ("-m", "pip", "install", "--only-binary", ":all:", "--upgrade", "--no-user")
+PIP_QUIET = ("--quiet", "--disable-pip-version-check")
+
+PROBE = """import sys
+sys.path.insert(0, sys.argv[1])
+from cryptography.hazmat.primitives.asymmetric import mlkem
+mlkem.MLKEM768PrivateKey.generate()"""
+
+# What pip's output holds, what that means, what to do. The first row that fits counts.
+PIP_FAILURES = (
+    (
+        ("No space left", "not enough space on the disk", "Disk quota exceeded"),
+        "the disk is full",
+        "Free some 60 MB, or set TRCHAT_DEPS to a folder on another disk.",
+    ),
+    (
+        ("CERTIFICATE_VERIFY_FAILED", "confirming the ssl certificate"),
+        "the package index showed a certificate that pip does not trust",
+        "Check this computer's clock; behind a filtering proxy, set PIP_CERT to its certificate.",
+    ),
+    (
+        ("ProxyError", "Tunnel connection failed"),
+        "the proxy refused the connection",
+        "Check the environment variables HTTPS_PROXY and PIP_PROXY.",
+    ),
+    (
+        ("connection broken by", "NewConnectionError", "Max retries exceeded", "timed out"),
+        "the package index cannot be reached",
+        "Connect to the internet and start trchat again.",
+    ),
+    (
+        ("Permission denied", "Read-only file system", "WinError 5]"),
+        "a folder cannot be written",
+        "Set TRCHAT_DEPS, and TMPDIR (on Windows TEMP), to folders that you can write to.",
+    ),
+)
+PIP_PACKAGES = (
+    ("apt-get", "sudo apt install python3-pip"),
+    ("dnf", "sudo dnf install python3-pip"),
+    ("zypper", "sudo zypper install python3-pip"),
+    ("pacman", "sudo pacman -S python-pip"),
+    ("apk", "sudo apk add py3-pip"),
+)
+
+
+def python_tag() -> str:
+    """Names this Python and its platform, as in cpython-311-x86_64-linux-gnu."""
+    tag = importlib.machinery.EXTENSION_SUFFIXES[0].split(".")[1]
+    return f"{tag}-{os.uname().machine}" if sys.platform == "darwin" else tag
+
+
+def deps_folder(home: str) -> str:
+    """The private folder for packages: compiled ones fit one Python on one platform."""
+    base = os.environ.get("TRCHAT_DEPS") or os.path.join(home, "deps")
+    return os.path.join(os.path.abspath(os.path.expanduser(base)), python_tag())
+
+
+def find_cryptography(path: list | None = None) -> tuple:
+    """(folder, version) of what an import would find on `path`, without importing it."""
+    spec = importlib.machinery.PathFinder.find_spec("cryptography", path)
+    if spec is None or not spec.origin:
+        return "", ""
+    package = os.path.dirname(spec.origin)
+    return package, read_version(package)
+
+
+def read_version(package: str) -> str:
+    try:
+        with open(os.path.join(package, "__about__.py"), encoding="utf-8") as file:
+            version = file.read().partition('\n__version__ = "')[2].partition('"')[0]
+    except (OSError, UnicodeDecodeError):
+        version = ""
+    return version or metadata_version(os.path.dirname(package))
+
+
+def metadata_version(site: str) -> str:
+    """The slow way, should a later cryptography do without __about__.py."""
+
+    found = metadata.distributions(name="cryptography", path=[site])
+    return next((package.version for package in found), "")
+
+
+def is_new_enough(version: str) -> bool:
+    major = version.partition(".")[0]
+    return major.isdigit() and int(major) >= NEEDED_VERSION
+
+
+def forget_modules() -> None:
+    """Lets the next import look at the path again, where a wrong version was loaded already."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in MODULES:
+            del sys.modules[name]
+
+
+def prefer_folder(folder: str) -> None:
+    """Puts the private folder before everything, so that Debian's 38.0.4 cannot win."""
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
+
+
+def mlkem_works() -> bool:
+    try:
+        from cryptography.hazmat.primitives.asymmetric import mlkem
+
+        mlkem.MLKEM768PrivateKey.generate()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a broken build ends in a panic of Rust, which is no Exception
+        return False
+    return True
+
+
+def check_tls() -> None:
+    """Refuses a Python without TLS 1.3; for the first use of the network, as ssl loads slowly."""
+
+    if not getattr(ssl, "HAS_TLSv1_3", False):
+        raise ChatError(
+            f"This Python cannot speak TLS 1.3 (it was built with {ssl.OPENSSL_VERSION}).",
+            hint=f"Use a Python from https://www.python.org instead of {sys.executable}.",
+        )
+
+
+def shell_line(command: list, windows: bool = os.name == "nt") -> str:
+    """The command as a person can paste it into this system's shell."""
+
+    if not windows:
+        return " ".join(shlex.quote(word) for word in command)
+    plain = [all(c.isalnum() or c in "\\/:._-" for c in word) for word in command]
+    return " ".join(word if ok else f'"{word}"' for word, ok in zip(command, plain))
+
+
+def pip_hint() -> str:
+    """How this Python gets pip: its own ensurepip, or the system's package manager."""
+
+    in_venv = sys.prefix != sys.base_prefix
+    own = importlib.machinery.PathFinder.find_spec("ensurepip")
+    if own and (in_venv or sys.prefix != "/usr"):  # Debian's own Python refuses ensurepip
+        flags = [] if in_venv else ["--user"]
+        return f"Run: {shell_line([sys.executable, '-m', 'ensurepip', *flags])}"
+    for tool, command in PIP_PACKAGES:
+        if shutil.which(tool):
+            return f"Run: {command}"
+    return "Install pip: https://pip.pypa.io/en/stable/installation"
+
+
+def require_pip(what: str) -> None:
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
+        raise ChatError(f"Installing {what} failed: this Python has no pip.", hint=pip_hint())
+
+
+def wheel_hint() -> str:
+    if sys.platform == "win32" and "arm64" in sys.version.lower():
+        return "Install the x64 (not the ARM64) Python from https://www.python.org and use that."
+    if sys.version_info < (3, 9, 2):
+        return "Update Python to 3.9.2 or newer."
+    upgrade = shell_line([sys.executable, "-m", "pip", "install", "--upgrade", "pip"])
+    return f"Use a standard Python from https://www.python.org, or update pip first: {upgrade}"
+
+
+def pip_failure(what: str, output: str) -> ChatError:
+    """One sentence from pip's many lines."""
+    for marks, why, hint in PIP_FAILURES:
+        if any(mark in output for mark in marks):
+            return ChatError(f"Installing {what} failed: {why}.", hint=hint)
+    if "No matching distribution" in output:
+        why = f"pip found no ready-made package for {python_tag()} {sys.version.split()[0]}"
+        return ChatError(f"Installing {what} failed: {why}.", hint=wheel_hint())
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["pip said nothing"]
+    why = errors[-1].replace("ERROR:", "").strip()[:300]
+    return ChatError(f"Installing {what} failed: {why.rstrip('.')}.", hint="Check pip's settings.")
+
+
+def wait_for(process, say) -> str:
+    """The process's output; says now and then that the work goes on."""
+
+    waited = 0.0
+    while True:
+        try:
+            return process.communicate(timeout=WORKING_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            waited += WORKING_SECONDS
+            say(f"Still installing ({waited:.0f} s) ...")
+
+
+def run_pip(packages: list, target: str, say) -> None:
+    """pip with its own settings (index, proxy, certificates), into the folder `target`."""
+
+    command = [sys.executable, *PIP, *PIP_QUIET, "--target", target, *packages]
+    pip = subprocess.Popen(
+        command,
+        cwd=target,  # not where the person stands: a pip.py there would be run
+        env={**os.environ, "PIP_REQUIRE_VIRTUALENV": "0"},  # a private folder is as good
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        output = wait_for(pip, say)
+    except BaseException:
+        pip.kill()
+        pip.wait()
+        raise
+    if pip.returncode:
+        raise pip_failure(", ".join(packages), output)
+
+
+def folder_works(folder: str) -> bool:
+    """Tries ML-KEM with the packages in `folder`, in a process of its own."""
+
+    if not os.path.isdir(folder):
+        return False
+    command = [sys.executable, "-I", "-c", PROBE, folder]
+    quiet = subprocess.DEVNULL
+    return subprocess.call(command, stdin=quiet, stdout=quiet, stderr=quiet) == 0
+
+
+def remove_stale(base: str) -> None:
+    """Deletes what killed installations left behind."""
+
+    for name in os.listdir(base):
+        path = os.path.join(base, name)
+        if name.startswith(PARTIAL) and time.time() - os.path.getmtime(path) > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def make_partial(base: str) -> str:
+
+    try:
+        for folder in (os.path.dirname(base), base):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        remove_stale(base)
+        return tempfile.mkdtemp(prefix=PARTIAL, dir=base)
+    except OSError as error:
+        raise ChatError(
+            f"The folder {base} cannot be used for packages: {error.strerror}.",
+            hint="Set TRCHAT_DEPS to a folder that you can write to.",
+        ) from None
+
+
+def move_aside(folder: str) -> None:
+    """Clears the name for a better folder."""
+
+    if os.path.lexists(folder):
+        aside = tempfile.mkdtemp(prefix=PARTIAL, dir=os.path.dirname(folder))
+        os.rename(folder, os.path.join(aside, "old"))
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(partial: str, folder: str, works) -> None:
+    """Renames the finished folder; where another process was first with a good one, that stays."""
+
+    for _ in range(RENAME_TRIES):
+        try:
+            os.rename(partial, folder)
+            return
+        except OSError as error:
+            problem = error.strerror
+        if works(folder):
+            return
+        try:
+            move_aside(folder)
+        except OSError as error:  # Windows: a running program has it open
+            problem = error.strerror
+            time.sleep(RENAME_PAUSE)
+    raise ChatError(
+        f"The folder {folder} cannot be replaced: {problem}.",
+        hint="Close every other trchat and start again.",
+    )
+
+
+def install_packages(packages: list, folder: str, say, works=folder_works, finish=None) -> None:
+    """Installs wheels, so that `folder` appears whole and found to work, or not at all."""
+
+    what = ", ".join(packages)
+    require_pip(what)
+    partial = make_partial(os.path.dirname(folder))
+    try:
+        say(f"Installing {what} into {folder} ...")
+        run_pip(packages, partial, say)
+        if finish:
+            finish(partial)
+        if not works(partial):
+            raise ChatError(f"{what} was installed but does not run here.", hint=wheel_hint())
+        put_in_place(partial, folder, works)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Dependencies:
+    """Finds a cryptography that is good enough, or installs one into `folder`.
+
+    `policy` is "ask" (a terminal), "yes" (do it and say so) or "never" (only name the command);
+    `say(line)` shows a line on stderr, `ask(question)` is true for yes or Enter.
+    """
+
+    def __init__(self, folder: str, policy: str, say, ask):
+        self.folder, self.policy, self.say, self.ask = folder, policy, say, ask
+
+    def ensure(self) -> None:
+        """Makes `import cryptography` give a version that is new enough. Cheap: at every start."""
+        package, version = find_cryptography([self.folder])
+        if is_new_enough(version):
+            prefer_folder(self.folder)
+        else:
+            package, version = find_cryptography()
+        if not is_new_enough(version):
+            self._obtain(f"this Python has {version}" if version else "it is not installed")
+            return
+        loaded = sys.modules.get("cryptography")
+        if loaded and os.path.dirname(str(loaded.__file__)) != package:
+            forget_modules()
+
+    def check_mlkem(self) -> None:
+        """Proves ML-KEM; call it before the first `from cryptography import` of a run."""
+        if mlkem_works():
+            return
+        version = find_cryptography()[1] or "one found"
+        self._obtain(f"the {version} here has no working ML-KEM")
+        if not mlkem_works():
+            raise ChatError("cryptography was replaced.", hint="Start trchat again.")
+
+    def _obtain(self, fault: str) -> None:
+        reason = f"trchat needs the Python package cryptography {NEEDED_VERSION} or newer: {fault}."
+        if self.policy == "never":
+            raise self._refusal(reason)
+        self.say(reason)
+        if self.policy == "ask" and not self.ask(f"Install it now into {self.folder}? [Y/n] "):
+            raise self._refusal("Nothing was installed.")
+        install_packages([REQUIREMENT], self.folder, self.say)
+        prefer_folder(self.folder)
+        importlib.invalidate_caches()  # only here: it costs 25 ms on 3.13
+        forget_modules()
+        self.say(f"Installed cryptography {find_cryptography()[1]}.")
+
+    def _refusal(self, text: str) -> ChatError:
+        command = [sys.executable, *PIP, "--target", self.folder, REQUIREMENT]
+        return ChatError(text, hint=f"Run this, then start trchat again: {shell_line(command)}")
+
+
+# ==================================================================================================
+# Part 15. Vault | uses 1-4, 13
+#
+# Private keys at rest. A pair of files that is there is used or refused, never overwritten.
+# ==================================================================================================
+
+_x509 = Lazy("cryptography.x509")
+_ec = Lazy("cryptography.hazmat.primitives.asymmetric.ec")
+_scrypt = Lazy("cryptography.hazmat.primitives.kdf.scrypt")
+
+SEALED_BEGIN, SEALED_END = "-----BEGIN TRCHAT SEALED KEY-----", "-----END TRCHAT SEALED KEY-----"
+SCRYPT_LOG_N, SCRYPT_R, SCRYPT_P = 17, 8, 1  # 128 MiB, about 0.4 s
+SEAL_LABEL = PROTOCOL + b" sealed key"
+
+
+def _passphrase_key(passphrase: str, salt: bytes, log_n: int) -> bytes:
+    """scrypt (RFC 7914) of a passphrase."""
+    normal = unicodedata.normalize("NFKC", passphrase).encode("utf-8")
+    try:
+        kdf = _scrypt.Scrypt(salt=salt, length=32, n=1 << log_n, r=SCRYPT_R, p=SCRYPT_P)
+        return kdf.derive(normal)
+    except MemoryError:
+        raise ChatError("There is too little memory to open the key.", "Close something.") from None
+
+
+def seal_key(der: bytes, passphrase: str) -> bytes:
+    """A private key (PKCS#8 DER) as sealed PEM: u8 log2 N, 16 salt, 12 nonce, AES-256-GCM."""
+    salt, nonce = random_bytes(16), random_bytes(12)
+    head = u8(SCRYPT_LOG_N) + salt + nonce
+    key = _passphrase_key(passphrase, salt, SCRYPT_LOG_N)
+    data = base64.b64encode(head + seal(key, nonce, der, SEAL_LABEL + head)).decode("ascii")
+    lines = [data[i : i + 64] for i in range(0, len(data), 64)]
+    return "\n".join([SEALED_BEGIN, *lines, SEALED_END, ""]).encode("ascii")
+
+
+def is_sealed(pem: bytes) -> bool:
+    return pem.lstrip().startswith(SEALED_BEGIN.encode("ascii"))
+
+
+def open_key(pem: bytes, passphrase: str, path: str) -> bytes:
+    """The PKCS#8 DER of a sealed PEM; ChatError `locked` if the passphrase is wrong."""
+    try:
+        text = pem.decode("ascii").strip()
+        if not text.endswith(SEALED_END):
+            raise ValueError
+        body = "".join(text[len(SEALED_BEGIN) : -len(SEALED_END)].split())
+        data = base64.b64decode(body, validate=True)
+    except ValueError:
+        raise damaged_file(path) from None
+    head, ciphertext = data[:29], data[29:]
+    if len(ciphertext) < 16 or not 10 <= head[0] <= 20:
+        raise damaged_file(path)
+    try:
+        key = _passphrase_key(passphrase, head[1:17], head[0])
+        return open_sealed(key, head[17:], ciphertext, SEAL_LABEL + head)
+    except RemoteProtocolError:
+        hint = "Try again; it cannot be recovered without it."
+        raise ChatError(
+            "The passphrase is wrong, or the key file is damaged.", hint, "locked"
+        ) from None
+
+
+class KeyPair:
+    """A private key with its self-signed certificate, in two PEM files of a profile."""
+
+    def __init__(self, paths: Paths, role: str):
+        self.role = role
+        self.key_path = paths.file("cert", f"{role}_key.pem")
+        self.certificate_path = paths.file("cert", f"{role}_cert.pem")
+
+    def load(self, ask_passphrase):
+        """(private key, certificate DER); made if neither file is there."""
+        key_pem, certificate = read_file(self.key_path), read_file(self.certificate_path)
+        if key_pem is None and certificate is None:
+            return self._create(ask_passphrase)
+        if key_pem is None or certificate is None:
+            here, gone = self.key_path, self.certificate_path
+            here, gone = (here, gone) if certificate is None else (gone, here)
+            hint = f"Restore it from a backup, or move {here} away to start with a new key."
+            raise ChatError(f"{gone} is missing beside {here}.", hint, "storage")
+        key = self._load_key(key_pem, ask_passphrase)
+        der = self._certificate_der(certificate)
+        if spki_of(key.public_key()) not in der:  # a certificate holds its key's SPKI as it is
+            text = f"{self.certificate_path} does not belong to {self.key_path}."
+            raise ChatError(text, "Restore the right one, or move both away.", "storage")
+        return key, der
+
+    def _certificate_der(self, pem: bytes) -> bytes:
+        try:
+            return _x509.load_pem_x509_certificate(pem).public_bytes(_serialization.Encoding.DER)
+        except ValueError:
+            raise damaged_file(self.certificate_path) from None
+
+    def _load_key(self, pem: bytes, ask_passphrase):
+        try:
+            if is_sealed(pem):
+                der = open_key(
+                    pem, ask_passphrase(f"Passphrase of the {self.role} key: "), self.key_path
+                )
+                key = _serialization.load_der_private_key(
+                    der, None, unsafe_skip_rsa_key_validation=True
+                )
+            else:
+                key = _serialization.load_pem_private_key(
+                    pem, None, unsafe_skip_rsa_key_validation=True
+                )
+            self._prove(key)
+        except (
+            ValueError,
+            TypeError,
+            _exceptions.UnsupportedAlgorithm,
+            _exceptions.InvalidSignature,
+        ):
+            raise damaged_file(self.key_path) from None
+        return key
+
+    def _prove(self, key) -> None:
+        """One signature shows what the skipped validation (87 ms) would: the numbers fit."""
+        wanted = _rsa.RSAPrivateKey if self.role == "client" else _ec.EllipticCurvePrivateKey
+        if not isinstance(key, wanted) or self.role == "client" and key.key_size != RSA_BITS:
+            raise ValueError
+        if self.role == "client":
+            key.public_key().verify(
+                key.sign(b"", _pss(), _hashes.SHA256()), b"", _pss(), _hashes.SHA256()
+            )
+
+    def _create(self, ask_passphrase):
+        client = self.role == "client"
+        key = generate_rsa() if client else _ec.generate_private_key(_ec.SECP256R1())
+        certificate = self_signed(key, f"trchat {self.role}")
+        passphrase = os.environ.get("TRCHAT_PASSPHRASE", "")
+        self.store_key(key, passphrase)
+        write_file(self.certificate_path, certificate.public_bytes(_serialization.Encoding.PEM))
+        return key, certificate.public_bytes(_serialization.Encoding.DER)
+
+    def store_key(self, key, passphrase: str) -> None:
+        """Writes the key, sealed if there is a passphrase."""
+        form = (_serialization.PrivateFormat.PKCS8, _serialization.NoEncryption())
+        if passphrase:
+            pem = seal_key(key.private_bytes(_serialization.Encoding.DER, *form), passphrase)
+        else:
+            pem = key.private_bytes(_serialization.Encoding.PEM, *form)
+        write_file(self.key_path, pem)
+
+    def sealed(self) -> bool:
+        return is_sealed(read_file(self.key_path) or b"")
+
+    def exists(self) -> bool:
+        return os.path.exists(self.key_path)
+
+
+def self_signed(key, name: str):
+    """An end-entity certificate (RFC 5280) that signs itself and does not expire."""
+    subject = _x509.Name([_x509.NameAttribute(_x509.NameOID.COMMON_NAME, name)])
+    builder = _x509.CertificateBuilder(subject, subject, key.public_key())
+    builder = builder.serial_number(_x509.random_serial_number())
+    builder = builder.not_valid_before(datetime.datetime(2020, 1, 1))
+    builder = builder.not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59))
+    usage = [True] + [False] * 8  # digitalSignature only
+    identifier = _x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    for extension, critical in (
+        (_x509.BasicConstraints(ca=False, path_length=None), True),
+        (_x509.KeyUsage(*usage), True),
+        (identifier, False),
+    ):
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(key, _hashes.SHA256())
+
+
+def certificate_fingerprint(der: bytes) -> bytes:
+    """SHA-256 over the SubjectPublicKeyInfo of a DER certificate."""
+    try:
+        return sha256(spki_of(_x509.load_der_x509_certificate(der).public_key()))
+    except (ValueError, _exceptions.UnsupportedAlgorithm):
+        raise RemoteProtocolError("A certificate cannot be read.") from None
+
+
+def load_identity(paths: Paths, ask_passphrase) -> Identity:
+    """One's own long-term identity, made at first use."""
+    paths.make_folders()
+    return Identity(KeyPair(paths, "client").load(ask_passphrase)[0])
+
+
+# ==================================================================================================
+# Part 16. Network | uses 1-4, 13, 15
+#
+# TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
+# shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
+# ==================================================================================================
+
+
+READ_SIZE = 256 << 10
+
+
+def _tls_context(protocol):
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols([PROTOCOL.decode("ascii")])
+    return context
+
+
+def client_context(chain: tuple | None = None):
+    """TLS for a client; the server's key is compared with the pin after the handshake.
+
+    `chain` (private key, certificate DER) answers a server that asks for a certificate.
+    """
+    context = _tls_context(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if chain:
+        _load_chain(context, *chain)
+    return context
+
+
+def server_context(key, certificate: bytes, client_certificates: list | None = None):
+    """TLS for the server; with `client_certificates` (DER) only their owners get through."""
+    context = _tls_context(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0
+    _load_chain(context, key, certificate)
+    if client_certificates is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        if client_certificates:
+            context.load_verify_locations(cadata=b"".join(client_certificates))
+    return context
+
+
+def _load_chain(context, key, certificate: bytes) -> None:
+    """`ssl` takes keys from files only: a private one, sealed at random, for a moment."""
+    password = random_bytes(32).hex().encode("ascii")
+    form = (_serialization.Encoding.PEM, _serialization.PrivateFormat.PKCS8)
+    pem = key.private_bytes(*form, _serialization.BestAvailableEncryption(password))
+    handle, path = tempfile.mkstemp()
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(pem + ssl.DER_cert_to_PEM_cert(certificate).encode("ascii"))
+        context.load_cert_chain(path, password=lambda: password)
+    except OSError as error:
+        raise storage_error("Using", path, error) from None
+    finally:
+        os.unlink(path)
+
+
+def read_certificates(folder: str) -> list:
+    """The DER of every PEM certificate in a folder, for --client-certs."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise storage_error("Reading", folder, error) from None
+    found = []
+    for name in names:
+        data = read_file(os.path.join(folder, name)) if name.endswith((".pem", ".crt")) else None
+        if data and b"BEGIN CERTIFICATE" in data:
+            found.append(_read_certificate(data, os.path.join(folder, name)))
+    return found
+
+
+def _read_certificate(pem: bytes, path: str) -> bytes:
+    try:
+        certificate = _x509.load_pem_x509_certificate(pem)
+        basic = certificate.extensions.get_extension_for_class(_x509.BasicConstraints)
+        if basic.value.ca:  # it would vouch for every certificate that it signs
+            raise ChatError(f"{path} is a CA's.", "Give each person's own client_cert.pem.")
+    except (ValueError, _x509.ExtensionNotFound):
+        raise damaged_file(path) from None
+    return certificate.public_bytes(_serialization.Encoding.DER)
+
+
+class TLSPipe:
+    """One TLS connection without a socket: bytes of either side in, bytes of the other out."""
+
+    __slots__ = ("_incoming", "_outgoing", "_tls", "established")
+
+    def __init__(self, context, server_side: bool):
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self.established = False
+
+    def handshake(self) -> bool:
+        """Goes on with the handshake; True once it is done. ssl.SSLError if it failed."""
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        if self._tls.selected_alpn_protocol() != PROTOCOL.decode("ascii"):
+            raise ssl.SSLError("the other side is no trchat")
+        self.established = True
+        return True
+
+    def feed(self, ciphertext: bytes) -> None:
+        self._incoming.write(ciphertext)
+
+    def receive(self, ciphertext: bytes) -> bytes:
+        """What the other side wrote. ssl.SSLError if the stream is false; EOFError at its end."""
+        if ciphertext:
+            self.feed(ciphertext)
+        if not self.established and not self.handshake():
+            return b""
+        records = []
+        try:
+            while self._incoming.pending or self._tls.pending():
+                record = self._tls.read(READ_SIZE)
+                if not record:
+                    raise EOFError
+                records.append(record)
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLZeroReturnError, EOFError):
+            if not records:
+                raise EOFError from None
+        return records[0] if len(records) == 1 else b"".join(records)
+
+    def send(self, plaintext: bytes) -> bytes:
+        """Takes plaintext; returns the ciphertext to be sent (also of the handshake)."""
+        if plaintext:
+            self._tls.write(plaintext)
+        return self._outgoing.read() if self._outgoing.pending else b""
+
+    def peer_certificate(self) -> bytes:
+        """The other side's certificate (DER), b"" if it showed none."""
+        return self._tls.getpeercert(True) or b""
+
+
+class Link(Record):
+    """A connection on which TLS stands and whose server is known by its fingerprint."""
+
+    __slots__ = ("sock", "tls", "fingerprint", "address")
+
+
+def connect_error(address: str, error: OSError) -> ChatError:
+    """One sentence for a connection that did not come about."""
+    if isinstance(error, ssl.SSLError):
+        text = f"What answers at {address} is not a trchat server."
+        return ChatError(text, "Check the address and the port.", "unreachable")
+    if isinstance(error, socket.gaierror):
+        text = f"The name in {address} is not known."
+        return ChatError(text, "Check its spelling and your network.", "unreachable")
+    if isinstance(error, socket.timeout):
+        text, hint = f"Nothing answers at {address}.", "Check the address, the port and firewalls."
+    else:
+        text = f"Connecting to {address} failed: {error.strerror or error}."
+        hint = "Is the server running, and is the port right?"
+    return ChatError(text, hint, "unreachable")
+
+
+def dial(address: str, timeout: float, source_port: int = 0, chain: tuple | None = None) -> Link:
+    """Connects to `host:port` and shakes hands; ChatError `unreachable` if that fails."""
+    host, port = split_address(address, DEFAULT_PORT)
+    sock = None
+    try:
+        source = ("", source_port) if source_port else None
+        sock = socket.create_connection((host, port), timeout, source)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        pipe = TLSPipe(client_context(chain), server_side=False)
+        _shake_hands(sock, pipe, timeout)
+    except (OSError, UnicodeError) as error:
+        if sock is not None:
+            sock.close()
+        fault = error if isinstance(error, OSError) else socket.gaierror()
+        raise connect_error(join_address(host, port), fault) from None
+    fingerprint = certificate_fingerprint(pipe.peer_certificate())
+    return Link(sock, pipe, fingerprint, join_address(host, port))
+
+
+def _shake_hands(sock, pipe: TLSPipe, timeout: float) -> None:
+    limit = time.monotonic() + timeout
+    while not pipe.handshake():
+        sock.sendall(pipe.send(b""))
+        sock.settimeout(max(0.001, limit - time.monotonic()))
+        data = sock.recv(READ_SIZE)
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+        pipe.feed(data)
+    sock.sendall(pipe.send(b""))
+
+
+def check_pin(link: Link, pin: bytes) -> None:
+    """ChatError `pin-mismatch` unless the server is the one expected."""
+    if pin and not same(link.fingerprint, pin):
+        link.sock.close()
+        text = (
+            f"The server at {link.address} is not the one expected: "
+            f"its key is {fingerprint_text(link.fingerprint)}."
+        )
+        hint = "Somebody may be in the middle; ask its operator for a new token."
+        raise ChatError(text, hint, "pin-mismatch")
+
+
+def listen(host: str, port: int):
+    """A listening socket, not blocking; ChatError if the port cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        sock = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        text = f"Listening on {join_address(host, port)} failed: {reason}."
+        raise ChatError(
+            text, "Choose another with --port (0 takes any free one).", "unreachable"
+        ) from None
+    sock.setblocking(False)
+    return sock
+
+
+def local_addresses() -> list:
+    """This machine's address towards the network, found without sending a packet."""
+    found = []
+    for family, remote in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((remote, 9))
+                found.append(probe.getsockname()[0])
+        except OSError:
+            pass
+    return found
+
+
+# ==================================================================================================
+# Part 17. Events and threads | uses 13
+#
+# Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
+# waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
+# oldest and is told so, and nothing else ever waits for it.
+# ==================================================================================================
+
+
+EVENTS_MOST = 100_000
+
+
+def spawn(name: str, routine, *args):
+    """Starts a thread; `routine` is named _routine_*."""
+    thread = threading.Thread(target=routine, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+class Inbox:
+    """Calls for an owner thread, from any thread, with a socket that wakes its selector."""
+
+    def __init__(self):
+        self._calls = collections.deque()
+        self.wake_socket, self._waker = socket.socketpair()
+        self.wake_socket.setblocking(False)
+        self._waker.setblocking(False)
+
+    def post(self, function, *args) -> None:
+        self._calls.append((function, args))
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full: it will wake anyway; closed: nobody is left to wake
+
+    def run_all(self) -> None:
+        """In the owner thread: does what was posted."""
+        try:
+            while self.wake_socket.recv(4096):
+                pass
+        except OSError:
+            pass
+        while self._calls:
+            function, args = self._calls.popleft()
+            function(*args)
+
+    def close(self) -> None:
+        self.wake_socket.close()
+        self._waker.close()
+
+
+class Subscription:
+    """One face's queue of events; `get` waits for the next, None when the stream has ended."""
+
+    def __init__(self, most: int = EVENTS_MOST):
+        self._events = collections.deque()
+        self._most, self._lost, self._ended = most, 0, False
+        self._news = threading.Condition()
+
+    def put(self, event) -> None:
+        with self._news:
+            if event is None:
+                self._ended = True
+            else:
+                self._events.append(event)
+            if len(self._events) > self._most:
+                self._events.popleft()
+                self._lost += 1
+            self._news.notify()
+
+    def get(self, timeout: float | None = None):
+        with self._news:
+            self._news.wait_for(lambda: self._events or self._ended, timeout)
+            if self._lost:
+                text = f"{self._lost} events were dropped because nobody read them in time."
+                self._lost = 0
+                return {"event": "error", "code": "rate-limited", "text": text}
+            return self._events.popleft() if self._events else None
+
+
+class Publisher:
+    """Hands every event to every subscription."""
+
+    def __init__(self):
+        self._subscriptions: list = []
+
+    def subscribe(self, most: int = EVENTS_MOST) -> Subscription:
+        subscription = Subscription(most)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    def publish(self, event) -> None:
+        for subscription in self._subscriptions:
+            subscription.put(event)
+
+
+# ==================================================================================================
+# Part 18. Relay server | uses 1, 2, 7, 13, 15-17
+#
+# One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
+# then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
+# ==================================================================================================
+
+READ, WRITE = 1, 2  # selectors.EVENT_READ, EVENT_WRITE
+ACCEPT_MOST = 64  # connections taken in one turn
+CLOSE_SECONDS = 2.0  # how long a refused client may take to read why
+
+
+class RelaySocket:
+    """One accepted connection."""
+
+    __slots__ = ("sock", "address", "tls", "client", "pending", "mask", "dead")
+
+    def __init__(self, sock, address: str):
+        self.sock, self.address = sock, address
+        self.tls = self.client = None
+        self.pending = b""  # ciphertext that the socket did not take yet
+        self.mask = 0
+        self.dead = False
+
+
+class AddressLimits:
+    """How many connections an address may have and open, so that one cannot shut out others.
+
+    Too many new ones wait, the newest first served; too many half-open ones push out the oldest.
+    """
+
+    def __init__(self):
+        self._open: dict = {}  # address -> {RelaySocket: logged in?}
+        self._tokens: dict = {}  # address -> (tokens, when)
+        self.waiting: dict = {}  # address -> [RelaySocket]
+
+    def admit(self, conn: RelaySocket, now: float) -> tuple:
+        """(may it begin now?, a connection to be ended in its favour or None)."""
+        mine = self._open.setdefault(conn.address, {})
+        victim = None
+        if len(mine) >= MAX_PER_ADDRESS:
+            victim = next((c for c, logged_in in mine.items() if not logged_in), conn)
+            if victim is conn:
+                return False, conn
+        mine[conn] = False
+        if self._take_token(conn.address, now):
+            return True, victim
+        self.waiting.setdefault(conn.address, []).append(conn)
+        return False, victim
+
+    def _take_token(self, address: str, now: float) -> bool:
+        tokens, since = self._tokens.get(address, (MAX_PER_ADDRESS, now))
+        tokens = min(MAX_PER_ADDRESS, tokens + (now - since) * NEW_PER_SECOND)
+        self._tokens[address] = (tokens - (tokens >= 1), now)
+        return tokens >= 1
+
+    def logged_in(self, conn: RelaySocket) -> None:
+        if conn in self._open.get(conn.address, {}):
+            self._open[conn.address][conn] = True
+
+    def release(self, conn: RelaySocket, now: float) -> None:
+        mine = self._open.get(conn.address, {})
+        mine.pop(conn, None)
+        queued = self.waiting.get(conn.address, [])
+        if conn in queued:
+            queued.remove(conn)
+        if not queued:
+            self.waiting.pop(conn.address, None)
+        if not mine:
+            self._open.pop(conn.address, None)
+            self._forget_full(now)
+
+    def _forget_full(self, now: float) -> None:
+        """Keeps the table small: an address whose tokens are all back needs no entry."""
+        if len(self._tokens) > 1024:
+            since = now - MAX_PER_ADDRESS / NEW_PER_SECOND
+            self._tokens = {
+                a: t for a, t in self._tokens.items() if t[1] > since or a in self._open
+            }
+
+    def take_ready(self, now: float) -> list:
+        """The waiting connections that may begin now, the newest of each address first."""
+        ready = []
+        for address, queued in list(self.waiting.items()):
+            while queued and self._take_token(address, now):
+                ready.append(queued.pop())
+            if not queued:
+                del self.waiting[address]
+        return ready
+
+
+class RelayServer:
+    """The relay machine with its sockets. `save` stores the gatekeeper; `publish` takes events."""
+
+    def __init__(self, listener, context, machine: RelayMachine, save, publish):
+        self.machine, self._listener, self._context = machine, listener, context
+        self._save, self._publish = save, publish
+        self.inbox = Inbox()
+        self._selector = selectors.DefaultSelector()
+        self._half_open: dict = {}  # RelaySocket -> deadline, oldest first
+        self._limits = AddressLimits()
+        self._by_client: dict = {}  # RelayClient -> RelaySocket
+        self._throttled: dict = {}  # RelaySocket -> when it may be read again
+        self._closing: dict = {}  # RelaySocket -> when it is ended in any case
+        self._save_at = self._hold_at = self._accept_at = None
+        self._save_took = 0.0
+        self._stopping = ""
+        self.started = 0.0
+
+    def start(self) -> None:
+        raise_file_limit()
+        self._selector.register(self._listener, READ, None)
+        self._selector.register(self.inbox.wake_socket, READ, None)
+        self.started = time.monotonic()
+        self._thread = spawn("relay", self._routine_relay)
+
+    def call(self, function, *args):
+        """Runs a function in the loop thread and returns what it returns."""
+        answer = queue.SimpleQueue()
+        self.inbox.post(lambda: answer.put(_outcome(function, *args)))
+        value, error = answer.get()
+        if error is not None:
+            raise error
+        return value
+
+    def stop(self) -> None:
+        """Tells everybody, lets what is queued go out for a moment, and ends the loop."""
+        self.inbox.post(self._begin_stop)
+        self._thread.join(CLOSE_SECONDS + 1)
+
+    def _begin_stop(self) -> None:
+        self._stopping = "stopping"
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        for client in list(self.machine.clients.values()):
+            self.machine.close(client, CLOSED, "server-closed", "The server was closed.")
+        for conn in list(self._half_open):
+            self._end(conn, "server closed")
+
+    # The loop
+
+    def _routine_relay(self) -> None:
+        while not (self._stopping and not self._by_client):
+            self._turn()
+        if self.machine.gatekeeper.changed:
+            self._save(self.machine.gatekeeper)
+        self._selector.close()
+        self.inbox.close()
+
+    def _turn(self) -> None:
+        for key, mask in self._selector.select(self._timeout()):
+            conn = key.data
+            if conn is None:
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self.inbox.run_all()
+                continue
+            if mask & WRITE and not conn.dead:
+                self._write(conn, time.monotonic())
+            if mask & READ and not conn.dead:
+                self._read(conn)
+        now = time.monotonic()
+        self._flush(now)
+        self._run_timers(now)
+        self._report()
+
+    def _timeout(self):
+        if self.machine.dirty or self.machine.events:
+            return 0
+        times = [self._save_at, self._hold_at, self._accept_at]
+        times += [next(iter(d.values())) for d in (self._half_open, self._closing) if d]
+        times += self._throttled.values()
+        if self._limits.waiting:
+            times.append(time.monotonic() + 1 / NEW_PER_SECOND)
+        soonest = min((t for t in times if t is not None), default=None)
+        return None if soonest is None else max(0.0, soonest - time.monotonic())
+
+    def _run_timers(self, now: float) -> None:
+        for table in (self._half_open, self._closing):
+            while table and next(iter(table.values())) <= now:
+                self._end(next(iter(table)), "it took too long")
+        for conn in [c for c, until in self._throttled.items() if until <= now]:
+            del self._throttled[conn]
+            self._watch(conn, now)
+        for conn in self._limits.take_ready(now):
+            self._begin(conn, now)
+        if self.machine.full:
+            self._hold_at = self.machine.check_holds(now)
+            for receiver in [r for r in self.machine.full if r.closing]:
+                self._end(self._by_client[receiver], "it held others up")
+        else:
+            self._hold_at = None
+        if self._accept_at is not None and now >= self._accept_at:
+            self._accept_at = None
+            self._selector.register(self._listener, READ, None)
+        self._save_when_due(now)
+
+    def _save_when_due(self, now: float) -> None:
+        """Keeps what must survive a kill; at most a twentieth of the time is spent on it."""
+        if not self.machine.gatekeeper.changed:
+            return
+        if self._save_at is None or now >= self._save_at:
+            self.machine.gatekeeper.changed = False
+            try:
+                self._save(self.machine.gatekeeper)
+            except ChatError as error:
+                self._publish({"event": "error", "code": error.code, "text": str(error)})
+            self._save_took = time.monotonic() - now
+            self._save_at = None if self._save_took < 0.02 else now + 20 * self._save_took
+
+    def _report(self) -> None:
+        events, self.machine.events = self.machine.events, []
+        for kind, client, text in events:
+            self._publish(relay_event(kind, client, text))
+
+    # Connections
+
+    def _accept(self) -> None:
+        now = time.monotonic()
+        for _ in range(ACCEPT_MOST):
+            try:
+                sock, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # no more file descriptors: those who have one go first
+                self._selector.unregister(self._listener)
+                self._accept_at = now + 1.0
+                return
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._admit(RelaySocket(sock, address[0]), now)
+
+    def _admit(self, conn: RelaySocket, now: float) -> None:
+        may_begin, victim = True, None
+        if self.machine.limits:
+            may_begin, victim = self._limits.admit(conn, now)
+        self._half_open[conn] = now + HANDSHAKE_SECONDS
+        if victim is not None:
+            self._end(victim, "too many connections from this address")
+        if len(self._half_open) > MAX_HALF_OPEN and self.machine.limits:
+            self._end(next(iter(self._half_open)), "too many connections without a login")
+        if may_begin and not conn.dead:
+            self._begin(conn, now)
+
+    def _begin(self, conn: RelaySocket, now: float) -> None:
+        conn.tls = TLSPipe(self._context, server_side=True)
+        self._watch(conn, now)
+
+    def _end(self, conn: RelaySocket, reason: str) -> None:
+        """Closes a connection and forgets it everywhere."""
+        if conn.dead:
+            return
+        conn.dead = True
+        now = time.monotonic()
+        if conn.mask:
+            self._selector.unregister(conn.sock)
+            conn.mask = 0
+        conn.sock.close()
+        for table in (self._half_open, self._throttled, self._closing):
+            table.pop(conn, None)
+        if self.machine.limits:
+            self._limits.release(conn, now)
+        client = conn.client
+        if client is None:
+            self._publish(notice(f"{conn.address} was let go before its login: {reason}."))
+            return
+        del self._by_client[client]
+        waiting = list(client.holding)
+        self.machine.disconnect(client, now, reason)
+        for sender in waiting:
+            self._watch(self._by_client[sender], now)
+
+    def _watch(self, conn: RelaySocket, now: float) -> None:
+        """Asks the selector for what this connection can use at present."""
+        if conn.dead:
+            return
+        mask = READ if self._wants_input(conn, now) else 0
+        if conn.pending or conn.client is not None and conn.client.outbox:
+            mask |= WRITE
+        if mask == conn.mask:
+            return
+        if not conn.mask:
+            self._selector.register(conn.sock, mask, conn)
+        elif mask:
+            self._selector.modify(conn.sock, mask, conn)
+        else:
+            self._selector.unregister(conn.sock)
+        conn.mask = mask
+
+    def _wants_input(self, conn: RelaySocket, now: float) -> bool:
+        client = conn.client
+        if client is None:
+            return True
+        if client.throttled_until > now:
+            self._throttled[conn] = client.throttled_until
+        return self.machine.may_read(client, now)
+
+    # Bytes
+
+    def _read(self, conn: RelaySocket) -> None:
+        try:
+            data = conn.sock.recv(READ_SIZE)
+            if not data:
+                raise EOFError
+            plaintext = conn.tls.receive(data)
+        except BlockingIOError:
+            return
+        except (EOFError, OSError) as error:
+            self._end(conn, _end_reason(error))
+            return
+        now = time.monotonic()
+        if conn.client is None:
+            if not conn.tls.established:
+                self._write(conn, now)
+                return
+            self._greet(conn, now)
+        client = conn.client
+        self.machine.receive(client, plaintext, now)
+        if client.bundle is not None and self._half_open.pop(conn, None):
+            self._limits.logged_in(conn)
+        if client.waiting_for or client.throttled_until > now:
+            self._watch(conn, now)
+
+    def _greet(self, conn: RelaySocket, now: float) -> None:
+        conn.client = self.machine.connect(conn.address, now)
+        self._by_client[conn.client] = conn
+        if self.machine.gatekeeper.mode == "certs":
+            certificate = conn.tls.peer_certificate()
+            conn.client.tls_fingerprint = certificate_fingerprint(certificate)
+
+    def _flush(self, now: float) -> None:
+        """Writes to everybody who has something waiting."""
+        while self.machine.dirty:
+            dirty, self.machine.dirty = self.machine.dirty, {}
+            for client in dirty:
+                conn = self._by_client.get(client)
+                if conn is not None and not conn.pending:
+                    self._write(conn, now)
+
+    def _write(self, conn: RelaySocket, now: float) -> None:
+        """Sends until the socket is full or nothing is left."""
+        client = conn.client
+        try:
+            while True:
+                if not conn.pending:
+                    output = b""
+                    if client is not None and client.outbox:
+                        output = self.machine.take_output(client)
+                    conn.pending = conn.tls.send(output)
+                if not conn.pending:
+                    break
+                sent = conn.sock.send(conn.pending)
+                if sent < len(conn.pending):
+                    conn.pending = memoryview(conn.pending)[sent:]
+                    break
+                conn.pending = b""
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._end(conn, _end_reason(error))
+            return
+        if client is not None:
+            self._after_write(conn, client, now)
+        self._watch(conn, now)
+
+    def _after_write(self, conn: RelaySocket, client: RelayClient, now: float) -> None:
+        for sender in self.machine.drained(client, now):
+            self._watch(self._by_client[sender], now)
+        if client.closing:
+            if not conn.pending and not client.outbox:
+                self._end(conn, client.closing)
+            else:
+                self._closing.setdefault(conn, now + CLOSE_SECONDS)
+
+
+def _outcome(function, *args) -> tuple:
+    try:
+        return function(*args), None
+    except ChatError as error:
+        return None, error
+
+
+def _end_reason(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "it hung up"
+    if isinstance(error, ssl.SSLError):
+        return "its TLS is not ours (" + one_line(str(error.reason or error)).lower() + ")"
+    return one_line(getattr(error, "strerror", None) or str(error)).lower()
+
+
+def notice(text: str, **fields) -> dict:
+    return {"event": "notice", "text": text, **fields}
+
+
+def relay_event(kind: str, client: RelayClient, text: str) -> dict:
+    """What the server's console says of one thing that happened."""
+    fields = {"what": kind, "address": client.address}
+    if client.bundle is not None:
+        shown = fingerprint_text(client.bundle.fingerprint)
+        fields.update(name=client.name, fingerprint=shown)
+    who = client.name or client.address
+    if kind == "joined":
+        return notice(f"{who} came from {client.address}.", **fields)
+    if kind == "left":
+        return notice(f"{who} left ({text})." if text else f"{who} left.", **fields)
+    return notice(f"{who}: {one_line(text)}", **fields)
+
+
+def raise_file_limit() -> None:
+    """Lets this process have as many sockets as the system grants it."""
+    if os.name == "posix":
+        resource = importlib.import_module("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if hard == resource.RLIM_INFINITY else hard
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 65536)), hard))
+        except (ValueError, OSError):
+            pass  # macOS names a limit that it does not grant
+
+
+# ==================================================================================================
+# Part 19. Chat client | uses 1-3, 13, 16-18
+#
+# One owner thread has the client machine and its socket. Faces hand it lines and read its events;
+# connecting again, and waiting for the last acknowledgements before leaving, happen here.
+# ==================================================================================================
+
+DIAL_SECONDS = 10.0
+UNCONFIRMED_MOST = 1000  # lines on their way before a pipe must wait
+LEAVE_SECONDS = {"BYE": 10.0, "eof": CONFIRM_SECONDS, "interrupted": 0.5}
+
+
+class Target(Record):
+    """Where to connect. `pin` 32 bytes or b""; `chain` (key, certificate) for --auth certs."""
+
+    __slots__ = ("addresses", "pin", "token", "room", "source_port", "chain", "nickname")
+
+
+def dial_any(target: Target, timeout: float = DIAL_SECONDS) -> Link:
+    """Tries a target's addresses side by side; the first that is the right server wins."""
+    answers = queue.SimpleQueue()
+    won = threading.Event()
+    for address in target.addresses:
+        spawn("dial", _routine_dial, target, address, timeout, won, answers)
+    errors = []
+    for _ in target.addresses:
+        link, error = answers.get()
+        if link is not None:
+            won.set()
+            return link
+        errors.append(error)
+    mismatches = [e for e in errors if e.code != "unreachable"]
+    raise (mismatches or errors)[0]
+
+
+def _routine_dial(target: Target, address: str, timeout: float, won, answers) -> None:
+    try:
+        link = dial(address, timeout, target.source_port, target.chain)
+        check_pin(link, target.pin)
+    except ChatError as error:
+        answers.put((None, error))
+        return
+    if won.is_set():
+        link.sock.close()
+    answers.put((link, None))
+
+
+class ChatClient:
+    """A conversation that outlives its connections.
+
+    `events` publishes dicts, as JSON lines show them. `current` is where plain text goes: "#room" or a
+    person's name. Everything marked "owner" runs in the owner thread only.
+    """
+
+    def __init__(self, machine: ClientMachine, target: Target, people: People | None = None):
+        self.machine, self.target = machine, target
+        self.events = Publisher()
+        self.current = "#" + target.room
+        self.reply_to = ""
+        self.reason = ""  # why it ended
+        self.undelivered = 0
+        self.inbox = Inbox()
+        self._people = people
+        self._selector = selectors.DefaultSelector()
+        self._link: Link | None = None
+        self._pending = b""
+        self._attempt, self._retry_at = 0, None
+        self._leaving, self._leave_by = "", 0.0
+        self.ended = threading.Event()
+        self.settled = threading.Event()  # in the room, or known to have to wait, or ended
+        self.has_capacity = threading.Event()  # few lines are on their way: more may come
+        self.has_capacity.set()
+        self.on_ready = None  # called once in a room
+        self.load_chain = None  # () -> (key, certificate), for a server that asks for one
+
+    def start(self, link: Link) -> None:
+        """Goes on with a connection that stands and whose server is the right one."""
+        self.target.pin = link.fingerprint
+        if self._people is not None:
+            self.machine.known = self._people.known(link.fingerprint)
+            self.machine.verified = self._people.verified()
+        self.machine.join(self.target.room)
+        self._selector.register(self.inbox.wake_socket, READ)
+        self._attach(link)
+        spawn("chat", self._routine_chat)
+
+    # For faces, from any thread
+
+    def call(self, function, *args) -> None:
+        """Has the owner run a function; a ChatError becomes an `error` event."""
+        self.inbox.post(self._guarded, function, *args)
+
+    def leave(self, reason: str) -> None:
+        """Ends the session once all is delivered, or its patience is over."""
+        self.inbox.post(self._begin_leaving, reason)
+
+    # Owner
+
+    def _guarded(self, function, *args) -> None:
+        try:
+            self.machine.now = time.monotonic()
+            function(*args)
+        except ChatError as error:
+            self.machine.emit("error", code=error.code, text=str(error))
+
+    def _routine_chat(self) -> None:
+        try:
+            while not self.reason:
+                self._turn()
+        finally:
+            self._detach()
+            self._selector.close()
+            self.events.publish({"event": "closed", "reason": self.reason or "error"})
+            self.events.publish(None)
+            self.settled.set()
+            self.has_capacity.set()
+            self.ended.set()
+
+    def _turn(self) -> None:
+        for key, mask in self._selector.select(self._timeout()):
+            if key.fileobj is self.inbox.wake_socket:
+                self.inbox.run_all()
+            elif self._link is not None and mask & READ:
+                self._read()
+        now = time.monotonic()
+        self.machine.tick(now)
+        self._write()
+        if self.machine.broken and self._link is not None:
+            self._lose(self.machine.broken)
+        self._publish()
+        busy = len(self.machine.delivery.open) >= UNCONFIRMED_MOST
+        (self.has_capacity.clear if busy else self.has_capacity.set)()
+        self._maybe_reconnect(now)
+        self._maybe_leave(now)
+
+    def _timeout(self):
+        times = [self.machine.next_deadline(), self._retry_at]
+        if self._leaving:
+            times.append(self._leave_by)
+        soonest = min((t for t in times if t is not None), default=None)
+        return None if soonest is None else max(0.0, soonest - time.monotonic())
+
+    def _attach(self, link: Link) -> None:
+        self._link, self._pending = link, b""
+        link.sock.setblocking(False)
+        self._selector.register(link.sock, READ)
+        now = time.monotonic()
+        self.machine.connection_made(link.fingerprint, link.address, now)
+        self._take(link.tls.receive(b""), now)
+
+    def _detach(self) -> None:
+        if self._link is not None:
+            self._selector.unregister(self._link.sock)
+            self._link.sock.close()
+            self._link = None
+
+    def _read(self) -> None:
+        try:
+            data = self._link.sock.recv(READ_SIZE)
+            if not data:
+                raise EOFError
+            plaintext = self._link.tls.receive(data)
+        except BlockingIOError:
+            return
+        except (EOFError, OSError) as error:
+            self._lose(_end_reason(error), error)
+            return
+        self._take(plaintext, time.monotonic())
+
+    def _take(self, plaintext: bytes, now: float) -> None:
+        if plaintext:
+            self.machine.receive_data(plaintext, now)
+
+    def _write(self) -> None:
+        if self._link is None:
+            return
+        try:
+            while True:
+                if not self._pending:
+                    self._pending = self._link.tls.send(self.machine.take_output())
+                if not self._pending:
+                    break
+                sent = self._link.sock.send(self._pending)
+                self._pending = self._pending[sent:]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(_end_reason(error), error)
+            return
+        self._selector.modify(self._link.sock, READ | WRITE if self._pending else READ)
+
+    def _publish(self) -> None:
+        for event in self.machine.take_events():
+            kind = event["event"]
+            if kind.startswith("_"):
+                self._handle_internal(kind, event)
+                continue
+            if kind == "message" and event["direct"]:
+                self.reply_to = event["from"]
+            self.undelivered += kind == "undelivered"
+            if kind == "ready" and self.on_ready is not None:
+                self._guarded(self.on_ready)
+            self.events.publish(event)
+            if kind in ("ready", "request") or kind == "notice" and event.get("room"):
+                self.settled.set()
+
+    def _handle_internal(self, kind: str, event: dict) -> None:
+        if kind == "_online":
+            if self._attempt:
+                self.events.publish({"event": "reconnected", "attempt": self._attempt})
+            self._attempt = 0
+        elif self._people is not None:
+            try:
+                if kind == "_known":
+                    server = self.machine.server
+                    self._people.remember(server, event["name"], event["fingerprint"])
+                else:
+                    self._people.mark_verified(event["fingerprint"])
+            except ChatError as error:
+                self.machine.emit("error", code=error.code, text=str(error))
+
+    # Owner: losing and finding the server
+
+    def _lose(self, why: str, error: Exception | None = None) -> None:
+        tls_failed = isinstance(error, ssl.SSLError) and not self.machine.was_online
+        self._detach()
+        self.machine.connection_lost(time.monotonic())
+        self._publish()
+        if self.machine.fatal:
+            self._finish(self.machine.fatal)
+        elif tls_failed and self.target.chain is None and self.load_chain is not None:
+            self.target.chain = self.load_chain()  # shown only to a pinned server that asked
+            self._retry_at = 0.0
+        elif tls_failed:
+            text = "This server lets in only the certificates on its list."
+            hint = "Send your cert/client_cert.pem to its operator."
+            self.machine.emit("error", code="not-invited", text=f"{text} {hint}")
+            self._finish("denied")
+        elif self.machine.renamed:
+            self.machine.renamed, self._retry_at = False, 0.0
+        elif self._leaving == "interrupted":
+            self._finish(self._leaving)
+        else:
+            self._plan_retry(why)
+
+    def _plan_retry(self, why: str) -> None:
+        self._attempt += 1
+        most = min(RECONNECT_FIRST * 2 ** (self._attempt - 1), RECONNECT_MOST)
+        delay = most * (0.75 + 0.25 * random_fraction())
+        self._retry_at = time.monotonic() + delay
+        shown = round(delay, 1)
+        self.events.publish(
+            {"event": "reconnecting", "attempt": self._attempt, "delay": shown, "why": why}
+        )
+
+    def _maybe_reconnect(self, now: float) -> None:
+        if self._retry_at is not None and now >= self._retry_at and not self.reason:
+            self._retry_at = None
+            spawn("redial", self._routine_redial)
+
+    def _routine_redial(self) -> None:
+        try:
+            link = dial_any(self.target)
+        except ChatError as error:
+            self.inbox.post(self._redial_failed, error)
+            return
+        self.inbox.post(self._redialled, link)
+
+    def _redial_failed(self, error: ChatError) -> None:
+        if error.code != "unreachable":
+            self.machine.emit("error", code=error.code, text=str(error))
+        self._plan_retry(error.text)
+
+    def _redialled(self, link: Link) -> None:
+        if self.reason:
+            link.sock.close()
+        else:
+            self._attach(link)
+
+    # Owner: leaving
+
+    def _begin_leaving(self, reason: str) -> None:
+        if not self._leaving or reason == "interrupted":
+            self._leaving = reason
+            self._leave_by = time.monotonic() + LEAVE_SECONDS[reason]
+
+    def _maybe_leave(self, now: float) -> None:
+        if not self._leaving or self.reason:
+            return
+        if self.machine.unfinished() and now < self._leave_by:
+            return
+        self.machine.give_up()
+        if self._link is not None:
+            self.machine.goodbye()
+            self._link.sock.settimeout(1.0)
+            self._write_last()
+        self._finish(self._leaving)
+
+    def _write_last(self) -> None:
+        try:
+            self._link.sock.sendall(self._pending + self._link.tls.send(self.machine.take_output()))
+        except OSError:
+            pass  # the server is gone: it will notice by itself
+
+    def _finish(self, reason: str) -> None:
+        self.machine.give_up()
+        self._publish()
+        self.reason = reason
+
+
+# ==================================================================================================
+# Part 20. Commands | uses 1, 2, 4, 7, 13, 18
+#
+# One table: what a person may type in the chat, on the server's console, in the shell and in the
+# menu. Handlers get the client or server they act on and the rest of the line; they answer with
+# events or a ChatError, and know nothing of the face that called them.
+# ==================================================================================================
+
+
+class Command(Record):
+    """One row. `chat(client, rest)` and `console(server, rest)` run in an owner thread; `shell`
+    (arguments) -> exit code; any of them may be missing. `menu` is (number, title)."""
+
+    __slots__ = ("name", "aliases", "usage", "help", "chat", "console", "shell", "options", "menu")
+
+
+COMMANDS: dict = {}  # name -> Command, in the order of /help
+
+
+def command(name: str, usage: str, help_text: str, aliases: tuple = (), **places) -> None:
+    """Adds a row to the table, or a place to a row that is there."""
+    row = COMMANDS.get(name)
+    if row is None:
+        row = COMMANDS[name] = Command(name, aliases, usage, help_text, *[None] * 5)
+    for place, value in places.items():
+        setattr(row, place, value)
+
+
+def find_command(word: str, place: str):
+    """The row for a slash command in `place` ("chat" or "console"), or None."""
+    for row in COMMANDS.values():
+        if getattr(row, place) and (word == row.name or word in row.aliases):
+            return row
+    return None
+
+
+def nearest(word: str, words) -> str:
+    """A hint that names the closest of `words`."""
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f"Did you mean {close[0]}? " if close else ""
+
+
+def run_line(place: str, subject, line: str) -> None:
+    """Runs one slash command line (with its slash) for a client or server."""
+    word, _, rest = line[1:].strip().partition(" ")
+    row = find_command(word.lower(), place)
+    if row is None:
+        names = [n for r in COMMANDS.values() if getattr(r, place) for n in (r.name, *r.aliases)]
+        text = f"There is no /{one_line(word)[:40]}."
+        hint = nearest(word.lower(), names) + "/help lists what there is."
+        raise ChatError(text, hint, "unknown-command")
+    getattr(row, place)(subject, rest.strip())
+
+
+def execute(client: ChatClient, line: str, is_text: bool = False) -> None:
+    """What a person typed in the chat (owner thread); `is_text` for what is never a command."""
+    if not is_text and line == "BYE":
+        client.leave("BYE")
+    elif not is_text and line.startswith("/") and not line.startswith("//"):
+        run_line("chat", client, line)
+    else:
+        text = line[1:] if line.startswith("//") and not is_text else line
+        send_text(client, client.current, text)
+
+
+def send_text(client: ChatClient, target: str, text: str, kind: int = SAID) -> None:
+    if target.startswith("#"):
+        client.machine.say(target[1:], text, kind)
+    else:
+        client.machine.tell(target, text, kind)
+
+
+def help_lines(place: str) -> list:
+    """(usage, help) of every command in a place, in the table's order."""
+    return [(row.usage, row.help) for row in COMMANDS.values() if getattr(row, place)]
+
+
+def _words(rest: str, most: int) -> list:
+    return rest.split(None, most - 1)
+
+
+def _need(rest: str, usage: str) -> str:
+    if not rest:
+        raise ChatError("Something is missing.", f"Write {usage}.")
+    return rest
+
+
+def _current_room(client: ChatClient) -> RoomKeeper:
+    name = client.current[1:] if client.current.startswith("#") else client.target.room
+    return client.machine.require_room(name)
+
+
+def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
+    wanted = name.lstrip("@").partition("~")[0]
+    for member in room.roster():
+        if member.name == wanted:
+            return member.fingerprint
+    text = f"{one_line(name)[:40]} is not in #{room.name}."
+    raise ChatError(text, "/names shows who is.", "no-such-person")
+
+
+# In the chat
+
+
+def _chat_help(client, rest: str) -> None:
+    lines = [f"{usage:<28} {text}" for usage, text in help_lines("chat")]
+    rows = [{"usage": usage, "help": text} for usage, text in help_lines("chat")]
+    lines.append("Anything else is said to " + client.current + "; exactly BYE leaves.")
+    client.machine.emit("notice", text="\n".join(lines), commands=rows)
+
+
+def _chat_msg(client, rest: str) -> None:
+    words = _words(_need(rest, "/msg NAME TEXT"), 2)
+    if len(words) == 1:
+        name = check_name(words[0].lstrip("@").partition("~")[0])
+        client.current = name
+        client.machine.emit("notice", text=f"You now talk to {name} alone.", current=name)
+    else:
+        client.machine.tell(words[0], words[1])
+
+
+def _chat_reply(client, rest: str) -> None:
+    if not client.reply_to:
+        raise ChatError("Nobody has written to you alone yet.", "Use /msg NAME TEXT.")
+    client.machine.tell(client.reply_to, _need(rest, "/reply TEXT"))
+
+
+def _chat_me(client, rest: str) -> None:
+    send_text(client, client.current, _need(rest, "/me does something"), ACTION)
+
+
+def _chat_join(client, rest: str) -> None:
+    name = check_room(_need(rest, "/join ROOM"))
+    client.machine.join(name)
+    client.current = "#" + name
+    client.machine.emit("notice", text=f"You now talk in #{name}.", current=client.current)
+
+
+def _chat_leave(client, rest: str) -> None:
+    name = check_room(rest) if rest else _current_room(client).name
+    client.machine.leave(name)
+    left = [f"#{room}" for room in client.machine.rooms]
+    if client.current == f"#{name}" and left:
+        client.current = left[0]
+    client.machine.emit("notice", text=f"You left #{name}.", current=client.current)
+
+
+def _chat_rooms(client, rest: str) -> None:
+    client.machine.list_rooms()
+
+
+def _chat_names(client, rest: str) -> None:
+    room = client.machine.require_room(check_room(rest)) if rest else _current_room(client)
+    members = client.machine.member_fields(room.roster())
+    shown = ", ".join(shown_name(m) for m in members) or "nobody yet"
+    text = f"In #{room.name}: {shown}. Admin: {room.admin_name() or 'nobody yet'}."
+    client.machine.emit("notice", text=text, room=room.name, members=members)
+
+
+def shown_name(fields: dict) -> str:
+    """A name for eyes: with a mark if that person was never verified."""
+    name = fields.get("name") or fields.get("from")
+    return name if fields["verified"] else f"{name}~{fields['fingerprint'][7:11]}"
+
+
+def _chat_invite(client, rest: str) -> None:
+    uses, seconds = _invite_options(rest, 1)
+    room = _current_room(client).name
+    expires = int(client.machine.wall_clock() + seconds) if seconds else 0
+    token = Token(
+        list(client.target.addresses), client.machine.server, b"", b"", uses, expires, room
+    )
+    client.machine.invite(token)
+
+
+def _invite_options(rest: str, uses: int) -> tuple:
+    """(uses, seconds) of `--uses N --expires 24h`; 0 means without end."""
+    words, seconds = rest.split(), float(INVITATION_SECONDS)
+    while words:
+        option = words.pop(0)
+        value = words.pop(0) if words else ""
+        if option == "--uses" and value.isascii() and value.isdigit() and int(value) < 1 << 31:
+            uses = int(value)
+        elif option == "--expires" and value:
+            seconds = 0.0 if value == "never" else parse_duration(value)
+        else:
+            raise ChatError("This is not how it is written.", "/invite [--uses N] [--expires 24h]")
+    return uses, seconds
+
+
+def _chat_code(client, rest: str) -> None:
+    client.machine.code(_need(rest, "/code NAME"))
+
+
+def _chat_verify(client, rest: str) -> None:
+    words = _words(_need(rest, "/verify NAME and the 60 digits that NAME reads to you"), 2)
+    if len(words) == 1:
+        client.machine.code(words[0])
+    else:
+        client.machine.verify(*words)
+
+
+def _chat_accept_key(client, rest: str) -> None:
+    client.machine.accept_key(_need(rest, "/accept-key NAME"))
+
+
+def _chat_admit(client, rest: str) -> None:
+    _current_room(client).admit(_need(rest, "/admit NAME"), time.monotonic())
+
+
+def _chat_deny(client, rest: str) -> None:
+    _current_room(client).refuse(_need(rest, "/deny NAME"))
+
+
+def _chat_requests(client, rest: str) -> None:
+    names = sorted(person.name for person in _current_room(client).requests.values())
+    text = "Waiting to enter: " + (", ".join(names) or "nobody") + "."
+    client.machine.emit("notice", text=text, names=names)
+
+
+def _chat_kick(client, rest: str, ban: bool = False) -> None:
+    room = _current_room(client)
+    fingerprint = _member_fingerprint(room, _need(rest, "/kick NAME"))
+    if fingerprint == room.own:
+        raise ChatError("You cannot put yourself out.", "/leave leaves the room.")
+    room.remove(fingerprint, ban, time.monotonic())
+
+
+def _chat_ban(client, rest: str) -> None:
+    _chat_kick(client, rest, ban=True)
+
+
+def _chat_unban(client, rest: str) -> None:
+    room = _current_room(client)
+    room.require_admin()
+    name = _need(rest, "/unban NAME")
+    found = [f for f in room.bans if name in (client.machine.name_of(f), fingerprint_text(f))]
+    if not found:
+        raise ChatError(f"{one_line(name)[:40]} is not banned here.", code="no-such-person")
+    room.bans.difference_update(found)
+    room.schedule(time.monotonic())
+
+
+def _chat_lock(client, rest: str) -> None:
+    if rest not in ("", "on", "off"):
+        raise ChatError("A room is locked or open.", "Write /lock or /lock off.")
+    room = _current_room(client)
+    room.set_lock(rest != "off", time.monotonic())
+    state = (
+        "open again" if rest == "off" else "locked: you are asked for each newcomer (/admit NAME)"
+    )
+    client.machine.emit("notice", text=f"#{room.name} is {state}.", room=room.name)
+
+
+def _chat_rekey(client, rest: str) -> None:
+    room = _current_room(client)
+    room.require_admin()
+    room.schedule(time.monotonic())
+
+
+def _chat_quit(client, rest: str) -> None:
+    client.leave("BYE")
+
+
+for _row in (
+    ("help", "/help", "this list", (), _chat_help),
+    (
+        "msg",
+        "/msg NAME [TEXT]",
+        "write to one person; without text, stay with them",
+        ("m",),
+        _chat_msg,
+    ),
+    ("reply", "/reply TEXT", "answer who wrote to you alone last", ("r",), _chat_reply),
+    ("me", "/me TEXT", "say what you do", (), _chat_me),
+    ("join", "/join ROOM", "enter a room, or go back to it", ("j",), _chat_join),
+    ("leave", "/leave [ROOM]", "leave a room", ("part",), _chat_leave),
+    ("rooms", "/rooms", "the rooms on this server", (), _chat_rooms),
+    ("names", "/names [ROOM]", "who is in a room", ("list", "who"), _chat_names),
+    ("invite", "/invite [--uses N] [--expires 24h]", "make a token for somebody", (), _chat_invite),
+    ("code", "/code NAME", "the safety number you share with somebody", (), _chat_code),
+    ("verify", "/verify NAME DIGITS", "mark somebody whose number is the same", (), _chat_verify),
+    ("accept-key", "/accept-key NAME", "trust somebody's new key", (), _chat_accept_key),
+    ("kick", "/kick NAME", "put somebody out of the room (admin)", (), _chat_kick),
+    ("ban", "/ban NAME", "put somebody out for good (admin)", (), _chat_ban),
+    ("unban", "/unban NAME", "take a ban back (admin)", (), _chat_unban),
+    ("lock", "/lock [off]", "ask for each newcomer (admin)", (), _chat_lock),
+    ("admit", "/admit NAME", "let a newcomer in (admin)", ("accept",), _chat_admit),
+    ("deny", "/deny NAME", "do not let a newcomer in (admin)", ("reject",), _chat_deny),
+    ("requests", "/requests", "who waits to be let in", (), _chat_requests),
+    ("rekey", "/rekey", "make a new room key now (admin)", (), _chat_rekey),
+    ("quit", "/quit", "leave, like BYE", ("exit", "q"), _chat_quit),
+):
+    command(*_row[:4], chat=_row[4])
+
+
+# On the server's console (in the relay's loop thread; answers with a notice's fields)
+
+
+class ServerConsole(Record):
+    """What console commands act on; `emit` takes an event."""
+
+    __slots__ = ("server", "emit", "make_token", "quit")
+
+    @property
+    def machine(self) -> RelayMachine:
+        return self.server.machine
+
+
+def _console_help(console, rest: str) -> None:
+    lines = [f"{usage:<34} {text}" for usage, text in help_lines("console")]
+    console.emit(notice("\n".join(lines)))
+
+
+def _console_invite(console, rest: str) -> None:
+    token = console.make_token(*_invite_options(rest, 1))
+    console.emit(notice(f"Token: {token}", token=token))
+
+
+def _console_users(console, rest: str) -> None:
+    people = [
+        {
+            "name": client.name,
+            "fingerprint": fingerprint_text(client.bundle.fingerprint),
+            "address": client.address,
+            "rooms": [room.name for room in client.rooms.values()],
+        }
+        for client in console.machine.present.values()
+    ]
+    lines = [
+        f"{p['name']:<20} {p['address']:<16} {p['fingerprint']}  "
+        + " ".join("#" + room for room in p["rooms"])
+        for p in people
+    ]
+    console.emit(notice("\n".join([f"{len(people)} here.", *lines]), users=people))
+
+
+def _find_user(console, rest: str, usage: str) -> bytes:
+    """The fingerprint behind a name or fingerprint."""
+    word = _need(rest, usage).lstrip("@")
+    found = None if word.startswith("sha256:") else console.machine.gatekeeper.find(word)
+    if found is None and not word.startswith("sha256:"):
+        text = f"{one_line(word)[:40]} is not known here."
+        raise ChatError(text, "/users shows who is here.", "no-such-person")
+    return found or parse_fingerprint(word)
+
+
+def _put_out(console, fingerprint: bytes, reason: str, text: str) -> None:
+    client = console.machine.present.get(fingerprint)
+    if client is not None:
+        console.machine.close(client, CLOSED, reason, text)
+
+
+def _console_kick(console, rest: str) -> None:
+    fingerprint = _find_user(console, rest, "/kick NAME")
+    if fingerprint not in console.machine.present:
+        raise ChatError(
+            f"{one_line(rest)[:40]} is not here.", "/users shows who is.", "no-such-person"
+        )
+    _put_out(console, fingerprint, "kicked", "The server's operator put you out.")
+    console.emit(notice(f"{rest} was put out; /ban keeps somebody out."))
+
+
+def _console_ban(console, rest: str) -> None:
+    fingerprint = _find_user(console, rest, "/ban NAME")
+    console.machine.gatekeeper.ban(fingerprint)
+    _put_out(console, fingerprint, "banned", "The server's operator banned you.")
+    console.emit(notice(f"{rest} is banned."))
+
+
+def _console_unban(console, rest: str) -> None:
+    console.machine.gatekeeper.ban(_find_user(console, rest, "/unban NAME"), banned=False)
+    console.emit(notice(f"{rest} is no longer banned."))
+
+
+def _console_allow(console, rest: str) -> None:
+    fingerprint = parse_fingerprint(_need(rest, "/allow sha256:..."))
+    console.machine.gatekeeper.allow(fingerprint)
+    console.emit(notice(f"{fingerprint_text(fingerprint)} may come in."))
+
+
+def _console_stats(console, rest: str) -> None:
+    machine = console.machine
+    fields = {
+        "people": len(machine.present), "connections": len(machine.clients),
+        "rooms": len(machine.rooms), "frames": machine.frames, "bytes": machine.bytes,
+        "deliveries": machine.deliveries,
+        "uptime": round(time.monotonic() - console.server.started),
+    }  # fmt: skip
+    console.emit(notice(", ".join(f"{value} {key}" for key, value in fields.items()), **fields))
+
+
+def _console_quit(console, rest: str) -> None:
+    console.quit()
+
+
+for _row in (
+    ("help", "/help", "this list", (), _console_help),
+    ("invite", "/invite [--uses N] [--expires 24h]", "make a token", (), _console_invite),
+    ("users", "/users", "who is connected", (), _console_users),
+    ("kick", "/kick NAME", "end somebody's connection", (), _console_kick),
+    ("ban", "/ban NAME or FINGERPRINT", "keep a key out for good", (), _console_ban),
+    ("unban", "/unban NAME or FINGERPRINT", "take a ban back", (), _console_unban),
+    ("allow", "/allow FINGERPRINT", "let a key in without an invitation", (), _console_allow),
+    ("stats", "/stats", "what the server has carried", (), _console_stats),
+    ("quit", "/quit", "close the server", (), _console_quit),
+):
+    command(*_row[:4], console=_row[4])
+
+
+# ==================================================================================================
+# Part 21. Terminal | uses 2, 11-13
+#
+# The only place that writes to a terminal: every write and every change of the screen happens
+# under one lock, which a thread that waits for keys does not hold. Inputs come in three kinds:
+# `wait` gives bytes, b"" when another thread woke it and None after the time-out, and raises
+# EOFError at the end.
+# ==================================================================================================
+
+_READ_SIZE = 1 << 16
+_WINDOWS_TICK = 0.02
+_STDIN_HANDLE, _STDOUT_HANDLE = -10, -11
+_VT_OUTPUT, _VT_INPUT, _PROCESSED_INPUT = 0x0004, 0x0200, 0x0001
+_WINDOWS_CODES = {
+    "H": b"\x1b[A", "P": b"\x1b[B", "M": b"\x1b[C", "K": b"\x1b[D", "G": b"\x1b[H",
+    "O": b"\x1b[F", "S": b"\x1b[3~", "I": b"\x1b[5~", "Q": b"\x1b[6~", "R": b"\x1b[2~",
+    "s": b"\x1b[1;5D", "t": b"\x1b[1;5C", "\x9b": b"\x1b[1;3D", "\x9d": b"\x1b[1;3C",
+}  # fmt: skip
+
+
+class _BlockingInput:
+    """A stdin without any control: a file object, or a pipe on Windows."""
+
+    def __init__(self, stdin):
+        self._stdin = stdin
+
+    def wait(self, timeout):
+        line = self._stdin.readline()
+        if not line:
+            raise EOFError
+        return line.encode("utf-8", "surrogatepass")
+
+    def _do_nothing(self, *_arguments) -> None:
+        """What a stdin without control can do; the other kinds replace what they can.
+
+        wake: end a wait in another thread. enter, leave: take and give back the terminal.
+        begin, end: while a line is typed, Ctrl-C is a key and no signal.
+        """
+
+    wake = enter = begin = end = leave = suspend = set_echo = close = _do_nothing
+
+
+class _PosixInput(_BlockingInput):
+    """A descriptor and a pipe to be woken through; select waits for both."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._wake_in, self._wake_out = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        os.set_blocking(self._wake_out, False)
+        self._saved_mode = None
+
+    def wait(self, timeout):
+        import select
+
+        ready = select.select([self._descriptor, self._wake_in], [], [], timeout)[0]
+        if self._wake_in in ready:
+            os.read(self._wake_in, _READ_SIZE)
+            return b""
+        return self._read() if ready else None
+
+    def _read(self) -> bytes:
+        try:
+            data = os.read(self._descriptor, _READ_SIZE)
+        except BlockingIOError:
+            return b""  # somebody else's read took the bytes
+        except OSError:
+            data = b""  # the terminal is gone
+        if not data:
+            raise EOFError
+        return data
+
+    def wake(self) -> None:
+        try:
+            os.write(self._wake_out, b"!")
+        except BlockingIOError:
+            pass  # full: it will wake anyway
+
+    def _get_mode(self) -> list:
+        import termios
+
+        try:
+            return termios.tcgetattr(self._descriptor)
+        except termios.error as error:
+            raise OSError(*error.args) from None
+
+    def _set_mode(self, mode: list) -> None:
+        import termios
+
+        try:
+            termios.tcsetattr(self._descriptor, termios.TCSADRAIN, mode)
+        except termios.error as error:
+            raise OSError(*error.args) from None
+
+    def _change_local_flags(self, add: str, remove: str) -> None:
+        mode = self._get_mode()
+        mode[3] = (mode[3] | _termios_flags(add)) & ~_termios_flags(remove)
+        self._set_mode(mode)
+
+    def enter(self) -> None:
+        import termios
+
+        mode = self._get_mode()
+        if self._saved_mode is None:
+            self._saved_mode = self._get_mode()
+        # OPOST stays, so that "\n" is still a whole new line.
+        mode[0] &= ~_termios_flags("BRKINT ICRNL INLCR IGNCR ISTRIP IXON")
+        mode[3] &= ~_termios_flags("ECHO ICANON IEXTEN")
+        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        self._set_mode(mode)
+
+    def begin(self) -> None:
+        self._change_local_flags("", "ISIG")
+
+    def end(self) -> None:
+        self._change_local_flags("ISIG", "")
+
+    def set_echo(self, on: bool) -> None:
+        if os.isatty(self._descriptor):
+            self._change_local_flags("ECHO" if on else "", "" if on else "ECHO")
+
+    def leave(self) -> None:
+        if self._saved_mode is not None:
+            self._set_mode(self._saved_mode)
+            self._saved_mode = None
+
+    def suspend(self) -> None:
+        import signal
+
+        os.kill(0, signal.SIGTSTP)  # the whole job, as the terminal itself would
+
+    def close(self) -> None:
+        os.close(self._wake_in)
+        os.close(self._wake_out)
+
+
+def _termios_flags(names: str) -> int:
+    import termios
+
+    return sum(getattr(termios, name) for name in names.split())
+
+
+class _WindowsInput(_BlockingInput):
+    """The Windows console, asked for keys every few milliseconds."""
+
+    def __init__(self):
+        self._woken = threading.Event()
+        self._saved_modes = []
+        self._prefixes = "\x00\xe0"
+
+    def wait(self, timeout):
+        import msvcrt
+
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not msvcrt.kbhit():
+            if self._woken.wait(_WINDOWS_TICK):
+                self._woken.clear()
+                return b""
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+        data = []
+        while msvcrt.kbhit():
+            data.append(_windows_key(msvcrt.getwch, self._prefixes))
+        return b"".join(data)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def enter(self) -> None:
+        output_mode = _change_console_mode(_STDOUT_HANDLE, _VT_OUTPUT, 0)
+        input_mode = _change_console_mode(_STDIN_HANDLE, _VT_INPUT, 0)
+        self._saved_modes = [(_STDOUT_HANDLE, output_mode), (_STDIN_HANDLE, input_mode)]
+        # With ESC sequences for the arrows, U+00E0 can only be the letter.
+        self._prefixes = "\x00\xe0" if input_mode is None else "\x00"
+
+    def begin(self) -> None:
+        _change_console_mode(_STDIN_HANDLE, 0, _PROCESSED_INPUT)
+
+    def end(self) -> None:
+        _change_console_mode(_STDIN_HANDLE, _PROCESSED_INPUT, 0)
+
+    def leave(self) -> None:
+        while self._saved_modes:
+            handle, mode = self._saved_modes.pop()
+            if mode is not None:
+                _change_console_mode(handle, mode, ~mode)
+
+
+def _windows_key(getwch, prefixes: str) -> bytes:
+    """Read one key as a Unix terminal would send it."""
+    char = getwch()
+    if char in prefixes:
+        return _WINDOWS_CODES.get(getwch(), b"")
+    if "\ud800" <= char <= "\udbff":
+        char = (char + getwch()).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
+    return char.encode("utf-8", "ignore")
+
+
+def _change_console_mode(handle_number: int, add: int, remove: int):
+    """Change one console mode and return what it was (None: it cannot be changed)."""
+    import ctypes
+
+    kernel32 = ctypes.WinDLL("kernel32")
+    kernel32.GetStdHandle.restype = ctypes.c_void_p
+    handle = ctypes.c_void_p(kernel32.GetStdHandle(handle_number))
+    mode = ctypes.c_ulong()
+    if not kernel32.GetConsoleMode(handle, ctypes.byref(mode)):
+        return None
+    changed = kernel32.SetConsoleMode(handle, ctypes.c_ulong((mode.value & ~remove) | add))
+    return mode.value if changed else None
+
+
+def _open_input(stdin, interactive: bool):
+    if os.name == "nt":
+        return _WindowsInput() if interactive else _BlockingInput(stdin)
+    try:
+        return _PosixInput(stdin.fileno())
+    except (AttributeError, OSError, ValueError):
+        return _BlockingInput(stdin)  # an in-memory file
+
+
+def _is_tty(stream) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def _terminal_reflows(environment) -> bool:
+    """Only xterm, GNU screen and the Linux console cut lines instead of re-wrapping them."""
+    if environment.get("TMUX"):
+        return True
+    cutting = environment.get("XTERM_VERSION") or environment.get("STY")
+    return not cutting and environment.get("TERM") != "linux"
+
+
+_ESCAPE_SECONDS = 0.05
+_PASTE_MODE_ON, _PASTE_MODE_OFF = "\x1b[?2004h", "\x1b[?2004l"
+_FALLBACK_SIZE = (80, 24)
+
+
+class Terminal:
+    """A terminal that prints from any thread while a line is being typed.
+
+    Use it as a context manager; without a real terminal it reads and prints plain lines.
+    """
+
+    def __init__(self, stdin, stdout):
+        usable = os.environ.get("TERM") != "dumb"
+        self.interactive = usable and _is_tty(stdin) and _is_tty(stdout)
+        self._person_types = _is_tty(stdin)
+        self._stdout = stdout
+        self._input = _open_input(stdin, self.interactive)
+        self._lock = threading.RLock()
+        self._decoder, self._keys, self._plain = KeyDecoder(), collections.deque(), b""
+        self._line_editor = LineEditor()
+        self._screen = Screen(*_FALLBACK_SIZE, _terminal_reflows(os.environ))
+        self._editor = None  # set while a line is being typed
+        self._prompt, self._hidden = "", False
+        self._interruptions = collections.deque()
+        self._active = self._closed = self._continued = False
+        self._old_handlers = []
+
+    # -- taking and giving back the terminal
+
+    def __enter__(self):
+        if self.interactive:
+            self._active = True
+            try:
+                self._input.enter()
+                self._watch_signals()
+                self._write(_PASTE_MODE_ON)
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_exception):
+        with self._lock:
+            self._closed = True
+            try:
+                if self._active:
+                    self._restore_signals()
+                    self._input.leave()
+                    self._write(_PASTE_MODE_OFF)
+            except OSError:
+                pass  # the terminal is gone, so nothing is left to restore
+            finally:
+                self._active = False
+                self._input.close()
+
+    def _watch_signals(self) -> None:
+        if os.name == "nt" or threading.current_thread() is not threading.main_thread():
+            return  # then the size is looked up at each repaint only
+        import signal
+
+        for number, handler in (
+            (signal.SIGWINCH, self._on_resize),
+            (signal.SIGCONT, self._on_continue),
+        ):
+            self._old_handlers.append((number, signal.signal(number, handler)))
+
+    def _restore_signals(self) -> None:
+        import signal
+
+        while self._old_handlers:
+            number, handler = self._old_handlers.pop()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _on_resize(self, *_signal) -> None:
+        self._input.wake()
+
+    def _on_continue(self, *_signal) -> None:
+        self._continued = True
+        self._input.wake()
+
+    # -- for any thread
+
+    @property
+    def columns(self) -> int:
+        """The number of columns right now."""
+        with self._lock:
+            self._follow_size_locked()
+            return self._screen.columns
+
+    def print(self, text: str) -> None:
+        """Print whole lines above the line being typed. `text` may hold colour codes."""
+        with self._lock:
+            if self._editor is not None:
+                self._follow_size_locked()
+                self._write(self._screen.show_above(text))
+            else:
+                self._write((text if self._active else _SGR.sub("", text)) + "\n")
+
+    def set_prompt(self, prompt: str) -> None:
+        """Change the prompt of the line being typed."""
+        with self._lock:
+            self._prompt = prompt
+            if self._editor is not None:
+                self._write(self._repainted_locked())
+
+    def interrupt_read(self, outcome) -> None:
+        """End the running (or else the next) read: raise `outcome` or return that pair."""
+        with self._lock:
+            self._interruptions.append(outcome)
+            if not self._closed:
+                self._input.wake()
+
+    def discard_interruptions(self) -> None:
+        """Forget the interruptions that no read has met yet."""
+        self._interruptions.clear()
+
+    # -- for the one thread that reads
+
+    def forget(self) -> None:
+        """Drop the history and the kill buffer."""
+        self._line_editor.forget()
+
+    def read_line(self, prompt="", complete=None, keep=True, remember=True) -> tuple:
+        """Read one line: (text, pasted). Raise EOFError or KeyboardInterrupt.
+
+        The finished line is left on the screen if `keep`, and in the history if `remember`.
+        """
+        if not self._active:
+            return self._read_plain(prompt)
+        editor = self._line_editor
+        editor.complete, editor.remember = complete, remember
+        editor.reset()
+        return self._edit(editor, prompt, keep)
+
+    def read_secret(self, prompt="") -> str:
+        """Read one line that is never shown or remembered."""
+        if self._active:
+            return self._edit(LineEditor(history_size=0), prompt, True, hidden=True)[0]
+        self._input.set_echo(False)
+        try:
+            return self._read_plain(prompt)[0]
+        finally:
+            self._input.set_echo(True)
+            if self._person_types:
+                self.print("")
+
+    def _edit(self, editor: LineEditor, prompt: str, keep: bool, hidden: bool = False) -> tuple:
+        try:
+            with self._lock:
+                self._editor, self._prompt, self._hidden = editor, prompt, hidden
+                self._input.begin()
+                self._write(self._repainted_locked())
+            while True:
+                self._wait_for_keys()
+                line = self._take_interruption() or self._apply_keys()
+                if line:
+                    return line
+        finally:
+            with self._lock:
+                self._editor = None
+                self._write(self._screen.finish() if keep else self._screen.erase())
+                self._input.end()
+
+    def _wait_for_keys(self) -> None:
+        if self._keys or self._interruptions:
+            return
+        data = self._input.wait(_ESCAPE_SECONDS if self._decoder.pending else None)
+        timed_out = data is None
+        self._keys.extend(self._decoder.flush() if timed_out else self._decoder.receive_data(data))
+
+    def _take_interruption(self):
+        if not self._interruptions:
+            return None
+        outcome = self._interruptions.popleft()
+        self._keys.clear()  # they were meant for the line that ends here
+        if isinstance(outcome, (BaseException, type)):
+            raise outcome
+        return outcome
+
+    def _apply_keys(self):
+        """Apply the waiting keys, up to the end of a line; one write for all of them."""
+        with self._lock:
+            if self._continued:
+                self._resume_locked()
+            output, line = [], None
+            while self._keys and line is None:
+                result = self._editor.handle(self._keys.popleft())
+                if result and result[0] == "line":
+                    line = result[1:]
+                elif result:
+                    output.append(self._react_locked(result))
+            output.append(self._repainted_locked(line[0] if line else None))
+            self._write("".join(output))
+            return line
+
+    def _react_locked(self, result: tuple) -> str:
+        kind = result[0]
+        if kind == "interrupt":
+            raise KeyboardInterrupt
+        if kind == "eof":
+            raise EOFError
+        if kind == "candidates":
+            return self._screen.show_above(printable("  ".join(result[1])))
+        if kind == "clear":
+            return self._screen.clear()
+        if kind == "suspend":
+            self._suspend_locked()
+        return "\a" if kind == "beep" else ""
+
+    def _suspend_locked(self) -> None:
+        self._write(self._screen.erase() + _PASTE_MODE_OFF)
+        self._input.leave()
+        self._input.suspend()
+        self._resume_locked()
+
+    def _resume_locked(self) -> None:
+        # The shell has used the terminal meanwhile: new modes, and a fresh place to paint.
+        self._continued = False
+        self._input.enter()
+        self._input.begin()
+        self._screen.forget()
+        self._write(_PASTE_MODE_ON)
+
+    # -- output
+
+    def _repainted_locked(self, finished_text=None) -> str:
+        self._follow_size_locked()
+        text, cursor = self._editor.text, self._editor.cursor
+        if finished_text is not None:
+            text, cursor = finished_text, len(finished_text)
+        if self._hidden:
+            text, cursor = "", 0
+        return self._screen.repaint(self._prompt, text, cursor)
+
+    def _follow_size_locked(self) -> None:
+        try:
+            columns, lines = os.get_terminal_size(self._stdout.fileno())
+        except (AttributeError, OSError, ValueError):
+            columns, lines = _FALLBACK_SIZE
+        columns, lines = columns or _FALLBACK_SIZE[0], lines or _FALLBACK_SIZE[1]
+        if os.name == "nt" and columns > 1:
+            columns -= 1  # old consoles wrap as soon as the last column is written
+        if (columns, lines) != (self._screen.columns, self._screen.lines):
+            self._screen.resize(columns, lines)
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stdout.write(text)
+        except UnicodeEncodeError:
+            encoding = getattr(self._stdout, "encoding", None) or "ascii"
+            self._stdout.write(text.encode(encoding, "replace").decode(encoding))
+        self._stdout.flush()
+
+    # -- without a real terminal
+
+    def _read_plain(self, prompt: str) -> tuple:
+        if self._person_types:
+            self._write(prompt)
+        while b"\n" not in self._plain:
+            interruption = self._take_interruption()
+            if interruption:
+                return interruption
+            try:
+                self._plain += self._input.wait(None)
+            except EOFError:
+                if not self._plain:
+                    raise
+                self._plain += b"\n"  # the last line has no end of its own
+        line, _, self._plain = self._plain.partition(b"\n")
+        return line.decode("utf-8", "replace").rstrip("\r"), False
+
+
+# ==================================================================================================
+# Part 22. Faces: terminal and JSON lines | uses 2, 7, 11, 13, 17, 20, 21
+#
+# A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
+# JSON: standard output carries one object a line and nothing else; everything else is stderr's.
+# ==================================================================================================
+
+
+class JSONFace:
+    """Machine-readable: what a person would type comes in, one JSON object a line goes out."""
+
+    interactive = False
+
+    def __init__(self, stdin, stdout):
+        self._stdin, self._stdout = stdin, stdout
+
+    def show(self, event: dict) -> None:
+        public = {key: value for key, value in event.items() if not key.startswith("_")}
+        self._stdout.write(json.dumps(public, ensure_ascii=True) + "\n")
+        self._stdout.flush()
+
+    def read(self, prompt: str = "") -> tuple:
+        """(text, whether it is text in any case) of the next line; EOFError at the end."""
+        line = self._stdin.readline()
+        if not line:
+            raise EOFError
+        line = line.rstrip("\r\n")
+        if line.startswith('"'):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            if isinstance(value, str):
+                return value, True
+        return line, False
+
+    def say(self, text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def interrupt(self) -> None:
+        pass  # the reading thread is a daemon's
+
+    def set_prompt(self, prompt: str) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        pass
+
+
+class TerminalFace:
+    """For people. `describe(event)` gives the text of an event, or None for nothing."""
+
+    def __init__(self, stdin, stdout, describe, complete=None):
+        self._terminal = Terminal(stdin, stdout)
+        self._describe, self._complete = describe, complete
+        self.interactive = self._terminal.interactive
+
+    def show(self, event: dict) -> None:
+        text = self._describe(event)
+        if text is not None:
+            self._terminal.print(text)
+
+    def read(self, prompt: str = "") -> tuple:
+        text, pasted = self._terminal.read_line(prompt, self._complete, keep=False)
+        return text, pasted
+
+    def say(self, text: str) -> None:
+        self._terminal.print(text)
+
+    def set_prompt(self, prompt: str) -> None:
+        self._terminal.set_prompt(prompt)
+
+    def interrupt(self) -> None:
+        self._terminal.interrupt_read(EOFError())
+
+    def __enter__(self):
+        self._terminal.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._terminal.__exit__(*exception)
+
+
+def indent(head: str, text: str) -> str:
+    """`head` and a peer's text, whose further lines stand under its first."""
+    return head + printable(text).replace("\n", "\n" + " " * display_width(head))
+
+
+class ChatDescriber:
+    """Words for a chat's events, and a prompt that says what is still on its way."""
+
+    def __init__(self, client: ChatClient):
+        self._client = client
+        self._open: dict = {}  # id -> text of own messages not confirmed yet
+        self._confirmed = False
+
+    def prompt(self) -> str:
+        state = f" …{len(self._open)}" if self._open else " ✓" if self._confirmed else ""
+        current = self._client.current
+        return f"{current if current.startswith('#') else '@' + current}{state} > "
+
+    def __call__(self, event: dict):
+        handler = getattr(self, "_on_" + event["event"].replace("-", "_"), None)
+        return handler(event) if handler else None
+
+    def _on_ready(self, event: dict) -> str:
+        own = event["fingerprint"]
+        others = [shown_name(m) for m in event["members"] if m["fingerprint"] != own]
+        company = "with " + ", ".join(others) if others else "nobody else is here yet"
+        return (
+            f"You are {event['name']} in #{event['room']}, {company}. End-to-end encrypted.\n"
+            "Type to talk; /help lists commands; BYE leaves."
+        )
+
+    def _on_message(self, event: dict) -> str:
+        who = shown_name(event)
+        if event.get("key_changed"):
+            who += " (KEY CHANGED)"
+        where = "" if event["room"] is None or self._is_current(event) else f"#{event['room']} "
+        clock = local_clock(event["time"])
+        if event.get("action"):
+            return indent(f"{clock} {where}* {who} ", event["text"])
+        head = f"{clock} [{who} to you] " if event["direct"] else f"{clock} {where}{who}: "
+        return indent(head, event["text"])
+
+    def _is_current(self, event: dict) -> bool:
+        return self._client.current == f"#{event['room']}"
+
+    def _own_line(self, event: dict, mark: str) -> str:
+        message = event["_message"]
+        self._open[event["id"]] = message.text
+        clock = local_clock(rfc3339(message.created))
+        own = self._client.machine.name
+        if message.kind == ACTION:
+            return indent(f"{clock} {mark}* {own} ", message.text)
+        if message.room:
+            where = "" if self._client.current == f"#{message.room}" else f"#{message.room} "
+            return indent(f"{clock} {mark}{where}{own}: ", message.text)
+        return indent(f"{clock} {mark}[you to {', '.join(event['to'])}] ", message.text)
+
+    def _on_sent(self, event: dict) -> str:
+        return self._own_line(event, "")
+
+    def _on_queued(self, event: dict) -> str:
+        return self._own_line(event, "(waiting) ")
+
+    def _on_delivered(self, event: dict) -> None:
+        self._confirmed = True
+        self._open.pop(event["id"], None)
+
+    def _on_undelivered(self, event: dict) -> str:
+        start = one_line(self._open.pop(event["id"], ""))[:40]
+        whom = ", ".join(event["to"]) or "anybody"
+        return f'! Not confirmed by {whom}: "{start}". Send it again if it matters.'
+
+    def _on_joined(self, event: dict) -> str:
+        mark = {"name": event["name"], "verified": False, "fingerprint": event["fingerprint"]}
+        return f"* {shown_name(mark)} joined #{event['room']}"
+
+    def _on_left(self, event: dict) -> str:
+        return f"* {event['name']} left #{event['room']}"
+
+    def _on_rekeyed(self, event: dict) -> None:
+        return None  # who came and went says it better
+
+    def _on_request(self, event: dict) -> str:
+        name = event["from"]
+        return f"? {name} wants to enter #{event['room']}: /admit {name} or /deny {name}"
+
+    def _on_code(self, event: dict) -> str:
+        if event["verified"]:
+            return f"{event['name']} is verified: {event['digits']}"
+        return (
+            f"Read these digits to {event['name']} by voice; they must see the same:\n"
+            f"  {event['digits']}\nThen: /verify {event['name']} and the digits."
+        )
+
+    def _on_key_changed(self, event: dict) -> str:
+        return (
+            f"! THE KEY OF {event['name']} HAS CHANGED. A new device, or somebody else.\n"
+            f"  Nothing is sent to them until you compare /code {event['name']} "
+            f"and /accept-key {event['name']}."
+        )
+
+    def _on_reconnecting(self, event: dict) -> str:
+        why = f" ({event['why'].rstrip('.')})" if event.get("why") else ""
+        return (
+            f"! The connection is lost{why}. Trying again in {event['delay']:.0f} s; keep typing."
+        )
+
+    def _on_reconnected(self, event: dict) -> str:
+        return "* Connected again."
+
+    def _on_error(self, event: dict) -> str:
+        return "! " + printable(event["text"])
+
+    def _on_notice(self, event: dict) -> str:
+        return printable(event["text"])
+
+    def _on_closed(self, event: dict) -> str:
+        words = {"BYE": "Bye.", "eof": "Bye.", "interrupted": "Interrupted."}
+        return words.get(event["reason"], f"The session has ended: {event['reason']}.")
+
+
+def local_clock(moment: str) -> str:
+    """The hour and minute here of an RFC 3339 time."""
+    then = datetime.datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    return then.astimezone().strftime("%H:%M")
+
+
+def complete_chat(client: ChatClient):
+    """Tab completion: commands in column 0, else the names of people and rooms."""
+
+    def complete(before: str) -> tuple:
+        start = before.rfind(" ") + 1
+        word = before[start:]
+        if start == 0 and word.startswith("/"):
+            names = ["/" + row.name for row in COMMANDS.values() if row.chat]
+        else:
+            people = [person.name for person in list(client.machine.people.values())]
+            names = [
+                *people,
+                *("@" + p for p in people),
+                *("#" + r for r in list(client.machine.rooms)),
+            ]
+        found = {n for n in names if word and n.casefold().startswith(word.casefold())}
+        return start, sorted(found)
+
+    return complete
+
+
+def _routine_show(subscription: Subscription, face, describer=None) -> None:
+    """Shows events until the stream ends, then ends a read that is still waiting."""
+    while True:
+        event = subscription.get()
+        if event is None:
+            break
+        try:
+            face.show(event)
+            if describer is not None:
+                face.set_prompt(describer.prompt())
+        except (OSError, ValueError):
+            break  # whoever read our output is gone
+    face.interrupt()
+
+
+def _routine_read(face, client: ChatClient) -> None:
+    """Hands piped lines to the client, once it is in its room and never too many at a time."""
+    client.settled.wait()
+    try:
+        while not client.ended.is_set():
+            text, is_text = face.read()
+            client.has_capacity.wait()
+            client.call(execute, client, text, is_text)
+    except (EOFError, OSError, ValueError):
+        client.leave("eof")
+
+
+EXIT_CODES = {"BYE": 0, "eof": 0, "interrupted": 130}
+
+
+def run_chat(face, client: ChatClient, link: Link, describer=None, stay: bool = False) -> int:
+    """Connects a face and a client until the session ends; returns the exit code."""
+    shower = spawn("show", _routine_show, client.events.subscribe(), face, describer)
+    client.start(link)
+    try:
+        if face.interactive:
+            _read_terminal(face, client, describer)
+        else:
+            spawn("read", _routine_read, face, client)
+        wait_for_event(client.ended)
+    except KeyboardInterrupt:
+        client.leave("interrupted")
+        wait_for_event(client.ended)
+    shower.join(2.0)
+    code = EXIT_CODES.get(client.reason, 1)
+    return 1 if client.reason == "eof" and client.undelivered else code
+
+
+def _read_terminal(face, client: ChatClient, describer) -> None:
+    try:
+        while not client.ended.is_set():
+            text, pasted = face.read(describer.prompt())
+            if text:
+                client.call(execute, client, text, pasted)
+    except EOFError:
+        client.leave("BYE")
+
+
+def wait_for_event(event) -> None:
+    """Waits so that Ctrl-C gets through; Windows does not wake a wait without an end."""
+    while not event.wait(0.5 if os.name == "nt" else None):
+        pass
+
+
+# ==================================================================================================
+# Part 23. Activities | uses 1-4, 8, 10, 13, 15-20, 22
+#
+# What a person starts: a server, a chat, the demonstration. Each takes its options and a face.
+# ==================================================================================================
+
+
+class ServerOptions(Record):
+    __slots__ = ("host", "port", "auth", "allow", "client_certs", "limits")
+
+
+class RunningServer:
+    """A relay server of one profile, from its files to its console."""
+
+    def __init__(self, paths: Paths, options: ServerOptions, ask_passphrase, publish):
+        paths.make_folders()
+        self._users_path = paths.file("users.json")
+        key, certificate = KeyPair(paths, "server").load(ask_passphrase)
+        self.fingerprint = certificate_fingerprint(certificate)
+        self._gatekeeper = self._load_gatekeeper(options)
+        anchors = None
+        if options.auth == "certs":
+            anchors = read_certificates(options.client_certs) if options.client_certs else []
+        context = server_context(key, certificate, anchors)
+        listener = listen(options.host, options.port)
+        self.host, self.port = options.host, listener.getsockname()[1]
+        machine = RelayMachine(self.fingerprint, self._gatekeeper, options.limits)
+        self.server = RelayServer(listener, context, machine, self._save, publish)
+        self.server.start()
+
+    def _load_gatekeeper(self, options: ServerOptions) -> Gatekeeper:
+        gatekeeper = Gatekeeper(options.auth)
+        empty = gatekeeper.to_json()
+        try:
+            gatekeeper.load_json(read_json(self._users_path, empty))
+        except (KeyError, TypeError, ValueError, ChatError):
+            raise damaged_file(self._users_path) from None
+        gatekeeper.allowed.update(parse_fingerprint(text) for text in options.allow)
+        return gatekeeper
+
+    def _save(self, gatekeeper: Gatekeeper) -> None:
+        write_json(self._users_path, gatekeeper.to_json())
+
+    def addresses(self) -> list:
+        """Where others may find this server, best first."""
+        if self.host not in ("0.0.0.0", "::", ""):
+            return [join_address(self.host, self.port)]
+        found = local_addresses() if self.host == "::" else local_addresses()[:1]
+        return [join_address(host, self.port) for host in found or ["127.0.0.1"]]
+
+    def make_token(self, uses: int, seconds: float) -> str:
+        """A token for this server; in the loop thread, as it opens the gate."""
+        now = time.time()
+        token = Token(self.addresses(), self.fingerprint, b"", b"", 0, 0, DEFAULT_ROOM)
+        if self._gatekeeper.mode == "invite":
+            token.secret, token.uses = random_bytes(16), uses
+            token.expires = int(now + seconds) if seconds else 0
+            invitation = derive_invitation(token.secret)
+            self._gatekeeper.invite(invitation.id, invitation.gate, uses, token.expires, now)
+        return create_token(token)
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+def run_server(paths: Paths, options: ServerOptions, face, ask_passphrase) -> int:
+    """Runs a server until it is told to stop."""
+    lock = ProfileLock(paths, "server")
+    publisher = Publisher()
+    shower = spawn("show", _routine_show, publisher.subscribe(), face)
+    quit_wanted = threading.Event()
+    try:
+        running = RunningServer(paths, options, ask_passphrase, publisher.publish)
+        console = ServerConsole(
+            running.server, publisher.publish, running.make_token, quit_wanted.set
+        )
+        publisher.publish(_listening(running))
+        reason = _run_console(face, console, quit_wanted)
+        running.stop()
+        publisher.publish({"event": "closed", "reason": reason})
+        return EXIT_CODES[reason]
+    finally:
+        publisher.publish(None)
+        shower.join(2.0)
+        lock.release()
+
+
+def _listening(running: RunningServer) -> dict:
+    token = running.server.call(running.make_token, INVITATION_USES, float(INVITATION_SECONDS))
+    return {
+        "event": "listening",
+        "host": running.host,
+        "port": running.port,
+        "fingerprint": fingerprint_text(running.fingerprint),
+        "token": token,
+        "public": None,
+    }
+
+
+def _run_console(face, console: ServerConsole, quit_wanted) -> str:
+    """Reads console lines until the server shall stop; returns the reason for `closed`."""
+    try:
+        if face.interactive:
+            _console_lines(face, console, quit_wanted)
+        else:
+            spawn("console", _routine_console, face, console, quit_wanted)
+            wait_for_event(quit_wanted)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "BYE"
+
+
+def _routine_console(face, console: ServerConsole, quit_wanted) -> None:
+    _console_lines(face, console, quit_wanted, prompt="")
+
+
+def _console_lines(face, console: ServerConsole, quit_wanted, prompt: str = "server > ") -> None:
+    try:
+        while not quit_wanted.is_set():
+            line, _ = face.read(prompt)
+            if line.strip():
+                _console_line(console, line.strip())
+    except (EOFError, OSError, ValueError):
+        if prompt:
+            quit_wanted.set()  # Ctrl-D at the terminal; a closed pipe does not stop a server
+
+
+def _console_line(console: ServerConsole, line: str) -> None:
+    if line == "BYE":
+        line = "/quit"
+    try:
+        line = line if line.startswith("/") else "/" + line
+        console.server.call(run_line, "console", console, line)
+    except ChatError as error:
+        console.emit({"event": "error", "code": error.code, "text": str(error)})
+
+
+def describe_server(event: dict):
+    """Words for a server's events."""
+    if event["event"] == "listening":
+        return (
+            f"The server listens on {join_address(event['host'], event['port'])}.\n"
+            f"Its key is {event['fingerprint']}.\n"
+            "Give this token to those whom you invite (for 50 people, 24 hours):\n\n"
+            f"{event['token']}\n\n"
+            "They run: python3 trchat.py connect TOKEN\n"
+            "To chat yourself, do the same in another window.\n"
+            "/help lists commands; Ctrl-C closes the server."
+        )
+    if event["event"] == "closed":
+        return "The server is closed."
+    return printable(event["text"]) if "text" in event else None
+
+
+# Connecting
+
+
+class ConnectOptions(Record):
+    __slots__ = ("target", "name", "room", "pin", "trust_new", "source_port")
+
+
+def resolve_target(text: str, options: ConnectOptions, servers: ServerList) -> Target:
+    """What `connect` was given: a token, a saved server's name, or an address."""
+    pin = parse_fingerprint(options.pin) if options.pin else b""
+    target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None, "")
+    if text.startswith(TOKEN_PREFIX):
+        _use_token(target, consume_token(text))
+    else:
+        saved = servers.find(text)
+        target.addresses = [saved["address"] if saved else _full_address(text)]
+        saved = saved or servers.find(target.addresses[0])
+        if saved:
+            target.pin = pin or parse_fingerprint(saved["fingerprint"])
+            target.room, target.nickname = (
+                saved.get("room") or DEFAULT_ROOM,
+                saved.get("nickname", ""),
+            )
+    if options.room:
+        target.room = check_room(options.room)
+    return target
+
+
+def _use_token(target: Target, token: Token) -> None:
+    if token.expires and time.time() > token.expires:
+        shown = rfc3339(token.expires)[:16].replace("T", " ")
+        text = f"This token expired on {shown} UTC."
+        raise ChatError(
+            text, "If you were inside before, connect to the address; else ask for a new one."
+        )
+    if target.pin and target.pin != token.fingerprint:
+        raise ChatError("--pin and the token name different servers.", code="pin-mismatch")
+    target.addresses, target.pin = token.addresses, token.fingerprint
+    target.token, target.room = token, token.room
+
+
+def _full_address(text: str) -> str:
+    return join_address(*split_address(text, DEFAULT_PORT))
+
+
+def _confirm_server(face, ask, target: Target, link: Link, trust_new: bool) -> None:
+    """Without a pin a person decides; without a person and --trust-new nobody does."""
+    if target.pin or trust_new:
+        return
+    shown = fingerprint_text(link.fingerprint)
+    if not face.interactive:
+        link.sock.close()
+        text = f"The server at {link.address} is not known; its key is {shown}."
+        hint = f"Use a token, or --pin {shown}, or --trust-new."
+        raise ChatError(text, hint, "unknown-server")
+    face.say(f"The server at {link.address} is new to you. Its key is\n  {shown}")
+    if not ask("Is that what its operator says? [y/N] ", default=False):
+        link.sock.close()
+        raise ChatError("You did not trust the server.", "Ask for a token.", "unknown-server")
+
+
+def login_name() -> str:
+    """The name of whoever is logged in, as far as it can be a nickname."""
+    user = next((os.environ[v] for v in ("USER", "LOGNAME", "USERNAME") if os.environ.get(v)), "")
+    clean = "".join(c for c in user if c.isalnum() or c in NAME_EXTRA)[:NAME_MOST]
+    return check_name(clean or "guest")
+
+
+def run_connect(paths: Paths, options: ConnectOptions, make_face, ask, ask_passphrase) -> int:
+    """Connects to a server and chats until the session ends."""
+    lock = ProfileLock(paths, "client")
+    try:
+        servers = ServerList(paths)
+        target = resolve_target(options.target, options, servers)
+        identity = load_identity(paths, ask_passphrase)
+        chosen = check_name(options.name or target.nickname or login_name())
+        machine = ClientMachine(identity, chosen, time.time, target.token)
+        if not options.name:
+            machine.spare_names = [f"{chosen[:28]}{i}" for i in range(2, 10)]
+        client = ChatClient(machine, target, People(paths))
+        client.load_chain = lambda: KeyPair(paths, "client").load(ask_passphrase)
+        face, describer = make_face(client)
+        with face:
+            link = _first_dial(face, target)
+            _confirm_server(face, ask, target, link, options.trust_new)
+            client.on_ready = lambda: _remember_server(servers, client)
+            return run_chat(face, client, link, describer)
+    finally:
+        lock.release()
+
+
+def _first_dial(face, target: Target) -> Link:
+    shown = " or ".join(target.addresses)
+    if face.interactive:
+        face.say(f"Connecting to {shown} ...")
+    return dial_any(target)
+
+
+def _remember_server(servers: ServerList, client: ChatClient) -> None:
+    machine = client.machine
+    fingerprint = fingerprint_text(machine.server)
+    servers.remember(machine.server_address, fingerprint, client.target.room, machine.name)
+
+
+# ==================================================================================================
+# Part 24. Demonstration | uses 1, 3, 4, 7, 8, 10, 15, 16, 18-20
+#
+# A server and three people in one process, on loopback: each step is tried and its outcome
+# checked, and what the server saw stands beside what the people saw.
+# ==================================================================================================
+
+
+class DemoPerson:
+    """A person of the demonstration, with all events so far."""
+
+    def __init__(self, name: str, token: Token, invited: bool = True):
+        self.name = name
+        target = Target(token.addresses, token.fingerprint, token, DEFAULT_ROOM, 0, None, "")
+        machine = ClientMachine(Identity(generate_rsa()), name, time.time, token)
+        self.client = ChatClient(machine, target)
+        self._events = self.client.events.subscribe()
+        self.seen: list = []
+        self.client.start(dial_any(target))
+
+    def wait_for(self, kind: str, **fields) -> dict:
+        """The next event of a kind with these fields; ChatError if it does not come."""
+        limit = time.monotonic() + 5
+        while time.monotonic() < limit:
+            event = self._events.get(max(0.0, limit - time.monotonic()))
+            if event is None:
+                break
+            self.seen.append(event)
+            if event["event"] == kind and all(event.get(k) == v for k, v in fields.items()):
+                return event
+        raise ChatError(f"{self.name} did not see {kind} {fields or ''}.", code="protocol")
+
+    def type(self, line: str) -> None:
+        self.client.call(execute, self.client, line)
+
+    def texts(self) -> list:
+        return [event["text"] for event in self.seen if event["event"] == "message"]
+
+
+class Demonstration:
+    """Runs the steps; `say` takes a line of text."""
+
+    def __init__(self, say):
+        self._say = say
+        self._started = time.monotonic()
+        self._held = True
+        self.seen_by_server: list = []
+
+    def _step(self, title: str) -> None:
+        self._say(f"\n[{time.monotonic() - self._started:4.1f} s] {title}")
+
+    def _check(self, holds: bool, text: str) -> None:
+        self._held = self._held and holds
+        self._say(f"    {'ok  ' if holds else 'FAIL'} {text}")
+
+    def run(self) -> bool:
+        """Whether everything held."""
+        server = self._start_server()
+        try:
+            self._people_meet()
+            self._they_talk()
+            self._admin_changes()
+            self._kick()
+            self._what_the_server_saw()
+        finally:
+            for person in self._people:
+                person.client.leave("interrupted")
+            server.stop()
+        took = time.monotonic() - self._started
+        self._say(f"\n{'Everything held' if self._held else 'SOMETHING FAILED'}, in {took:.1f} s.")
+        return self._held
+
+    def _start_server(self) -> RelayServer:
+        self._step("A server starts on this machine. It has a key, and no way to read anything.")
+        self._people: list = []
+        key = _ec.generate_private_key(_ec.SECP256R1())
+        certificate = self_signed(key, "trchat demo").public_bytes(_serialization.Encoding.DER)
+        fingerprint = certificate_fingerprint(certificate)
+        gatekeeper = Gatekeeper("invite")
+        listener = listen("127.0.0.1", 0)
+        machine = RecordingRelay(fingerprint, gatekeeper, self.seen_by_server)
+        context = server_context(key, certificate)
+        server = RelayServer(listener, context, machine, lambda _: None, lambda _: None)
+        server.start()
+        address = join_address("127.0.0.1", listener.getsockname()[1])
+        secret = random_bytes(16)
+        self._token = Token([address], fingerprint, b"", secret, 3, 0, DEFAULT_ROOM)
+        invitation = derive_invitation(secret)
+        server.call(gatekeeper.invite, invitation.id, invitation.gate, 3, 0, time.time())
+        self._say(f"    It listens on {address}; its token lets three people in:")
+        self._say("    " + create_token(self._token))
+        return server
+
+    def _join(self, name: str) -> DemoPerson:
+        person = DemoPerson(name, self._token)
+        self._people.append(person)
+        return person
+
+    def _people_meet(self) -> None:
+        self._step("alice, bob and carol come in with the token; a fourth finds it used up.")
+        self._alice = self._join("alice")
+        self._alice.wait_for("ready")
+        for name in ("bob", "carol"):
+            person = self._join(name)
+            ready = person.wait_for("ready")
+            names = ", ".join(member["name"] for member in ready["members"])
+            self._check(ready["admin"] == "alice", f"{name} holds the room's key; members: {names}")
+            self._alice.wait_for("joined", name=name)
+        self._bob, self._carol = self._people[1:]
+        self._bob.wait_for("joined", name="carol")
+        mallory = self._join("mallory")
+        refused = mallory.wait_for("error")
+        self._check(refused["code"] == "not-invited", f"mallory: {refused['text']}")
+
+    def _they_talk(self) -> None:
+        self._step("alice writes to the room, bob to carol alone.")
+        self._alice.type("Meet at the old bridge at nine.")
+        for person in (self._bob, self._carol):
+            text = person.wait_for("message")["text"]
+            self._check(text.startswith("Meet at the old"), f"{person.name} reads: {text}")
+        delivered = self._alice.wait_for("delivered")
+        self._check(delivered["by"] == ["bob", "carol"], "alice sees it confirmed by bob and carol")
+        self._bob.type("/msg carol Bring the red folder.")
+        message = self._carol.wait_for("message", direct=True)
+        self._check(message["from"] == "bob", f"carol alone reads: {message['text']}")
+        self._bob.wait_for("delivered")
+        self._check("Bring the red folder." not in self._alice.texts(), "alice does not")
+
+    def _admin_changes(self) -> None:
+        self._step("alice, the admin, leaves; bob is next and makes a new key.")
+        self._alice.type("BYE")
+        for person in (self._bob, self._carol):
+            event = person.wait_for("rekeyed", admin="bob")
+            self._check(len(event["members"]) == 2, f"{person.name}: epoch {event['epoch']} by bob")
+
+    def _kick(self) -> None:
+        self._step("bob puts carol out; what is said then she cannot read, though she gets it.")
+        room = self._carol.client.machine.rooms[DEFAULT_ROOM]
+        keys_of_carol = room.epoch
+        self._bob.type("/kick carol")
+        self._bob.wait_for("left", name="carol")
+        rekeyed = self._bob.wait_for("rekeyed", admin="bob")
+        self._check(
+            [m["name"] for m in rekeyed["members"]] == ["bob"], "carol is not in the roster"
+        )
+        closed = self._carol.wait_for("closed")
+        self._check(closed["reason"] == "kicked", "carol's session is closed: kicked")
+        content = encode_content(
+            TEXT, random_bytes(16), 0, 0, SAID, DEFAULT_ROOM, "Now without carol."
+        )
+        own = self._bob.client.machine
+        _, payload = own.rooms[DEFAULT_ROOM].epoch.seal(own.keys, content)
+        try:
+            keys_of_carol.open(own.keys.bundle, payload)
+            opened = True
+        except RemoteProtocolError:
+            opened = False
+        self._check(not opened, "carol's keys do not open the next message of the room")
+
+    def _what_the_server_saw(self) -> None:
+        self._step("What the server saw of all that:")
+        frames = [data for data in self.seen_by_server if len(data) > 300]
+        for data in frames[-3:]:
+            self._say(f"    {len(data):>6} bytes  {data[13:37].hex()}...")
+        everything = b"".join(self.seen_by_server)
+        self._say(f"    {len(self.seen_by_server)} pieces, {len(everything)} bytes in all")
+        for secret in (b"old bridge", b"red folder"):
+            self._check(secret not in everything, f"'{secret.decode()}' is nowhere in them")
+
+
+class RecordingRelay(RelayMachine):
+    """A relay that keeps whatever it gets to see."""
+
+    def __init__(self, fingerprint: bytes, gatekeeper: Gatekeeper, record: list):
+        super().__init__(fingerprint, gatekeeper)
+        self._record = record
+
+    def receive(self, client: RelayClient, data: bytes, now: float) -> None:
+        self._record.append(bytes(data))
+        super().receive(client, data, now)
+
+
+# ==================================================================================================
+# Part 25. Command line | uses 1, 2, 7, 13-15, 20-24
+#
+# The door: options, the numbered menu, exit codes. Errors end here as one line on stderr.
+# ==================================================================================================
+
+
+PROGRAM = "python3 trchat.py"
+
+
+class Session:
+    """What every activity needs: the arguments, the files, and ways to ask a person."""
+
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.paths = Paths(home_folder(arguments.home), arguments.profile)
+        self.json = getattr(arguments, "json", False)
+        self.interactive = not self.json and sys.stdin.isatty() and sys.stdout.isatty()
+
+    def prepare(self) -> None:
+        """Before the first key is used: `cryptography` with ML-KEM, and TLS 1.3."""
+        dependencies = self.dependencies()
+        dependencies.ensure()
+        dependencies.check_mlkem()
+        check_tls()
+
+    def dependencies(self) -> Dependencies:
+        policy = "ask" if sys.stdin.isatty() and not self.json else "yes"
+        if self.arguments.yes:
+            policy = "yes"
+        if self.arguments.no_install:
+            policy = "never"
+        return Dependencies(deps_folder(self.paths.home), policy, say_aside, self.ask)
+
+    def ask(self, question: str, default: bool = True) -> bool:
+        """Yes or no; Enter takes the default."""
+        answer = self.ask_text(question).strip().casefold()
+        return answer in ("y", "yes") if answer else default
+
+    def ask_text(self, question: str) -> str:
+        with Terminal(sys.stdin, sys.stdout) as terminal:
+            return terminal.read_line(question, remember=False)[0]
+
+    def ask_passphrase(self, question: str) -> str:
+        given = os.environ.get("TRCHAT_PASSPHRASE")
+        if given:
+            return given
+        if not sys.stdin.isatty():
+            hint = "Set TRCHAT_PASSPHRASE in the environment."
+            raise ChatError("The key is sealed with a passphrase.", hint, "locked")
+        with Terminal(sys.stdin, sys.stdout) as terminal:
+            return terminal.read_secret(question)
+
+    def face(self, describe, complete=None):
+        if self.json:
+            return JSONFace(sys.stdin, sys.stdout)
+        return TerminalFace(sys.stdin, sys.stdout, describe, complete)
+
+    def answer(self, name: str, fields: dict, text: str) -> int:
+        """The answer of a command that ends at once."""
+        if self.json:
+            JSONFace(sys.stdin, sys.stdout).show({"event": name, **fields})
+        else:
+            sys.stdout.write(text + "\n")
+        return 0
+
+
+def say_aside(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+# Shell commands: (session) -> exit code
+
+
+def _streaming(activity):
+    """A shell command whose JSON stream ends with `closed` even when it could not begin."""
+
+    def run(session: Session) -> int:
+        try:
+            return activity(session)
+        except ChatError as error:
+            if session.json:
+                face = JSONFace(sys.stdin, sys.stdout)
+                face.show({"event": "error", "code": error.code, "text": str(error)})
+                face.show({"event": "closed", "reason": "error"})
+                say_error(error)
+                return 1
+            raise
+
+    return run
+
+
+def _shell_server(session: Session) -> int:
+    session.prepare()
+    given = session.arguments
+    if given.client_certs and given.auth != "certs":
+        raise ChatError("--client-certs goes with --auth certs.", "Add --auth certs.")
+    options = ServerOptions(given.host, given.port, given.auth, given.allow, given.client_certs)
+    options.limits = given.limits == "on"
+    with session.face(describe_server) as face:
+        return run_server(session.paths, options, face, session.ask_passphrase)
+
+
+def _shell_connect(session: Session) -> int:
+    session.prepare()
+    given = session.arguments
+    target = given.target
+    if target == "-":
+        if not session.interactive:
+            target = sys.stdin.readline().strip()
+        else:
+            target = session.ask_text("Token or host:port: ").strip()
+    options = ConnectOptions(
+        target, given.name, given.room, given.pin, given.trust_new, given.source_port
+    )
+    return run_connect(
+        session.paths, options, _chat_face(session), session.ask, session.ask_passphrase
+    )
+
+
+def _chat_face(session: Session):
+    def make(client: ChatClient) -> tuple:
+        describer = ChatDescriber(client)
+        face = session.face(describer, complete_chat(client))
+        return face, None if session.json else describer
+
+    return make
+
+
+def _shell_demo(session: Session) -> int:
+    session.prepare()
+    return 0 if Demonstration(lambda text: print(text, flush=True)).run() else 1
+
+
+def _shell_id(session: Session) -> int:
+    session.prepare()
+    pair = KeyPair(session.paths, "client")
+    action = session.arguments.action
+    if action == "create" and pair.exists():
+        text = f"There is an identity already: {pair.key_path}."
+        raise ChatError(text, "Another one belongs into another profile: --profile NAME.")
+    identity = load_identity(session.paths, session.ask_passphrase)
+    if action == "passphrase":
+        return _change_passphrase(session)
+    if action == "export":
+        pem = read_file(pair.certificate_path).decode("ascii")
+        return session.answer("id", {"certificate": pem}, pem.rstrip())
+    fields = {
+        "fingerprint": fingerprint_text(identity.fingerprint),
+        "profile": session.paths.profile,
+        "certificate": pair.certificate_path,
+        "sealed": pair.sealed(),
+    }
+    sealed = (
+        "sealed with a passphrase" if fields["sealed"] else "not sealed (id passphrase seals it)"
+    )
+    lines = [f"Your key:     {fields['fingerprint']}", f"Certificate:  {fields['certificate']}"]
+    return session.answer("id", fields, "\n".join([*lines, f"Private key:  {sealed}"]))
+
+
+def _change_passphrase(session: Session) -> int:
+    """Seals both keys anew; an empty passphrase leaves them unsealed."""
+    pairs = [
+        pair for pair in (KeyPair(session.paths, r) for r in ("client", "server")) if pair.exists()
+    ]
+    keys = [pair.load(session.ask_passphrase)[0] for pair in pairs]
+    new = os.environ.get("TRCHAT_NEW_PASSPHRASE")
+    if new is None:
+        if not sys.stdin.isatty():
+            text = "A new passphrase is needed."
+            raise ChatError(text, "Set TRCHAT_NEW_PASSPHRASE in the environment.")
+        with Terminal(sys.stdin, sys.stdout) as terminal:
+            new = terminal.read_secret("New passphrase (empty for none): ")
+            if new != terminal.read_secret("The same again: "):
+                raise ChatError("These were not the same.", "Nothing was changed; try again.")
+    for pair, key in zip(pairs, keys):
+        pair.store_key(key, new)
+    text = "The keys are sealed." if new else "The keys are no longer sealed."
+    return session.answer("id", {"sealed": bool(new)}, text)
+
+
+def _shell_servers(session: Session) -> int:
+    servers = ServerList(session.paths)
+    words = session.arguments.words
+    if words[:1] == ["remove"] and len(words) == 2:
+        servers.remove(words[1])
+    elif words[:1] == ["rename"] and len(words) == 3:
+        servers.rename(*words[1:])
+    elif words:
+        raise UsageError("write: servers, servers remove NAME, or servers rename NAME NEW")
+    lines = [
+        f"{s['name']:<24} {s['address']:<24} {s['fingerprint'][:23]}..." for s in servers.servers
+    ]
+    return session.answer("servers", {"servers": servers.servers}, "\n".join(lines) or NO_SERVERS)
+
+
+NO_SERVERS = "No server is saved yet; connecting to one saves it."
+
+
+class UsageError(Exception):
+    """Wrong usage: exit code 2."""
+
+
+def _server_options(parser) -> None:
+    parser.add_argument("--host", default="0.0.0.0", help="the address to listen on (0.0.0.0)")
+    parser.add_argument(
+        "--port", type=_port, default=DEFAULT_PORT, help="8089; 0 takes any free one"
+    )
+    parser.add_argument(
+        "--auth", choices=AUTH_MODES, default="invite", help="who may come in (invite)"
+    )
+    parser.add_argument("--allow", action="append", default=[], metavar="FINGERPRINT",
+                        help="a key that may come in; may be given more than once")  # fmt: skip
+    parser.add_argument(
+        "--client-certs", metavar="DIR", help="for --auth certs: their certificates"
+    )
+    parser.add_argument("--limits", choices=("on", "off"), default="on",
+                        help="off: for trusted networks and benchmarks")  # fmt: skip
+
+
+def _connect_options(parser) -> None:
+    parser.add_argument("target", help="a token, host:port or a saved server; - asks for it")
+    parser.add_argument(
+        "--name", help="your nickname (default: the last one here, or the login name)"
+    )
+    parser.add_argument("--room", help="the room to enter (lobby)")
+    parser.add_argument("--pin", metavar="sha256:HEX", help="the server's fingerprint")
+    parser.add_argument(
+        "--trust-new", action="store_true", help="trust a server seen for the first time"
+    )
+    parser.add_argument("--source-port", type=_port, default=0, help="the local port to come from")
+
+
+def _id_options(parser) -> None:
+    actions = ("show", "create", "export", "passphrase")
+    text = "show (made if missing), create, export the certificate, or passphrase"
+    parser.add_argument("action", nargs="?", choices=actions, default="show", help=text)
+
+
+def _servers_options(parser) -> None:
+    parser.add_argument(
+        "words", nargs="*", metavar="remove NAME | rename NAME NEW", help="change the list"
+    )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port (0 to 65535)")
+    return int(text)
+
+
+for _row in (
+    ("server", "server --port 8089", "start a server and its console",
+     _streaming(_shell_server), _server_options, (1, "Start a server")),
+    ("connect", "connect trchat:AbC...", "connect to a server and chat",
+     _streaming(_shell_connect), _connect_options, (2, "Connect to a server")),
+    ("demo", "demo", "a server and three people in one process", _shell_demo, None, None),
+    ("id", "id passphrase", "your key and its fingerprint", _shell_id, _id_options, None),
+    ("servers", "servers remove NAME", "the servers you were on",
+     _shell_servers, _servers_options, (4, "Saved servers")),
+):  # fmt: skip
+    command(*_row[:3], shell=_row[3], options=_row[4], menu=_row[5])
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="A secure chat in one file. Without a command: a menu.",
+        epilog=f"Example: {PROGRAM} server, then elsewhere: {PROGRAM} connect TOKEN",
+    )
+    parser.add_argument("--version", action="version", version=f"trchat {VERSION}")
+    _common_options(parser, top=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for row in COMMANDS.values():
+        if row.shell is None:
+            continue
+        example = f"Example: {PROGRAM} {row.usage}"
+        sub = subparsers.add_parser(row.name, help=row.help, description=row.help, epilog=example)
+        _common_options(sub, top=False)
+        if row.options:
+            row.options(sub)
+    return parser
+
+
+def _common_options(parser, top: bool) -> None:
+    """Options that may stand before or after the command."""
+    unset = {} if top else {"default": argparse.SUPPRESS}
+    parser.add_argument(
+        "--home", metavar="DIR", help="where everything is kept (~/.trchat)", **unset
+    )
+    parser.add_argument("--profile", metavar="NAME", help="one of several people here (default)",
+                        **(unset or {"default": "default"}))  # fmt: skip
+    for option, text in (
+        ("--json", "JSON lines instead of text"),
+        ("--yes", "install what is missing without asking"),
+        ("--no-install", "install nothing, only say what is missing"),
+    ):
+        parser.add_argument(option, action="store_true", help=text, **unset)
+
+
+# The menu
+
+
+def run_menu(session: Session) -> int:
+    """Shows the menu until it is left; an error in an activity leads back to it."""
+    session.dependencies().ensure()
+    while True:
+        choice = _menu_choice()
+        if choice == "exit":
+            return 0
+        try:
+            _menu_activity(session, choice)
+        except ChatError as error:
+            say_error(error)
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+
+
+def menu_rows() -> list:
+    """(number, command, title) of the menu, from the table of commands."""
+    rows = sorted((*row.menu, row.name) for row in COMMANDS.values() if row.menu)
+    return [*((str(number), name, title) for number, title, name in rows), ("0", "exit", "Exit")]
+
+
+def _menu_choice() -> str:
+    lines = [f" {number}  {title}" for number, _, title in menu_rows()]
+    sys.stdout.write("\n trchat " + VERSION + "\n\n" + "\n".join(lines) + "\n\n")
+    while True:
+        answer = _menu_answer()
+        for number, name, title in menu_rows():
+            if answer in (number, name) or title.casefold().startswith(answer):
+                return name
+        sys.stdout.write("Type one of the numbers.\n")
+
+
+def _menu_answer() -> str:
+    sys.stdout.write("Your choice [2]: ")
+    sys.stdout.flush()
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        line = ""
+    if not line:
+        sys.stdout.write("\n")
+        return "0"
+    return line.strip().casefold() or "2"
+
+
+def _menu_activity(session: Session, choice: str) -> None:
+    words = {"server": ["server"], "servers": ["servers"]}.get(choice)
+    if choice == "connect":
+        words = _menu_connect(session)
+    if choice == "servers":
+        words = _menu_servers(session)
+    if words:
+        top = ["--home", session.paths.home, "--profile", session.paths.profile]
+        arguments = make_parser().parse_args([*top, *words])
+        arguments.yes, arguments.no_install = session.arguments.yes, session.arguments.no_install
+        COMMANDS[words[0]].shell(Session(arguments))
+
+
+def _menu_connect(session: Session) -> list:
+    target = session.ask_text("Token or host:port (Enter goes back): ").strip()
+    return _connect_words(session, "".join(target.split()), "") if target else []
+
+
+def _connect_words(session: Session, target: str, nickname: str) -> list:
+    default = nickname or login_name()
+    name = session.ask_text(f"Your name [{default}]: ").strip()
+    return ["connect", *(["--name", name] if name else []), "--", target]
+
+
+def _menu_servers(session: Session) -> list:
+    servers = ServerList(session.paths).servers
+    if not servers:
+        sys.stdout.write(NO_SERVERS + "\n")
+        return []
+    for number, server in enumerate(servers, 1):
+        room = server.get("room") or DEFAULT_ROOM
+        sys.stdout.write(f" {number}  {one_line(server['name'])}  #{one_line(room)}\n")
+    answer = session.ask_text("Connect to which (Enter goes back): ").strip()
+    if not answer:
+        return []
+    if not (answer.isascii() and answer.isdigit() and 1 <= int(answer) <= len(servers)):
+        raise ChatError("There is no such number.", "Choose one of the list.")
+    server = servers[int(answer) - 1]
+    return _connect_words(session, server["name"], server.get("nickname", ""))
+
+
+# The door
+
+
+def say_error(error: ChatError) -> None:
+    say_aside("trchat: " + printable(str(error)))
+
+
+def main(words: list | None = None) -> int:
+    """Runs one command, or the menu; returns the exit code."""
+    words = sys.argv[1:] if words is None else words
+    sys.dont_write_bytecode = True
+    _use_utf8()
+    _end_on_signals()
+    try:
+        return _run(words)
+    except ChatError as error:
+        if "--json" in words:
+            JSONFace(sys.stdin, sys.stdout).show(
+                {"event": "error", "code": error.code, "text": str(error)}
+            )
+        say_error(error)
+    except UsageError as error:
+        say_aside(f"trchat: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _run(words: list) -> int:
+    if not words and sys.stdin.isatty():
+        return run_menu(Session(_menu_arguments()))
+    arguments = make_parser().parse_args(words)
+    session = Session(arguments)
+    if arguments.command:
+        return COMMANDS[arguments.command].shell(session)
+    if session.interactive:
+        return run_menu(session)
+    raise UsageError(
+        f"no command was given, and nobody is there for the menu; see {PROGRAM} --help"
+    )
+
+
+def _menu_arguments():
+    """The arguments of a bare start, without the time that argparse takes to load."""
+    return types.SimpleNamespace(
+        home=None, profile="default", json=False, yes=False, no_install=False
+    )
+
+
+def _use_utf8() -> None:
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _end_on_signals() -> None:
+    """SIGTERM and SIGHUP leave as cleanly as Ctrl-C."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

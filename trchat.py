@@ -55,18 +55,11 @@ if sys.version_info < (3, 9):
         % sys.version_info[:2]
     )
 
-import base64
-import codecs
-import collections
-import datetime
+import binascii
 import errno
-import functools
-import hashlib
-import hmac
 import importlib
 import importlib.machinery
 import os
-import re
 import struct
 import time
 import types
@@ -155,6 +148,26 @@ class Lazy:
         value = getattr(importlib.import_module(self._name), attribute)
         setattr(self, attribute, value)
         return value
+
+
+class LazyPattern:
+    """A regular expression that is compiled when first used."""
+
+    def __init__(self, pattern):
+        self._pattern = pattern
+
+    def __getattr__(self, attribute: str):
+        value = getattr(re.compile(self._pattern), attribute)
+        setattr(self, attribute, value)
+        return value
+
+
+codecs = Lazy("codecs")
+collections = Lazy("collections")
+datetime = Lazy("datetime")
+hashlib = Lazy("hashlib")
+hmac = Lazy("hmac")
+re = Lazy("re")
 
 
 class Record:
@@ -278,13 +291,24 @@ def unpad(padded: bytes) -> bytes:
     return content
 
 
+BASE64URL_LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
 def base64url(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+    plain = binascii.b2a_base64(data, newline=False).rstrip(b"=")
+    return plain.replace(b"+", b"-").replace(b"/", b"_").decode("ascii")
 
 
 def from_base64url(text: str) -> bytes:
     """The bytes of `text`; ValueError if it is not base64url."""
-    return base64.b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), b"-_", validate=True)
+    data = text.encode("ascii")
+    if data.translate(None, BASE64URL_LETTERS):
+        raise ValueError("a character that is not base64url")
+    plain = data.replace(b"-", b"+").replace(b"_", b"/")
+    value = binascii.a2b_base64(plain + b"=" * (-len(plain) % 4))
+    if base64url(value) != text:
+        raise ValueError("not in its usual form")
+    return value
 
 
 def fingerprint_text(fingerprint: bytes) -> str:
@@ -2323,9 +2347,9 @@ class RoomKeeper:
 # ==================================================================================================
 # Part 10. Client machine | pure | uses 1-7, 9
 #
-# The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and bytes
-# for the server out. It outlives connections; time comes in as `now` (seconds, monotonic). What a
-# server or a person sends wrongly becomes an `error` event, never an exception.
+# The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
+# bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
+# What a server or a person sends wrongly becomes an `error` event, never an exception.
 # ==================================================================================================
 
 FLIGHT, MESSAGE = b"\x01", b"\x02"  # what a direct payload begins with
@@ -3186,7 +3210,7 @@ _CONTENT_HANDLERS = {
 
 _ZERO_WIDTH_CATEGORIES = frozenset(("Mn", "Me", "Cf"))
 _JOINER, _EMOJI_STYLE = "\u200d", "\ufe0f"
-_SGR = re.compile("(\x1b\\[[0-9;]*m)")
+_SGR = LazyPattern("(\x1b\\[[0-9;]*m)")
 _BOUNDARY_WINDOW = 64  # no honest cluster is longer
 
 
@@ -3198,10 +3222,21 @@ def _is_regional(char: str) -> bool:
     return "\U0001f1e6" <= char <= "\U0001f1ff"
 
 
-@functools.lru_cache(maxsize=4096)
 def _character_width(char: str) -> int:
     if char < "\u0300":
         return 0 if _is_control(char) else 1
+    width = _WIDTHS.get(char)
+    if width is None:
+        if len(_WIDTHS) >= 4096:
+            _WIDTHS.clear()
+        width = _WIDTHS[char] = _look_up_width(char)
+    return width
+
+
+_WIDTHS: dict = {}  # the characters seen so far
+
+
+def _look_up_width(char: str) -> int:
     if "\u1160" <= char <= "\u11ff" or unicodedata.category(char) in _ZERO_WIDTH_CATEGORIES:
         return 0  # U+1160..11FF: Hangul parts that join the syllable before them
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
@@ -3263,17 +3298,37 @@ def display_width(text: str) -> int:
     return sum(_cluster_width(cluster) for cluster in _clusters(text))
 
 
+def wrap_text(text: str, columns: int) -> str:
+    """Breaks long lines between words; what cannot be broken (a token) stays whole."""
+    return "\n".join(_wrap_line(line, columns) for line in text.split("\n"))
+
+
+def _wrap_line(line: str, columns: int) -> str:
+    if display_width(line) < columns:
+        return line
+    first, *words = line.split(" ")
+    rows, width = [first], display_width(first)
+    for word in words:
+        size = 1 + display_width(word)
+        if width + size < columns or not rows[-1].strip():
+            rows[-1], width = f"{rows[-1]} {word}", width + size
+        else:
+            rows.append("  " + word)
+            width = 1 + size
+    return "\n".join(rows)
+
+
 _PASTE_BEGIN, _PASTE_END = b"\x1b[200~", b"\x1b[201~"
 _PASTE_LIMIT = 1 << 20
-_TEXT_BYTES = re.compile(rb"[\x20-\x7e\x80-\xff]+")
-_TEXT_KEYS = re.compile("<|[^<]+")
+_TEXT_BYTES = LazyPattern(rb"[\x20-\x7e\x80-\xff]+")
+_TEXT_KEYS = LazyPattern("<|[^<]+")
 # The three patterns share their limits, so that a cut never changes the keys.
-_SEQUENCE = re.compile(
+_SEQUENCE = LazyPattern(
     rb"\x1b(?:\[\[[ -~]|\[([0-?]{0,32})[ -/]{0,8}([@-Z\\-~])"
     rb"|O([ -~])|([\x00-\x1a\x1c-NP-Z\\-\x7f]))"
 )
-_SEQUENCE_BEGIN = re.compile(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?\Z")
-_SEQUENCE_BROKEN = re.compile(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?")
+_SEQUENCE_BEGIN = LazyPattern(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?\Z")
+_SEQUENCE_BROKEN = LazyPattern(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?")
 _CONTROL_KEYS = {8: "backspace", 9: "tab", 10: "enter", 13: "enter", 127: "backspace"}
 _FINAL_KEYS = {
     b"A": "up", b"B": "down", b"C": "right", b"D": "left", b"H": "home", b"F": "end",
@@ -3400,7 +3455,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 12. Line editor and screen | pure | uses 11
+# Part 12. Line editor and screen | pure | uses 2, 11
 #
 # The line being typed, and its picture. Every character carries a mark, because pasted text must
 # never be a command. Rows are broken here and automatic wrapping is off while they are painted, so
@@ -3411,7 +3466,7 @@ _TYPED, _PASTED = "t", "p"
 _TEXT_LIMIT = 1 << 20
 _HISTORY_ENTRY_LIMIT = 1 << 14
 _BEEP = ("beep",)
-_WORD = re.compile(r"[\W_]*[^\W_]*")
+_WORD = LazyPattern(r"[\W_]*[^\W_]*")
 
 
 class LineEditor:
@@ -4409,7 +4464,8 @@ def seal_key(der: bytes, passphrase: str) -> bytes:
     salt, nonce = random_bytes(16), random_bytes(12)
     head = u8(SCRYPT_LOG_N) + salt + nonce
     key = _passphrase_key(passphrase, salt, SCRYPT_LOG_N)
-    data = base64.b64encode(head + seal(key, nonce, der, SEAL_LABEL + head)).decode("ascii")
+    sealed = head + seal(key, nonce, der, SEAL_LABEL + head)
+    data = binascii.b2a_base64(sealed, newline=False).decode("ascii")
     lines = [data[i : i + 64] for i in range(0, len(data), 64)]
     return "\n".join([SEALED_BEGIN, *lines, SEALED_END, ""]).encode("ascii")
 
@@ -4425,7 +4481,7 @@ def open_key(pem: bytes, passphrase: str, path: str) -> bytes:
         if not text.endswith(SEALED_END):
             raise ValueError
         body = "".join(text[len(SEALED_BEGIN) : -len(SEALED_END)].split())
-        data = base64.b64decode(body, validate=True)
+        data = binascii.a2b_base64(body)
     except ValueError:
         raise damaged_file(path) from None
     head, ciphertext = data[:29], data[29:]
@@ -4797,7 +4853,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 17. Events and threads | uses 13
+# Part 17. Events and threads | uses 2, 13
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -5364,8 +5420,8 @@ def _routine_dial(target: Target, address: str, timeout: float, won, answers) ->
 class ChatClient:
     """A conversation that outlives its connections.
 
-    `events` publishes dicts, as JSON lines show them. `current` is where plain text goes: "#room" or a
-    person's name. Everything marked "owner" runs in the owner thread only.
+    `events` publishes dicts, as JSON lines show them. `current` is where plain text goes: "#room"
+    or a person's name. Everything marked "owner" runs in the owner thread only.
     """
 
     def __init__(self, machine: ClientMachine, target: Target, people: People | None = None):
@@ -5566,7 +5622,7 @@ class ChatClient:
         self._retry_at = time.monotonic() + delay
         shown = round(delay, 1)
         self.events.publish(
-            {"event": "reconnecting", "attempt": self._attempt, "delay": shown, "why": why}
+            {"event": "reconnecting", "attempt": self._attempt, "delay": shown, "_why": why}
         )
 
     def _maybe_reconnect(self, now: float) -> None:
@@ -6606,14 +6662,15 @@ class TerminalFace:
     def show(self, event: dict) -> None:
         text = self._describe(event)
         if text is not None:
-            self._terminal.print(text)
+            self.say(text)
 
     def read(self, prompt: str = "") -> tuple:
         text, pasted = self._terminal.read_line(prompt, self._complete, keep=False)
         return text, pasted
 
     def say(self, text: str) -> None:
-        self._terminal.print(text)
+        columns = self._terminal.columns
+        self._terminal.print(wrap_text(text, columns) if self.interactive else text)
 
     def set_prompt(self, prompt: str) -> None:
         self._terminal.set_prompt(prompt)
@@ -6731,10 +6788,10 @@ class ChatDescriber:
         )
 
     def _on_reconnecting(self, event: dict) -> str:
-        why = f" ({event['why'].rstrip('.')})" if event.get("why") else ""
-        return (
-            f"! The connection is lost{why}. Trying again in {event['delay']:.0f} s; keep typing."
-        )
+        if event["attempt"] > 1:
+            return f"! No connection yet; trying again in {event['delay']:.0f} s."
+        why = f" ({event['_why'].rstrip('.')})" if event["_why"] else ""
+        return f"! The connection is lost{why}; trying again. You can go on typing."
 
     def _on_reconnected(self, event: dict) -> str:
         return "* Connected again."
@@ -7302,6 +7359,7 @@ class Session:
 
     def prepare(self) -> None:
         """Before the first key is used: `cryptography` with ML-KEM, and TLS 1.3."""
+        _end_on_signals()
         dependencies = self.dependencies()
         dependencies.ensure()
         dependencies.check_mlkem()
@@ -7317,8 +7375,11 @@ class Session:
 
     def ask(self, question: str, default: bool = True) -> bool:
         """Yes or no; Enter takes the default."""
-        answer = self.ask_text(question).strip().casefold()
-        return answer in ("y", "yes") if answer else default
+        answers = {"": default, "y": True, "yes": True, "n": False, "no": False}
+        while True:
+            answer = self.ask_text(question).strip().casefold()
+            if answer in answers:
+                return answers[answer]
 
     def ask_text(self, question: str) -> str:
         with Terminal(sys.stdin, sys.stdout) as terminal:
@@ -7683,7 +7744,6 @@ def main(words: list | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     sys.dont_write_bytecode = True
     _use_utf8()
-    _end_on_signals()
     try:
         return _run(words)
     except ChatError as error:

@@ -20,24 +20,27 @@ or thread: bytes in, events out) and each uses only parts above itself:
   5. Pairwise session *
   6. Room keys *
   7. Wire format *
-  8. Relay machine *
-  9. Delivery and rooms *
- 10. Client machine *
- 11. Keys and widths *
- 12. Line editor and screen *
- 13. Settings and paths
- 14. Dependencies
- 15. Vault
- 16. Network
- 17. Events and threads
- 18. Relay server
- 19. Chat client
- 20. Commands
- 21. Terminal
- 22. Faces: terminal and JSON lines
- 23. Activities
- 24. Demonstration
- 25. Command line
+  8. Gatekeeper *
+  9. Relay machine *
+ 10. Rooms *
+ 11. Messages *
+ 12. People and sessions *
+ 13. Client machine *
+ 14. Keys and widths *
+ 15. Line editor and screen *
+ 16. Settings and paths
+ 17. Dependencies
+ 18. Vault
+ 19. Network
+ 20. Events and threads
+ 21. Relay server
+ 22. Chat client
+ 23. Commands
+ 24. Terminal
+ 25. Faces: terminal and JSON lines
+ 26. Activities
+ 27. Demonstration
+ 28. Command line
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -65,11 +68,15 @@ import time
 import types
 import unicodedata
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # for readers and type checkers; loading it would cost time
+    from typing import Any
+
 # ==================================================================================================
 # Part 1. Constants and errors | pure | uses -
 #
 # Numbers that both ends must agree on, and the error classes. An error that a person may see is a
-# ChatError: one sentence, and what to do about it. Nothing below Part 18 ends the program.
+# ChatError: one sentence, and what to do about it. Nothing but the command line ends the program.
 # ==================================================================================================
 
 VERSION = "0.1.0"
@@ -171,31 +178,30 @@ re = Lazy("re")
 
 
 class Record:
-    """A value with the fields named in `__slots__`, compared and shown by them.
+    """A value with the fields that its class annotates, compared and shown by them.
 
     (`dataclasses` would do, but costs a fifth of the time to the menu.)
     """
 
-    __slots__: tuple = ()
+    _fields: tuple = ()
+
+    def __init_subclass__(cls):
+        cls._fields = tuple(cls.__annotations__)
 
     def __init__(self, *values, **named):
-        for name, value in zip(self.__slots__, values):
+        for name, value in zip(self._fields, values):
             setattr(self, name, value)
         for name, value in named.items():
             setattr(self, name, value)
 
-    def _values(self) -> tuple:
-        return tuple(getattr(self, name, None) for name in self.__slots__)
-
     def __eq__(self, other) -> bool:
-        return type(other) is type(self) and other._values() == self._values()
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
-        return hash(self._values())
+        return hash(tuple(vars(self).values()))
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{n}={v!r}" for n, v in zip(self.__slots__, self._values()))
-        return f"{type(self).__name__}({fields})"
+        return f"{type(self).__name__}({vars(self)})"
 
 
 def u8(value: int) -> bytes:
@@ -608,8 +614,16 @@ class Identity:
 class Bundle(Record):
     """The public half of one connection's keys. `hash` (over the signed part) names it."""
 
-    __slots__ = ("spki", "name", "dh", "signing", "kem", "server", "nonce",
-                 "rsa", "fingerprint", "hash")  # fmt: skip
+    spki: bytes
+    name: str
+    dh: bytes
+    signing: bytes
+    kem: bytes
+    server: bytes
+    nonce: bytes
+    rsa: RSAPublic
+    fingerprint: bytes
+    hash: bytes
 
     def signed_part(self) -> bytes:
         return (
@@ -621,7 +635,11 @@ class Bundle(Record):
 class BundleKeys(Record):
     """The private half of one's own bundle, and the bundle."""
 
-    __slots__ = ("dh", "signer", "kem", "bundle", "encoded")
+    dh: DiffieHellman
+    signer: Signer
+    kem: Encapsulator
+    bundle: Bundle
+    encoded: bytes
 
 
 def create_bundle(identity: Identity, name: str, server: bytes, nonce: bytes) -> BundleKeys:
@@ -676,7 +694,13 @@ class Token(Record):
     `uses` 0 means any number; `expires` is Unix seconds, 0 means never.
     """
 
-    __slots__ = ("addresses", "fingerprint", "inviter", "secret", "uses", "expires", "room")
+    addresses: list
+    fingerprint: bytes
+    inviter: bytes
+    secret: bytes
+    uses: int
+    expires: int
+    room: str
 
 
 TOKEN_PREFIX = "trchat:"
@@ -741,7 +765,9 @@ class Invitation(Record):
     `id` (8 bytes) names it, `gate` opens the server, `proof` convinces the people inside.
     """
 
-    __slots__ = ("id", "gate", "proof")
+    id: bytes
+    gate: bytes
+    proof: bytes
 
 
 def derive_invitation(secret: bytes) -> Invitation:
@@ -925,13 +951,22 @@ NO_EPOCH = bytes(32)
 class Member(Record):
     """One line of a roster: identity fingerprint, hash of the present bundle, nickname."""
 
-    __slots__ = ("fingerprint", "bundle", "name")
+    fingerprint: bytes
+    bundle: bytes
+    name: str
 
 
 class Announcement(Record):
     """What the admin says of one epoch. `bans` and `mutes` are lists of identity fingerprints."""
 
-    __slots__ = ("room", "number", "previous", "roster", "bans", "mutes", "locked", "key_hash")
+    room: str
+    number: int
+    previous: bytes
+    roster: list
+    bans: list
+    mutes: list
+    locked: bool
+    key_hash: bytes
 
     def encode(self) -> bytes:
         roster = [m.fingerprint + m.bundle + text_block(m.name) for m in self.roster]
@@ -1251,21 +1286,19 @@ def check_frame_size(size: int, most: int = MAX_FRAME) -> None:
 
 
 # ==================================================================================================
-# Part 8. Relay machine | pure | uses 1-4, 7
+# Part 8. Gatekeeper | pure | uses 1-4
 #
-# The server without its sockets: who may come in, who is in which room, and runs of DATA frames
-# handed on as the bytes they came in. It checks the ids of every frame and reads nothing else;
-# it keeps no message once the receivers have it.
+# Who may come in to a server, and under which name: what users.json keeps.
 # ==================================================================================================
 
-MAX_LOGIN = 8192  # bytes of a frame before the login
-MAX_ROOMS_EACH, MAX_NAMES_EACH, MAX_WATCHES_EACH, MAX_INVITATIONS = 64, 5, 256, 4096
+MAX_NAMES_EACH, MAX_INVITATIONS = 5, 4096
 
 
 class User(Record):
     """A key the server knows. `names` are reserved for it; `enrolled` lets it in by itself."""
 
-    __slots__ = ("names", "enrolled")
+    names: list
+    enrolled: bool
 
 
 class Gatekeeper:
@@ -1388,8 +1421,22 @@ class Gatekeeper:
         self.allowed.update(map(parse_fingerprint, data["allowed"]))
 
 
+# ==================================================================================================
+# Part 9. Relay machine | pure | uses 1-4, 7
+#
+# The server without its sockets: who is in which room, and runs of DATA frames
+# handed on as the bytes they came in. It checks the ids of every frame and reads nothing else;
+# it keeps no message once the receivers have it.
+# ==================================================================================================
+
+MAX_LOGIN = 8192  # bytes of a frame before the login
+MAX_ROOMS_EACH, MAX_WATCHES_EACH = 64, 256
+
+
 class RelayRoom(Record):
-    __slots__ = ("id", "name", "members")  # members: client id -> RelayClient, in order of joining
+    id: int
+    name: str
+    members: dict  # members: client id -> RelayClient, in order of joining
 
 
 class RelayClient:
@@ -1403,9 +1450,11 @@ class RelayClient:
 
     def __init__(self, number: int, address: str, nonce: bytes, now: float):
         self.id, self.address, self.nonce = number, address, nonce
-        self.tls_fingerprint = self.bundle = None
+        self.bundle: Bundle | None = None
+        self.tls_fingerprint = b""
         self.encoded = b""
-        self.buffer, self.wanted = None, 0  # the beginning of a frame, and the size it will have
+        self.buffer: bytearray | None = None  # the beginning of a frame
+        self.wanted = 0  # and the size it will have
         self.outbox: list = []
         self.queued = 0
         self.routes: dict = {}  # destination id -> the clients it stands for
@@ -1445,7 +1494,7 @@ class RelayMachine:
         self.events: list = []
         self.frames = self.bytes = self.deliveries = 0
         self._next_id = 1
-        self._handlers = {
+        self._handlers: dict = {
             LOGIN: self._on_login, JOIN: self._on_join, LEAVE: self._on_leave,
             LIST: self._on_list, LOOKUP: self._on_lookup, PING: self._on_ping,
             INVITE: self._on_invite, BYE: self._on_bye,
@@ -1757,20 +1806,541 @@ _LENGTH = struct.Struct(">I")
 
 
 # ==================================================================================================
-# Part 9. Delivery and rooms | pure | uses 1-4, 6, 7
+# Part 10. Rooms | pure | uses 1-4, 6, 7
 #
-# What a client remembers beyond one connection: which messages somebody has not confirmed, and,
-# for each room, who is in it, whose word on its keys counts, and who is let in. Both speak to
-# the world through the client machine they are given (Part 10), never to a socket.
+# Each room as one of its members keeps it, over all connections: who is in it, whose word on its
+# keys counts, and who is let in. It speaks to the world through the client machine that it is
+# given, never to a socket.
+# ==================================================================================================
+
+
+class Voucher(Record):
+    """An invitation that a member made: its holder may enter the room even when it is locked.
+
+    `told` holds the bundles that know of our own invitation; None for somebody else's.
+    """
+
+    proof: bytes
+    uses: int
+    expires: int
+    used_by: set
+    told: set | None
+
+
+class Admission:
+    """Who may enter a room: the admin's part, kept by every member, as anyone may become admin."""
+
+    def __init__(self, room):
+        self.room = room
+        self.earlier: set = set()  # identities that were members before
+        self.admitted: set = set()  # identities let in by hand
+        self.vouchers: dict = {}  # invitation id -> Voucher
+        self.locked, self.bans, self.mutes = False, set(), set()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Forgets whatever belonged to the connection."""
+        self.requests: dict = {}  # fingerprint -> Person, to be admitted by hand
+        self.joining: dict = {}  # fingerprint -> Person, admitted with the next epoch
+        self.removed: set = set()  # bundle hashes of those who were put out
+
+    def adopt(self, said: Announcement) -> None:
+        """Takes over what the newest announcement says."""
+        self.locked, self.bans, self.mutes = said.locked, set(said.bans), set(said.mutes)
+        self.earlier.update(said.fingerprints())
+
+    def put_out(self, fingerprint: bytes, ban: bool, person) -> None:
+        """Lets a member in no more: until they come again, or with `ban` for good."""
+        self.earlier.discard(fingerprint)
+        self.admitted.discard(fingerprint)
+        self.joining.pop(fingerprint, None)
+        if ban:
+            self.bans.add(fingerprint)
+        if person is not None:
+            self.removed.add(person.hash)
+
+    def consider(self, person, now: float) -> None:
+        key = person.fingerprint
+        if person.hash in self.room.epoch.members:
+            self.room.heal(person, now)
+        elif key in self.bans:
+            self.room.machine.directory.send(person, REMOVED, self.room.name, 1)
+        elif person.hash not in self.removed and self._may_enter(person, now):
+            self.requests.pop(key, None)
+            self.joining[key] = person
+            self.room.schedule(now)
+        elif key not in self.requests and person.hash not in self.removed:
+            self.requests[key] = person
+            self.room.machine.directory.send(person, REMOVED, self.room.name, 2)
+            self.room.machine.emit(
+                "request",
+                **{"from": person.name},
+                fingerprint=fingerprint_text(key),
+                room=self.room.name,
+            )
+
+    def _may_enter(self, person, now: float) -> bool:
+        if person.key_changed:
+            return False
+        if not self.locked or person.fingerprint in self.admitted | self.earlier:
+            return True
+        return self.room.machine.directory.is_contact(person) or self._has_proof(person, now)
+
+    def _has_proof(self, person, now: float) -> bool:
+        voucher = self.vouchers.get(person.invitation)
+        if voucher is None or not same(proof_mac(voucher.proof, person.hash), person.proof):
+            return False
+        if voucher.expires and self.room.machine.wall_clock() > voucher.expires:
+            return False
+        if person.fingerprint not in voucher.used_by and 0 < voucher.uses <= len(voucher.used_by):
+            return False
+        voucher.used_by.add(person.fingerprint)
+        return True
+
+    def admit(self, name: str, now: float) -> None:
+        person = self._find_request(name)
+        self.admitted.add(person.fingerprint)
+        self.consider(person, now)
+
+    def refuse(self, name: str) -> None:
+        person = self._find_request(name)
+        del self.requests[person.fingerprint]
+        self.removed.add(person.hash)
+
+    def _find_request(self, name: str):
+        for person in self.requests.values():
+            if person.name == name:
+                return person
+        text = f"{one_line(name)} is not waiting to enter #{self.room.name}."
+        raise ChatError(text, "/requests shows who is.", "no-such-person")
+
+
+class RoomKeeper:
+    """One room as one of its members keeps it.
+
+    `last` is the newest announcement this client accepted, over all connections; `epoch` its keys
+    on this connection. The admin is the first of the roster. `stale` means that somebody of the
+    roster is gone, so that nothing may be sent before the next epoch.
+    """
+
+    def __init__(self, machine, name: str):
+        self.machine, self.name = machine, name
+        self.admission = Admission(self)
+        self.last: Announcement | None = None
+        self.last_id = NO_EPOCH
+        self.is_ready = False  # whether `ready` was emitted
+        self.waiting: list = []  # own messages typed before there was a key
+        self.left: set = set()  # members of the last roster who were reported as gone
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Forgets whatever belonged to the connection."""
+        self.id: int | None = None  # the server's for this room
+        self.members: dict = {}  # client id -> Person or None (oneself), in the server's order
+        self.epoch: RoomEpoch | None = None
+        self.old_epochs: list = []  # (RoomEpoch, until)
+        self.stale = False
+        self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
+        self.gone_on_purpose: set = set()
+        self.awaited: dict = {}  # fingerprint -> when its absence will count
+        self.early: list = []  # (when, person, payload) of an epoch not known yet
+        self.held: tuple = ()  # an announcement whose acceptance must wait
+        self.since = self.changed_at = 0.0
+        self.rekey_at: float | None = None
+        self.rekeyed_at = float("-inf")
+        self.admission.disconnect()
+
+    def enter(self, number: int, members: dict, now: float) -> None:
+        """The server let us into the room; `members` in its order, oneself as None."""
+        self.id, self.members, self.since, self.changed_at = number, members, now, now
+        if self.last is not None:
+            others = [m for m in self.last.roster if m.fingerprint != self.own]
+            self.awaited = {m.fingerprint: now + TAKEOVER_SECONDS for m in others}
+
+    @property
+    def own(self) -> bytes:
+        return self.machine.identity.fingerprint
+
+    def present(self) -> dict:
+        """Fingerprint -> Person for everybody the server shows here, oneself as None."""
+        return {(p.fingerprint if p else self.own): p for p in self.members.values()}
+
+    def roster(self) -> list:
+        return self.last.roster if self.last else []
+
+    def admin_name(self) -> str:
+        return self.roster()[0].name if self.last else ""
+
+    def is_admin(self) -> bool:
+        return self.epoch is not None and self.roster()[0].fingerprint == self.own
+
+    def is_member(self, fingerprint: bytes) -> bool:
+        return any(member.fingerprint == fingerprint for member in self.roster())
+
+    def person_joined(self, number: int, person, now: float) -> None:
+        self.members[number] = person
+        self.gone_on_purpose.discard(person.fingerprint)
+        self.changed_at = now
+
+    def person_left(self, number: int, now: float) -> None:
+        person = self.members.pop(number, None)
+        if person is None or any(
+            p and p.fingerprint == person.fingerprint for p in self.members.values()
+        ):
+            return
+        self.changed_at = now
+        for waiting in (self.admission.requests, self.admission.joining, self.claims):
+            waiting.pop(person.fingerprint, None)
+        if self.epoch is not None and person.hash in self.epoch.members:
+            self.stale = True
+            self._report_left(person)
+        self.review(now)
+
+    def _report_left(self, who) -> None:
+        if who.fingerprint not in self.left:
+            self.left.add(who.fingerprint)
+            self._emit_person("left", who)
+
+    def _emit_person(self, event: str, who) -> None:
+        self.machine.emit(
+            event, name=who.name, fingerprint=fingerprint_text(who.fingerprint), room=self.name
+        )
+
+    def greeted(self, person, number: int, epoch: bytes, now: float) -> None:
+        """A person says, inside the session, to be in this room, and which epoch it knows."""
+        if person.id not in self.members:
+            return
+        self.claims[person.fingerprint] = (number, epoch)
+        if self.is_admin():
+            self.admission.consider(person, now)
+        self.review(now)
+
+    def said_farewell(self, person, now: float) -> None:
+        self.gone_on_purpose.add(person.fingerprint)
+        self.awaited.pop(person.fingerprint, None)
+
+    def require_admin(self) -> None:
+        if not self.is_admin():
+            hint = f"Ask {self.admin_name()}, who is." if self.last else ""
+            raise ChatError(f"You are not the admin of #{self.name}.", hint, "denied")
+
+    def remove(self, fingerprint: bytes, ban: bool, now: float) -> None:
+        """Puts a member out; with `ban` for good."""
+        self.require_admin()
+        person = self.present().get(fingerprint)
+        self.admission.put_out(fingerprint, ban, person)
+        if person is not None:
+            self.machine.directory.send(person, REMOVED, self.name, 1 if ban else 0)
+        self.stale = True
+        self.schedule(now)
+
+    def set_lock(self, locked: bool, now: float) -> None:
+        self.require_admin()
+        self.admission.locked = locked
+        for person in list(self.admission.requests.values()):
+            self.admission.consider(person, now)
+        self.schedule(now)
+
+    def schedule(self, now: float) -> None:
+        """Changes close together share one epoch; the first does not wait."""
+        if self.rekey_at is None:
+            self.rekey_at = max(now, self.rekeyed_at + REKEY_GAP)
+
+    def next_deadline(self):
+        times = list(self.awaited.values())
+        if self.epoch is None and self.id is not None:
+            times += [self.since + SETTLE_SECONDS, self.changed_at + SETTLE_SECONDS]
+            times += [self.since + TAKEOVER_SECONDS]
+        elif self.is_admin():
+            times.append(self.rekeyed_at + REKEY_SECONDS)
+        if self.early:
+            times.append(self.early[0][0] + OLD_EPOCH_SECONDS)
+        if self.waiting:
+            times.append(self.rekeyed_at + OLD_EPOCH_SECONDS)
+        times = [t for t in times if t > self.machine.now]
+        if self.rekey_at is not None:
+            times.append(self.rekey_at)
+        return min(times, default=None)
+
+    def tick(self, now: float) -> None:
+        for fingerprint in [f for f, until in self.awaited.items() if until <= now]:
+            del self.awaited[fingerprint]
+            self._report_absent(fingerprint)
+        if self.is_admin() and now >= self.rekeyed_at + REKEY_SECONDS:
+            self.schedule(now)
+        if self.rekey_at is not None and now >= self.rekey_at:
+            self._announce(now)
+        self._drop_early(now)
+        self.review(now)
+
+    def _report_absent(self, fingerprint: bytes) -> None:
+        if fingerprint not in self.present():
+            self._report_left(Member(fingerprint, b"", self.machine.directory.name_of(fingerprint)))
+
+    def review(self, now: float) -> None:
+        """Decides whether it is for us to announce an epoch."""
+        if self.id is None:
+            return
+        if self.epoch is not None:
+            if self.stale and self._is_next(self.last.fingerprints()):
+                self.schedule(now)
+        elif self.last is None:
+            if self._may_found(now):
+                self._announce(now)
+        else:
+            self._review_return(now)
+        if self.rekey_at is not None and self.rekey_at <= now:
+            self._announce(now)
+
+    def _is_next(self, fingerprints: list) -> bool:
+        return is_next_admin(fingerprints, self.own, self.present())
+
+    def _may_found(self, now: float) -> bool:
+        """The first in an empty room founds it, or, much later, whoever is left without a key."""
+        if next(iter(self.members.values())) is not None:
+            return False
+        alone = len(self.members) == 1
+        nobody_knows = all(number == 0 for number, _ in self.claims.values())
+        settled = self.changed_at == self.since or now >= self.changed_at + SETTLE_SECONDS
+        return alone and settled or nobody_knows and now >= self.changed_at + SETTLE_SECONDS
+
+    def _review_return(self, now: float) -> None:
+        """Back after a lost connection: the last admin resumes, unless the room has moved on."""
+        if self.held:
+            self._review_held(now)
+            return
+        present, ranks = self.present(), self.last.fingerprints()
+        moved = [f for f, (number, _) in self.claims.items() if number > self.last.number]
+        if moved and not self._still_here(ranks, max(map(self._rank, moved))):
+            return  # their admin will tell us
+        if not self._is_next(ranks):
+            return
+        known = [f for f in ranks if present.get(f)]
+        greeted = all(f in self.claims for f in known) or now >= self.since + SETTLE_SECONDS
+        before = ranks[: ranks.index(self.own)] if self.own in ranks else ranks
+        excused = all(f in self.gone_on_purpose for f in before)
+        if greeted and (excused or now >= self.since + TAKEOVER_SECONDS):
+            self._announce(now)
+
+    def _rank(self, fingerprint: bytes) -> int:
+        ranks = self.last.fingerprints()
+        return ranks.index(fingerprint) if fingerprint in ranks else len(ranks)
+
+    def _still_here(self, ranks: list, rank: int) -> list:
+        """Others ranked before `rank` who are back and, like us, know nothing newer."""
+        back = (f for f in ranks[:rank] if f != self.own and f in self.present())
+        return [f for f in back if self.claims.get(f, (0,))[0] <= self.last.number]
+
+    def _announce(self, now: float) -> None:
+        """Makes the next epoch and hands it to all who are in it."""
+        if self.epoch is not None and not self._is_next(self.last.fingerprints()):
+            self.rekey_at = None
+            return
+        said = self._next_announcement()
+        encoded, signature, key = create_announcement(said, self.machine.keys.signer)
+        recipients = [p for p in self.present().values() if p and self._is_in(said, p)]
+        self.claims.update({p.fingerprint: (said.number, epoch_id(encoded)) for p in recipients})
+        self.admission.joining.clear()
+        self._install(said, encoded, key, now)
+        for person in recipients:
+            self.machine.directory.send(person, EPOCH, encoded, signature, key)
+        for person in list(self.present().values()):
+            if person is not None and person.fingerprint in self.claims:
+                self.admission.consider(person, now)
+
+    def _is_in(self, said: Announcement, person) -> bool:
+        return any(member.bundle == person.hash for member in said.roster)
+
+    def _next_announcement(self) -> Announcement:
+        present = self.present()
+        roster = [Member(self.own, self.machine.keys.bundle.hash, self.machine.name)]
+        order = self.last.fingerprints() if self.last else []
+        for fingerprint in [*order, *self.admission.joining]:
+            person = present.get(fingerprint)
+            if person is None or not person.confirmed or person.hash in self.admission.removed:
+                continue
+            if fingerprint in self.claims and all(fingerprint != m.fingerprint for m in roster):
+                roster.append(Member(fingerprint, person.hash, person.name))
+        claimed = [number for number, _ in self.claims.values() if number < 1 << 62]
+        number = max([self.last.number if self.last else 0, *claimed]) + 1
+        lists = (sorted(self.admission.bans), sorted(self.admission.mutes), self.admission.locked)
+        return Announcement(self.name, number, self.last_id, roster, *lists)
+
+    def receive_epoch(
+        self, person, encoded: bytes, signature: bytes, key: bytes, now: float
+    ) -> None:
+        """An announcement came from `person`; it is installed if that person may make it."""
+        said = consume_announcement(encoded, signature, key, person.bundle)
+        if said.room != self.name or all(
+            m.bundle != self.machine.keys.bundle.hash for m in said.roster
+        ):
+            raise RemoteProtocolError(f"{person.name} announced #{said.room} without us in it.")
+        if self.last is not None and said.number <= self.last.number:
+            self._refuse_epoch(person, "an epoch that is not newer than ours")
+        elif self.epoch is not None:
+            self._continue_epoch(person, said, encoded, key, now)
+        elif self.last is not None:
+            self.held = (person, said, encoded, key)
+            self._review_held(now)
+        else:
+            self._install(said, encoded, key, now)
+
+    def _refuse_epoch(self, person, why: str) -> None:
+        self.machine.directory.greet(person, again=True)
+        text = f"{person.name} announced {why} for #{self.name}: refused."
+        self.machine.alarm(text, "The server, or that person, may be trying to take the room over.")
+
+    def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
+        if not is_next_admin(self.last.fingerprints(), person.fingerprint, self.present()):
+            self._refuse_epoch(person, "an epoch out of turn")
+            return
+        if said.previous != self.last_id:
+            text = f"{person.name} continued #{self.name} from another past than ours (a fork)."
+            self.machine.alarm(text, "Compare /names with the others.")
+        self._install(said, encoded, key, now)
+
+    def _review_held(self, now: float) -> None:
+        """Whether an announcement made while we were away is to be believed yet."""
+        person, said, encoded, key = self.held
+        ranks = self.last.fingerprints()
+        rank = self._rank(person.fingerprint)
+        before = [f for f in ranks[:rank] if f != self.own]
+        if self._still_here(ranks, rank) and all(
+            f in self.claims for f in before if f in self.present()
+        ):
+            self.held = ()
+            self._refuse_epoch(person, "itself admin out of turn")
+        elif all(self._has_moved(f) for f in before) or now >= self.since + SETTLE_SECONDS:
+            self.held = ()
+            if rank > 0:
+                text = f"{said.roster[0].name} became admin of #{self.name} while you were away."
+                self.machine.emit("notice", text=text, room=self.name)
+            self._install(said, encoded, key, now)
+
+    def _has_moved(self, fingerprint: bytes) -> bool:
+        gone = fingerprint in self.gone_on_purpose
+        return gone or self.claims.get(fingerprint, (0,))[0] > self.last.number
+
+    def _install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
+        before = self.last
+        if self.epoch is not None:
+            self.old_epochs = [e for e in self.old_epochs if e[1] > now]
+            self.old_epochs.append((self.epoch, now + OLD_EPOCH_SECONDS))
+        self.epoch = RoomEpoch(said, encoded, key)
+        self.last, self.last_id = said, self.epoch.id
+        self.rekey_at, self.rekeyed_at, self.held = None, now, ()
+        self.admission.adopt(said)
+        self.stale = not self._all_here(said)
+        self._emit_changes(before, said)
+        self._retry_early(now)
+        self.machine.room_rekeyed(self, now)
+        if self.stale:
+            self.review(now)
+
+    def _all_here(self, said: Announcement) -> bool:
+        present = self.present()
+        return all(member.fingerprint in present for member in said.roster)
+
+    def _emit_changes(self, before, said: Announcement) -> None:
+        was = {m.fingerprint: m for m in before.roster} if before else {}
+        now_in = {m.fingerprint: m for m in said.roster}
+        emit = self.machine.emit
+        if not self.is_ready:
+            self.is_ready = True
+            emit("ready", **self.machine.ready_fields(self))
+            self.machine.check_inviter(self)
+            return
+        for fingerprint, member in was.items():
+            if fingerprint not in now_in and fingerprint not in self.awaited:
+                self._report_left(member)
+        for fingerprint, member in now_in.items():
+            back = self.awaited.pop(fingerprint, None) and fingerprint not in self.left
+            if (fingerprint not in was or fingerprint in self.left) and not back:
+                self._emit_person("joined", member)
+            self.left.discard(fingerprint)
+        members = self.machine.member_fields(said.roster)
+        emit("rekeyed", room=self.name, epoch=said.number, admin=self.admin_name(), members=members)
+
+    def recipients(self) -> dict:
+        """Fingerprint -> name of all whom a message typed now is meant for."""
+        people = {m.fingerprint: m.name for m in self.roster() if m.fingerprint not in self.left}
+        people.update({f: self.machine.directory.name_of(f) for f in self.awaited})
+        people.pop(self.own, None)
+        return people
+
+    def can_send(self, now: float) -> bool:
+        """Whether the room's key may be used: nobody has left, nobody still waits for old lines."""
+        if self.epoch is None or self.stale or self.id is None:
+            return False
+        if now >= self.rekeyed_at + OLD_EPOCH_SECONDS:
+            return True
+        return not any(
+            self.machine.messages.delivery.owed.get(m.fingerprint) for m in self.roster()
+        )
+
+    def open(self, person, payload: bytes, now: float):
+        """(epoch id, counter, missing, content), or None while its epoch is not known yet."""
+        for epoch, until in [(self.epoch, now), *reversed(self.old_epochs)]:
+            if epoch is not None and epoch.id == payload[:32]:
+                if now > until or not self._counts(epoch, person):
+                    raise RemoteProtocolError(f"A message from {person.name} came too late.")
+                return (epoch.id, *epoch.open(person.bundle, payload))
+        if payload[:32] == (self.last.previous if self.last else NO_EPOCH):
+            return None  # from just before we came in
+        if len(self.early) < MAX_SKIPPED_KEYS:
+            self.early.append((now, person, payload))
+        return None
+
+    def _counts(self, epoch: RoomEpoch, person) -> bool:
+        return epoch is self.epoch or person.hash in self.epoch.members
+
+    def _retry_early(self, now: float) -> None:
+        waiting, self.early = self.early, []
+        for since, person, payload in waiting:
+            if payload[:32] == self.epoch.id:
+                self.machine.messages.receive_room(self, person, payload, now)
+            elif payload[:32] != self.last.previous:
+                self.early.append((since, person, payload))
+
+    def _drop_early(self, now: float) -> None:
+        while self.early and now >= self.early[0][0] + OLD_EPOCH_SECONDS:
+            _, person, _ = self.early.pop(0)
+            if self.is_ready:
+                text = f"{person.name} wrote to #{self.name} with a key we were not given."
+                self.machine.alarm(
+                    text, "You may have been shown different members: compare /names."
+                )
+
+    def heal(self, person, now: float) -> None:
+        """A member knows a later epoch than ours: go beyond it, so that all can follow."""
+        number, claimed = self.claims[person.fingerprint]
+        if number >= self.last.number and claimed not in (self.last_id, self.last.previous):
+            self.schedule(now)
+
+
+# ==================================================================================================
+# Part 11. Messages | pure | uses 1-3, 7
+#
+# What a client says and hears, and what it remembers of it beyond one connection: which messages
+# somebody has not confirmed, which it has shown.
 # ==================================================================================================
 
 DIRECT_STREAM = bytes(32)  # in acknowledgements: what came through the pairwise session
+SHOWN_MOST = 65536  # remembered ids of messages that were shown
 
 
 class Outgoing(Record):
     """One message of one's own. `pending` and `done` map fingerprints to names."""
 
-    __slots__ = ("id", "room", "kind", "text", "created", "deadline", "pending", "done", "answered")
+    id: bytes
+    room: str
+    kind: int
+    text: str
+    created: float
+    deadline: float
+    pending: dict
+    done: dict
+    answered: bool
 
 
 class Delivery:
@@ -1856,504 +2426,310 @@ class Delivery:
         self._emit("undelivered", id=message.id.hex(), to=sorted(message.pending.values()))
 
 
-class Voucher(Record):
-    """An invitation that a member made: its holder may enter the room even when it is locked.
+class Messages:
+    """What this client says and hears: texts, their order, and their acknowledgements."""
 
-    `told` holds the bundles that know of our own invitation; None for somebody else's.
-    """
-
-    __slots__ = ("proof", "uses", "expires", "used_by", "told")
-
-
-class RoomKeeper:
-    """One room as one of its members keeps it.
-
-    `last` is the newest announcement this client accepted, over all connections; `epoch` its keys
-    on this connection. The admin is the first of the roster. `stale` means that somebody of the
-    roster is gone, so that nothing may be sent before the next epoch.
-    """
-
-    def __init__(self, machine, name: str):
-        self.machine, self.name = machine, name
-        self.last: Announcement | None = None
-        self.last_id = NO_EPOCH
-        self.is_ready = False  # whether `ready` was emitted
-        self.earlier: set = set()  # identities that were members before
-        self.admitted: set = set()  # identities let in by hand
-        self.vouchers: dict = {}  # invitation id -> Voucher
-        self.waiting: list = []  # own messages typed before there was a key
-        self.left: set = set()  # members of the last roster who were reported as gone
-        self.locked, self.bans, self.mutes = False, set(), set()
+    def __init__(self, machine):
+        self.machine = machine
+        self.delivery = Delivery(machine.emit)
+        self._shown: dict = {}  # (fingerprint, id) -> hash of the content
+        self._lookups: dict = {}  # name -> [Outgoing] for somebody not yet looked up
         self.disconnect()
 
     def disconnect(self) -> None:
         """Forgets whatever belonged to the connection."""
-        self.id = None
-        self.members: dict = {}  # client id -> Person or None (oneself), in the server's order
-        self.epoch: RoomEpoch | None = None
-        self.old_epochs: list = []  # (RoomEpoch, until)
-        self.stale = False
-        self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
-        self.gone_on_purpose: set = set()
-        self.awaited: dict = {}  # fingerprint -> when its absence will count
-        self.requests: dict = {}  # fingerprint -> Person, to be admitted by hand
-        self.joining: dict = {}  # fingerprint -> Person, admitted with the next epoch
-        self.removed: set = set()  # bundle hashes
-        self.early: list = []  # (when, person, payload) of an epoch not known yet
-        self.held: tuple = ()  # an announcement whose acceptance must wait
-        self.since = self.changed_at = 0.0
-        self.rekey_at = None
-        self.rekeyed_at = float("-inf")
+        self._to_acknowledge: dict = {}  # people; a dict keeps their order
+        self._acknowledge_at: float | None = None
 
-    # Who is there
+    def connection_lost(self) -> None:
+        """From now on what is not confirmed is owed to each person alone."""
+        self.disconnect()
+        self.delivery.connection_lost()
+        for messages in self._lookups.values():
+            for message in messages:
+                self._answer(message, "queued")
 
-    def enter(self, number: int, members: dict, now: float) -> None:
-        """The server let us into the room; `members` in its order, oneself as None."""
-        self.id, self.members, self.since, self.changed_at = number, members, now, now
-        if self.last is not None:
-            others = [m for m in self.last.roster if m.fingerprint != self.own]
-            self.awaited = {m.fingerprint: now + TAKEOVER_SECONDS for m in others}
+    def wanted_names(self) -> list:
+        """Whom the server should look up after a reconnect: those who are owed something."""
+        owed = {self.machine.directory.name_of(f) for f in self.delivery.owed}
+        return sorted(owed | set(self._lookups))
 
-    @property
-    def own(self) -> bytes:
-        return self.machine.identity.fingerprint
+    def next_deadlines(self) -> list:
+        times = [self.delivery.next_deadline(), self._acknowledge_at]
+        return [t for t in times if t is not None]
 
-    def present(self) -> dict:
-        """Fingerprint -> Person for everybody the server shows here, oneself as None."""
-        return {(p.fingerprint if p else self.own): p for p in self.members.values()}
+    def flush(self) -> None:
+        """After any input: sends what can go now, and acknowledges."""
+        for room in self.machine.rooms.values():
+            self._flush_room(room)
+        self._send_acknowledgements()
 
-    def roster(self) -> list:
-        return self.last.roster if self.last else []
+    def person_gone(self, person) -> None:
+        """A connection ended: what its owner has not confirmed is owed to the next one."""
+        self.delivery.person_gone(person.fingerprint)
+        self._to_acknowledge.pop(person, None)
+        for other in self.machine.directory.people.values():
+            if other.fingerprint == person.fingerprint:
+                self.flush_owed(other)  # already back on another connection
+        if self.delivery.owed.get(person.fingerprint):
+            self.machine.send_frame(LOOKUP, person.name)
 
-    def admin_name(self) -> str:
-        return self.roster()[0].name if self.last else ""
+    def person_confirmed(self, person) -> None:
+        """Somebody can be written to: those looked up by name get what waits for them."""
+        for message in self._lookups.pop(person.name, ()):
+            message.pending = {person.fingerprint: person.name}
+            self.delivery.add(message)
+            self.delivery.owe(message, person.fingerprint)
+        self.flush_owed(person)
 
-    def is_admin(self) -> bool:
-        return self.epoch is not None and self.roster()[0].fingerprint == self.own
+    def say(self, room_name: str, text: str, kind: int = SAID) -> None:
+        """Sends text to a room; answered by `sent` or `queued`."""
+        room = self.machine.require_room(room_name)
+        for person in room.members.values():
+            if person is not None and room.is_member(person.fingerprint):
+                self._check_key(person)
+        message = self._new_message(room.name, text, kind)
+        if room.can_send(self.machine.now) and not room.waiting:
+            self._seal_room(room, message)
+            self._answer(message, "sent")
+        elif room.epoch is None and room.last is not None:
+            self._send_singly(room, message)
+        else:
+            room.waiting.append(message)
+            message.pending = room.recipients()
+            self.delivery.add(message)
+            self._answer(message, "queued")
+        self.machine.settle()
 
-    def is_member(self, fingerprint: bytes) -> bool:
-        return any(member.fingerprint == fingerprint for member in self.roster())
+    def _check_key(self, person) -> None:
+        if person.key_changed:
+            text = f"The key of {person.name} has changed; nothing was sent."
+            hint = f"Compare /code {person.name} by voice, then /accept-key {person.name}."
+            raise ChatError(text, hint, "key-changed")
 
-    def person_joined(self, number: int, person, now: float) -> None:
-        self.members[number] = person
-        self.gone_on_purpose.discard(person.fingerprint)
-        self.changed_at = now
+    def _new_message(self, room: str, text: str, kind: int) -> Outgoing:
+        if len(text.encode("utf-8")) > MAX_TEXT:
+            most = f"{MAX_TEXT >> 10} KiB"
+            raise ChatError(f"A message holds at most {most}.", "Send it as a file.", "too-large")
+        if not text:
+            raise ChatError("There is nothing to send.", "Write a text.")
+        created = self.machine.wall_clock()
+        deadline = self.machine.now + CONFIRM_SECONDS
+        return Outgoing(random_bytes(16), room, kind, text, created, deadline, {}, {}, False)
 
-    def person_left(self, number: int, now: float) -> None:
-        person = self.members.pop(number, None)
-        if person is None or any(
-            p and p.fingerprint == person.fingerprint for p in self.members.values()
-        ):
+    def _answer(self, message: Outgoing, event: str) -> None:
+        """Says once what became of a line: sent, or queued."""
+        if message.answered:
             return
-        self.changed_at = now
-        for waiting in (self.requests, self.joining, self.claims):
-            waiting.pop(person.fingerprint, None)
-        if self.epoch is not None and person.hash in self.epoch.members:
-            self.stale = True
-            self._report_left(person)
-        self.review(now)
+        message.answered = True
+        to = sorted([*message.pending.values(), *message.done.values()])
+        self.machine.emit(event, id=message.id.hex(), to=to, _message=message)
 
-    def _report_left(self, who) -> None:
-        if who.fingerprint not in self.left:
-            self.left.add(who.fingerprint)
-            self._emit_person("left", who)
+    def _seal_room(self, room: RoomKeeper, message: Outgoing) -> None:
+        """One ciphertext for the room; those still away get theirs when they are back."""
+        message.pending = room.recipients()
+        content = self._text_content(message, 0)
+        counter, payload = room.epoch.seal(self.machine.keys, content)
+        self.machine.send_bytes(encode_data(room.id, self.machine.id, payload))
+        self.delivery.add(message)
+        self.delivery.record(room.epoch.id, counter, message)
+        self._owe_absent(room, message)
+        if not message.pending:
+            self._answer(message, "sent")
+            self.delivery.settle(message, b"")
 
-    def _emit_person(self, event: str, who) -> None:
+    def _owe_absent(self, room: RoomKeeper, message: Outgoing) -> None:
+        for fingerprint in message.pending:
+            if not room.is_member(fingerprint):
+                self._send_or_owe(message, fingerprint)
+
+    def _send_singly(self, room: RoomKeeper, message: Outgoing) -> None:
+        """Between a reconnect and the room's next epoch: to each of the last roster alone."""
+        message.pending = room.recipients()
+        self.delivery.add(message)
+        self._answer(message, "queued" if message.pending else "sent")
+        for fingerprint in list(message.pending):
+            self._send_or_owe(message, fingerprint)
+        if not message.pending:
+            self.delivery.settle(message, b"")
+
+    def _send_or_owe(self, message: Outgoing, fingerprint: bytes) -> None:
+        self.delivery.owe(message, fingerprint)
+        for person in list(self.machine.directory.people.values()):
+            if person.fingerprint == fingerprint and person.confirmed:
+                self.flush_owed(person)
+
+    def _text_content(self, message: Outgoing, sequence: int) -> bytes:
+        moment = int(message.created * 1000)
+        fields = (message.id, sequence, moment, message.kind, message.room or "", message.text)
+        return encode_content(TEXT, *fields)
+
+    def tell(self, name: str, text: str, kind: int = SAID) -> None:
+        """Sends text to one person; answered by `sent` or `queued`, or an error."""
+        message = self._new_message("", text, kind)
+        person = self.machine.directory.find(name)
+        wanted = name.lstrip("@").partition("~")[0]
+        if wanted == self.machine.name:
+            raise ChatError("That is you.", "/names shows who else is here.", "no-such-person")
+        if person is not None:
+            self._check_key(person)
+            message.pending = {person.fingerprint: person.name}
+            self.delivery.add(message)
+            self._send_or_owe(message, person.fingerprint)
+        else:
+            self._look_up(check_name(wanted), message)
+        if self.machine.phase != "online":
+            self._answer(message, "queued")
+        self.machine.settle()
+
+    def _look_up(self, name: str, message: Outgoing) -> None:
+        if self.machine.phase == "online":
+            self.machine.send_frame(LOOKUP, name)
+        elif name in self.machine.directory.known:
+            message.pending = {self.machine.directory.known[name]: name}
+            self.delivery.add(message)
+            self.delivery.owe(message, self.machine.directory.known[name])
+            self.machine.directory.names.setdefault(self.machine.directory.known[name], name)
+            return
+        self._lookups.setdefault(name, []).append(message)
+
+    def flush_owed(self, person) -> None:
+        """Sends a person, alone, all that is still owed to them, in order."""
+        if not person.confirmed or person.key_changed:
+            return
+        for message in self.delivery.take_owed(person.fingerprint):
+            content = self._text_content(message, person.texts_sent)
+            self.delivery.record(person.hash, person.texts_sent, message)
+            person.texts_sent += 1
+            self.machine.directory.send_content(person, content)
+            self._answer(message, "sent")
+
+    def _flush_room(self, room: RoomKeeper) -> None:
+        if room.waiting and room.can_send(self.machine.now):
+            waiting, room.waiting = room.waiting, []
+            for message in waiting:
+                if message.id in self.delivery.open:
+                    self._seal_room(room, message)
+
+    def receive_room(self, room: RoomKeeper, person, payload: bytes, now: float) -> None:
+        opened = room.open(person, payload, now)
+        if opened is None:
+            return
+        stream, counter, missing, content = opened
+        kind, values = decode_content(content)
+        if kind != TEXT or values[4] != room.name:
+            raise RemoteProtocolError("A room's message is not what it should be.")
+        self._note_received(person, stream, counter, missing)
+        self._show(person, values)
+
+    def content_text(self, person, *values) -> None:
+        """A text that came through the pairwise session: a direct one, or one sent again."""
+        sequence, room = values[1], values[4]
+        count = person.streams.get(DIRECT_STREAM, (0,))[0]
+        if sequence < count or sequence - count > MAX_SKIPPED_KEYS:
+            raise RemoteProtocolError("A message came out of order.")
+        if room and not (
+            room in self.machine.rooms and self.machine.rooms[room].is_member(person.fingerprint)
+        ):
+            raise RemoteProtocolError("A message is for a room that its sender is not in.")
+        self._note_received(person, DIRECT_STREAM, sequence, sequence - count)
+        self._show(person, values)
+
+    def _show(self, person, values: tuple) -> None:
+        number, _, moment, kind, room, text = values
+        digest = sha256(encode_content(TEXT, number, 0, *values[2:]))
+        seen = self._shown.get((person.fingerprint, number))
+        if seen is not None:
+            if seen != digest:
+                raise RemoteProtocolError("One message came with two contents.")
+            return
+        self._shown[person.fingerprint, number] = digest
+        while len(self._shown) > SHOWN_MOST:
+            del self._shown[next(iter(self._shown))]
+        if room and person.fingerprint in self.machine.rooms[room].admission.mutes:
+            return
         self.machine.emit(
-            event, name=who.name, fingerprint=fingerprint_text(who.fingerprint), room=self.name
+            "message", **self._message_fields(person, number, room, text, moment, kind)
         )
 
-    def greeted(self, person, number: int, epoch: bytes, now: float) -> None:
-        """A person says, inside the session, to be in this room, and which epoch it knows."""
-        if person.id not in self.members:
-            return
-        self.claims[person.fingerprint] = (number, epoch)
-        if self.is_admin():
-            self._consider(person, now)
-        self.review(now)
-
-    def said_farewell(self, person, now: float) -> None:
-        self.gone_on_purpose.add(person.fingerprint)
-        self.awaited.pop(person.fingerprint, None)
-
-    # Whom to admit (the admin's part)
-
-    def _consider(self, person, now: float) -> None:
-        key = person.fingerprint
-        if person.hash in self.epoch.members:
-            self._heal(person, now)
-        elif key in self.bans:
-            self.machine.send(person, REMOVED, self.name, 1)
-        elif person.hash not in self.removed and self._may_enter(person, now):
-            self.requests.pop(key, None)
-            self.joining[key] = person
-            self.schedule(now)
-        elif key not in self.requests and person.hash not in self.removed:
-            self.requests[key] = person
-            self.machine.send(person, REMOVED, self.name, 2)
-            self.machine.emit(
-                "request",
-                **{"from": person.name},
-                fingerprint=fingerprint_text(key),
-                room=self.name,
-            )
-
-    def _may_enter(self, person, now: float) -> bool:
+    def _message_fields(self, person, number, room, text, moment, kind) -> dict:
+        fields = {
+            "id": number.hex(),
+            "room": room or None,
+            "direct": not room,
+            "from": person.name,
+            "fingerprint": fingerprint_text(person.fingerprint),
+            "verified": self.machine.directory.is_verified(person.fingerprint),
+            "text": text,
+            "time": rfc3339(moment / 1000),
+        }
+        if kind == ACTION:
+            fields["action"] = True
         if person.key_changed:
-            return False
-        if not self.locked or person.fingerprint in self.admitted | self.earlier:
-            return True
-        return self.machine.is_contact(person) or self._has_proof(person, now)
+            fields["key_changed"] = True
+        return fields
 
-    def _has_proof(self, person, now: float) -> bool:
-        voucher = self.vouchers.get(person.invitation)
-        if voucher is None or not same(proof_mac(voucher.proof, person.hash), person.proof):
-            return False
-        if voucher.expires and self.machine.wall_clock() > voucher.expires:
-            return False
-        if person.fingerprint not in voucher.used_by and 0 < voucher.uses <= len(voucher.used_by):
-            return False
-        voucher.used_by.add(person.fingerprint)
-        return True
+    def _note_received(self, person, stream: bytes, counter: int, missing: int) -> None:
+        state = person.streams.setdefault(stream, [0, []])
+        if missing:
+            state[1] = [*state[1], *range(counter - missing, counter)][-MAX_SKIPPED_KEYS:]
+            self.machine.alarm(
+                f"{missing} message(s) from {person.name} did not arrive.",
+                "The server held them back or changed their order; their sender is told.",
+            )
+        state[0] = counter + 1
+        person.unacknowledged.add(stream)
+        self._to_acknowledge[person] = None
 
-    def _heal(self, person, now: float) -> None:
-        """A member knows a later epoch than ours: go beyond it, so that all can follow."""
-        number, claimed = self.claims[person.fingerprint]
-        if number >= self.last.number and claimed not in (self.last_id, self.last.previous):
-            self.schedule(now)
-
-    def admit(self, name: str, now: float) -> None:
-        person = self._find_request(name)
-        self.admitted.add(person.fingerprint)
-        self._consider(person, now)
-
-    def refuse(self, name: str) -> None:
-        person = self._find_request(name)
-        del self.requests[person.fingerprint]
-        self.removed.add(person.hash)
-
-    def _find_request(self, name: str):
-        for person in self.requests.values():
-            if person.name == name:
-                return person
-        text = f"{one_line(name)} is not waiting to enter #{self.name}."
-        raise ChatError(text, "/requests shows who is.", "no-such-person")
-
-    # The admin's commands
-
-    def require_admin(self) -> None:
-        if not self.is_admin():
-            hint = f"Ask {self.admin_name()}, who is." if self.last else ""
-            raise ChatError(f"You are not the admin of #{self.name}.", hint, "denied")
-
-    def remove(self, fingerprint: bytes, ban: bool, now: float) -> None:
-        """Puts a member out; with `ban` for good."""
-        self.require_admin()
-        self.earlier.discard(fingerprint)
-        self.admitted.discard(fingerprint)
-        self.joining.pop(fingerprint, None)
-        if ban:
-            self.bans.add(fingerprint)
-        person = self.present().get(fingerprint)
-        if person is not None:
-            self.removed.add(person.hash)
-            self.machine.send(person, REMOVED, self.name, 1 if ban else 0)
-        self.stale = True
-        self.schedule(now)
-
-    def set_lock(self, locked: bool, now: float) -> None:
-        self.require_admin()
-        self.locked = locked
-        for person in list(self.requests.values()):
-            self._consider(person, now)
-        self.schedule(now)
-
-    # Whose word counts
-
-    def schedule(self, now: float) -> None:
-        """Changes close together share one epoch; the first does not wait."""
-        if self.rekey_at is None:
-            self.rekey_at = max(now, self.rekeyed_at + REKEY_GAP)
-
-    def next_deadline(self):
-        times = list(self.awaited.values())
-        if self.epoch is None and self.id is not None:
-            times += [self.since + SETTLE_SECONDS, self.changed_at + SETTLE_SECONDS]
-            times += [self.since + TAKEOVER_SECONDS]
-        elif self.is_admin():
-            times.append(self.rekeyed_at + REKEY_SECONDS)
-        if self.early:
-            times.append(self.early[0][0] + OLD_EPOCH_SECONDS)
-        if self.waiting:
-            times.append(self.rekeyed_at + OLD_EPOCH_SECONDS)
-        times = [t for t in times if t > self.machine.now]
-        if self.rekey_at is not None:
-            times.append(self.rekey_at)
-        return min(times, default=None)
-
-    def tick(self, now: float) -> None:
-        for fingerprint in [f for f, until in self.awaited.items() if until <= now]:
-            del self.awaited[fingerprint]
-            self._report_absent(fingerprint)
-        if self.is_admin() and now >= self.rekeyed_at + REKEY_SECONDS:
-            self.schedule(now)
-        if self.rekey_at is not None and now >= self.rekey_at:
-            self._announce(now)
-        self._drop_early(now)
-        self.review(now)
-
-    def _report_absent(self, fingerprint: bytes) -> None:
-        if fingerprint not in self.present():
-            self._report_left(Member(fingerprint, b"", self.machine.name_of(fingerprint)))
-
-    def review(self, now: float) -> None:
-        """Decides whether it is for us to announce an epoch."""
-        if self.id is None:
-            return
-        if self.epoch is not None:
-            if self.stale and self._is_next(self.last.fingerprints()):
-                self.schedule(now)
-        elif self.last is None:
-            if self._may_found(now):
-                self._announce(now)
-        else:
-            self._review_return(now)
-        if self.rekey_at is not None and self.rekey_at <= now:
-            self._announce(now)
-
-    def _is_next(self, fingerprints: list) -> bool:
-        return is_next_admin(fingerprints, self.own, self.present())
-
-    def _may_found(self, now: float) -> bool:
-        """The first in an empty room founds it, or, much later, whoever is left without a key."""
-        if next(iter(self.members.values())) is not None:
-            return False
-        alone = len(self.members) == 1
-        nobody_knows = all(number == 0 for number, _ in self.claims.values())
-        settled = self.changed_at == self.since or now >= self.changed_at + SETTLE_SECONDS
-        return alone and settled or nobody_knows and now >= self.changed_at + SETTLE_SECONDS
-
-    def _review_return(self, now: float) -> None:
-        """Back after a lost connection: the last admin resumes, unless the room has moved on."""
-        if self.held:
-            self._review_held(now)
-            return
-        present, ranks = self.present(), self.last.fingerprints()
-        moved = [f for f, (number, _) in self.claims.items() if number > self.last.number]
-        if moved and not self._still_here(ranks, max(map(self._rank, moved))):
-            return  # their admin will tell us
-        if not self._is_next(ranks):
-            return
-        known = [f for f in ranks if present.get(f)]
-        greeted = all(f in self.claims for f in known) or now >= self.since + SETTLE_SECONDS
-        before = ranks[: ranks.index(self.own)] if self.own in ranks else ranks
-        excused = all(f in self.gone_on_purpose for f in before)
-        if greeted and (excused or now >= self.since + TAKEOVER_SECONDS):
-            self._announce(now)
-
-    def _rank(self, fingerprint: bytes) -> int:
-        ranks = self.last.fingerprints()
-        return ranks.index(fingerprint) if fingerprint in ranks else len(ranks)
-
-    def _still_here(self, ranks: list, rank: int) -> list:
-        """Others ranked before `rank` who are back and, like us, know nothing newer."""
-        back = (f for f in ranks[:rank] if f != self.own and f in self.present())
-        return [f for f in back if self.claims.get(f, (0,))[0] <= self.last.number]
-
-    # Epochs
-
-    def _announce(self, now: float) -> None:
-        """Makes the next epoch and hands it to all who are in it."""
-        if self.epoch is not None and not self._is_next(self.last.fingerprints()):
-            self.rekey_at = None
-            return
-        said = self._next_announcement()
-        encoded, signature, key = create_announcement(said, self.machine.keys.signer)
-        recipients = [p for p in self.present().values() if p and self._is_in(said, p)]
-        self.claims.update({p.fingerprint: (said.number, epoch_id(encoded)) for p in recipients})
-        self.joining.clear()
-        self._install(said, encoded, key, now)
-        for person in recipients:
-            self.machine.send(person, EPOCH, encoded, signature, key)
-        for person in list(self.present().values()):
-            if person is not None and person.fingerprint in self.claims:
-                self._consider(person, now)
-
-    def _is_in(self, said: Announcement, person) -> bool:
-        return any(member.bundle == person.hash for member in said.roster)
-
-    def _next_announcement(self) -> Announcement:
-        present = self.present()
-        roster = [Member(self.own, self.machine.keys.bundle.hash, self.machine.name)]
-        order = self.last.fingerprints() if self.last else []
-        for fingerprint in [*order, *self.joining]:
-            person = present.get(fingerprint)
-            if person is None or not person.confirmed or person.hash in self.removed:
-                continue
-            if fingerprint in self.claims and all(fingerprint != m.fingerprint for m in roster):
-                roster.append(Member(fingerprint, person.hash, person.name))
-        claimed = [number for number, _ in self.claims.values() if number < 1 << 62]
-        number = max([self.last.number if self.last else 0, *claimed]) + 1
-        lists = (sorted(self.bans), sorted(self.mutes), self.locked)
-        return Announcement(self.name, number, self.last_id, roster, *lists)
-
-    def receive_epoch(
-        self, person, encoded: bytes, signature: bytes, key: bytes, now: float
-    ) -> None:
-        """An announcement came from `person`; it is installed if that person may make it."""
-        said = consume_announcement(encoded, signature, key, person.bundle)
-        if said.room != self.name or all(
-            m.bundle != self.machine.keys.bundle.hash for m in said.roster
-        ):
-            raise RemoteProtocolError(f"{person.name} announced #{said.room} without us in it.")
-        if self.last is not None and said.number <= self.last.number:
-            self._refuse_epoch(person, "an epoch that is not newer than ours")
-        elif self.epoch is not None:
-            self._continue_epoch(person, said, encoded, key, now)
-        elif self.last is not None:
-            self.held = (person, said, encoded, key)
-            self._review_held(now)
-        else:
-            self._install(said, encoded, key, now)
-
-    def _refuse_epoch(self, person, why: str) -> None:
-        self.machine.greet(person, again=True)
-        text = f"{person.name} announced {why} for #{self.name}: refused."
-        self.machine.alarm(text, "The server, or that person, may be trying to take the room over.")
-
-    def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
-        if not is_next_admin(self.last.fingerprints(), person.fingerprint, self.present()):
-            self._refuse_epoch(person, "an epoch out of turn")
-            return
-        if said.previous != self.last_id:
-            text = f"{person.name} continued #{self.name} from another past than ours (a fork)."
-            self.machine.alarm(text, "Compare /names with the others.")
-        self._install(said, encoded, key, now)
-
-    def _review_held(self, now: float) -> None:
-        """Whether an announcement made while we were away is to be believed yet."""
-        person, said, encoded, key = self.held
-        ranks = self.last.fingerprints()
-        rank = self._rank(person.fingerprint)
-        before = [f for f in ranks[:rank] if f != self.own]
-        if self._still_here(ranks, rank) and all(
-            f in self.claims for f in before if f in self.present()
-        ):
-            self.held = ()
-            self._refuse_epoch(person, "itself admin out of turn")
-        elif all(self._has_moved(f) for f in before) or now >= self.since + SETTLE_SECONDS:
-            self.held = ()
-            if rank > 0:
-                text = f"{said.roster[0].name} became admin of #{self.name} while you were away."
-                self.machine.emit("notice", text=text, room=self.name)
-            self._install(said, encoded, key, now)
-
-    def _has_moved(self, fingerprint: bytes) -> bool:
-        gone = fingerprint in self.gone_on_purpose
-        return gone or self.claims.get(fingerprint, (0,))[0] > self.last.number
-
-    def _install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
-        before = self.last
-        if self.epoch is not None:
-            self.old_epochs = [e for e in self.old_epochs if e[1] > now]
-            self.old_epochs.append((self.epoch, now + OLD_EPOCH_SECONDS))
-        self.epoch = RoomEpoch(said, encoded, key)
-        self.last, self.last_id = said, self.epoch.id
-        self.locked, self.bans, self.mutes = said.locked, set(said.bans), set(said.mutes)
-        self.rekey_at, self.rekeyed_at, self.held = None, now, ()
-        self.earlier.update(said.fingerprints())
-        self.stale = not self._all_here(said)
-        self._emit_changes(before, said)
-        self._retry_early(now)
-        self.machine.room_rekeyed(self, now)
-        if self.stale:
-            self.review(now)
-
-    def _all_here(self, said: Announcement) -> bool:
-        present = self.present()
-        return all(member.fingerprint in present for member in said.roster)
-
-    def _emit_changes(self, before, said: Announcement) -> None:
-        was = {m.fingerprint: m for m in before.roster} if before else {}
-        now_in = {m.fingerprint: m for m in said.roster}
-        emit = self.machine.emit
-        if not self.is_ready:
-            self.is_ready = True
-            emit("ready", **self.machine.ready_fields(self))
-            self.machine.check_inviter(self)
-            return
-        for fingerprint, member in was.items():
-            if fingerprint not in now_in and fingerprint not in self.awaited:
-                self._report_left(member)
-        for fingerprint, member in now_in.items():
-            back = self.awaited.pop(fingerprint, None) and fingerprint not in self.left
-            if (fingerprint not in was or fingerprint in self.left) and not back:
-                self._emit_person("joined", member)
-            self.left.discard(fingerprint)
-        members = self.machine.member_fields(said.roster)
-        emit("rekeyed", room=self.name, epoch=said.number, admin=self.admin_name(), members=members)
-
-    # Messages
-
-    def recipients(self) -> dict:
-        """Fingerprint -> name of all whom a message typed now is meant for."""
-        people = {m.fingerprint: m.name for m in self.roster() if m.fingerprint not in self.left}
-        people.update({f: self.machine.name_of(f) for f in self.awaited})
-        people.pop(self.own, None)
-        return people
-
-    def can_send(self, now: float) -> bool:
-        """Whether the room's key may be used: nobody has left, nobody still waits for old lines."""
-        if self.epoch is None or self.stale or self.id is None:
-            return False
-        if now >= self.rekeyed_at + OLD_EPOCH_SECONDS:
-            return True
-        return not any(self.machine.delivery.owed.get(m.fingerprint) for m in self.roster())
-
-    def open(self, person, payload: bytes, now: float):
-        """(epoch id, counter, missing, content), or None while its epoch is not known yet."""
-        for epoch, until in [(self.epoch, now), *reversed(self.old_epochs)]:
-            if epoch is not None and epoch.id == payload[:32]:
-                if now > until or not self._counts(epoch, person):
-                    raise RemoteProtocolError(f"A message from {person.name} came too late.")
-                return (epoch.id, *epoch.open(person.bundle, payload))
-        if payload[:32] == (self.last.previous if self.last else NO_EPOCH):
-            return None  # from just before we came in
-        if len(self.early) < MAX_SKIPPED_KEYS:
-            self.early.append((now, person, payload))
-        return None
-
-    def _counts(self, epoch: RoomEpoch, person) -> bool:
-        return epoch is self.epoch or person.hash in self.epoch.members
-
-    def _retry_early(self, now: float) -> None:
-        waiting, self.early = self.early, []
-        for since, person, payload in waiting:
-            if payload[:32] == self.epoch.id:
-                self.machine.receive_room(self, person, payload, now)
-            elif payload[:32] != self.last.previous:
-                self.early.append((since, person, payload))
-
-    def _drop_early(self, now: float) -> None:
-        while self.early and now >= self.early[0][0] + OLD_EPOCH_SECONDS:
-            _, person, _ = self.early.pop(0)
-            if self.is_ready:
-                text = f"{person.name} wrote to #{self.name} with a key we were not given."
-                self.machine.alarm(
-                    text, "You may have been shown different members: compare /names."
+    def _send_acknowledgements(self) -> None:
+        """At most one frame to a person in ACK_DELAY; the first goes at once."""
+        self._acknowledge_at = None
+        for person in list(self._to_acknowledge):
+            due = person.acked_at + ACK_DELAY
+            if due > self.machine.now or not person.confirmed:
+                self._acknowledge_at = (
+                    min(self._acknowledge_at or due, due)
+                    if person.confirmed
+                    else self._acknowledge_at
                 )
+                continue
+            entries = [(stream, *person.streams[stream]) for stream in person.unacknowledged]
+            self.machine.directory.send(person, ACK, entries)
+            person.unacknowledged.clear()
+            person.acked_at = self.machine.now
+            del self._to_acknowledge[person]
+
+    def content_ack(self, person, entries: list) -> None:
+        for stream, count, missing in entries:
+            key = person.hash if stream == DIRECT_STREAM else stream
+            self.delivery.acknowledge(person.fingerprint, key, count, missing)
+
+    def on_absent(self, name: str) -> None:
+        for message in self._lookups.pop(name, ()):
+            if not message.pending:
+                text = f"{one_line(name)[:40]} is not on this server."
+                self.machine.emit(
+                    "error", code="no-such-person", text=text + " /names shows who is."
+                )
+
+    def unfinished(self) -> bool:
+        """Whether something typed has neither arrived nor been reported."""
+        return bool(self.delivery.open or self._lookups)
+
+    def give_up(self) -> None:
+        """Reports all that is not confirmed, before leaving."""
+        for message in list(self.delivery.open.values()):
+            self.delivery.give_up(message)
 
 
 # ==================================================================================================
-# Part 10. Client machine | pure | uses 1-7, 9
+# Part 12. People and sessions | pure | uses 1, 2, 4-7
 #
-# The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
-# bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
-# What a server or a person sends wrongly becomes an `error` event, never an exception.
+# Everybody whom the server shows, checked by their bundle, and the pairwise session with each: a
+# person counts as present only after an answer inside it.
 # ==================================================================================================
 
 FLIGHT, MESSAGE = b"\x01", b"\x02"  # what a direct payload begins with
-SHOWN_MOST = 65536  # remembered ids of messages that were shown
 
 
 class Person:
@@ -2365,7 +2741,9 @@ class Person:
     )  # fmt: skip
 
     def __init__(self, number: int, bundle: Bundle):
-        self.id, self.bundle, self.session, self.confirmed = number, bundle, None, False
+        self.id, self.bundle = number, bundle
+        self.session: DoubleRatchet | None = None
+        self.confirmed = False  # whether an answer came inside the session
         self.backlog: list = []  # contents that wait for the session to be confirmed
         self.invitation, self.proof = bytes(8), bytes(32)
         self.key_changed = False
@@ -2388,26 +2766,223 @@ class Person:
         return self.bundle.name
 
 
+class Directory:
+    """The people present on the server, and the session with each."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.known: dict = {}  # name -> fingerprint, as met on this server
+        self.verified: set = set()  # fingerprints compared by safety number
+        self.names: dict = {}  # fingerprint -> name
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Forgets whatever belonged to the connection."""
+        self.people: dict = {}  # id -> Person
+        self._starting: list = []  # people to begin a session with
+
+    def begin_sessions(self) -> None:
+        """After any input, when it is known which rooms are shared with the newcomers."""
+        starting, self._starting = self._starting, []
+        for person in starting:
+            if person.id in self.people:
+                self._initiate(person)
+
+    def send_content(self, person: Person, content: bytes) -> None:
+        self._send_payload(person, MESSAGE + person.session.encrypt(pad(content)))
+
+    def is_verified(self, fingerprint: bytes) -> bool:
+        return fingerprint in self.verified or fingerprint == self.machine.identity.fingerprint
+
+    def name_of(self, fingerprint: bytes) -> str:
+        return self.names.get(fingerprint, fingerprint.hex()[:8])
+
+    def find(self, name: str) -> Person | None:
+        wanted = name.lstrip("@").partition("~")[0]
+        found = [p for p in self.people.values() if p.name == wanted]
+        return found[-1] if found else None
+
+    def is_contact(self, person: Person) -> bool:
+        return person.fingerprint in self.verified
+
+    def on_present(self, number: int, encoded: bytes) -> None:
+        try:
+            bundle = consume_bundle(encoded, self.machine.server)
+        except ChatError as error:
+            self.machine.alarm(f"The server showed keys that are not valid: {error.text}")
+            return
+        if (
+            number == self.machine.id
+            or number in self.people
+            or bundle.hash == self.machine.keys.bundle.hash
+        ):
+            self.machine.alarm("The server showed somebody's keys twice.")
+            return
+        if bundle.fingerprint == self.machine.identity.fingerprint:
+            return  # oneself on an older connection
+        person = self.people[number] = Person(number, bundle)
+        self._check_known(person)
+        self._starting.append(person)
+
+    def _check_known(self, person: Person) -> None:
+        old = self.known.get(person.name)
+        if old is None:
+            self.known[person.name] = person.fingerprint
+            self.machine.emit("_known", name=person.name, fingerprint=person.fingerprint)
+        elif old != person.fingerprint:
+            person.key_changed = True
+            new = fingerprint_text(person.fingerprint)
+            self.machine.emit("key-changed", name=person.name, old=fingerprint_text(old), new=new)
+        self.names[person.fingerprint] = person.name
+
+    def accept_key(self, name: str) -> None:
+        person = self.require(name)
+        if person.key_changed:
+            person.key_changed = False
+            self.known[person.name] = person.fingerprint
+            self.machine.emit("_known", name=person.name, fingerprint=person.fingerprint)
+            self.machine.messages.flush_owed(person)
+            for room in self.machine.rooms.values():
+                if room.is_admin() and person.id in room.members:
+                    room.greeted(
+                        person,
+                        *room.claims.get(person.fingerprint, (0, NO_EPOCH)),
+                        self.machine.now,
+                    )
+        self.machine.emit("notice", text=f"The key of {person.name} is accepted.", name=person.name)
+
+    def require(self, name: str) -> Person:
+        person = self.find(name)
+        if person is None:
+            text = f"{one_line(name)[:40]} is not here."
+            raise ChatError(text, "/names shows who is.", "no-such-person")
+        return person
+
+    def on_gone(self, number: int) -> None:
+        person = self.people.pop(number, None)
+        if person is None:
+            return
+        for room in self.machine.rooms.values():
+            if number in room.members:
+                room.person_left(number, self.machine.now)
+        self.machine.messages.person_gone(person)
+
+    def _initiate(self, person: Person) -> None:
+        if person.session is not None or self.machine.keys.bundle.hash > person.hash:
+            return  # it is for the other side to begin
+        flight, person.session = create_initiation(self.machine.keys, person.bundle)
+        hello = self._hello(person, answer=True)
+        self._send_payload(person, FLIGHT + flight + person.session.encrypt(pad(hello)))
+
+    def _send_payload(self, person: Person, payload: bytes) -> None:
+        self.machine.send_bytes(encode_data(person.id, self.machine.id, payload))
+
+    def send(self, person: Person, kind: int, *values) -> None:
+        """Sends one content to one person, as soon as the session with them is confirmed."""
+        content = encode_content(kind, *values)
+        if person.confirmed:
+            self.send_content(person, content)
+        else:
+            person.backlog.append((kind, values))
+
+    def _hello(self, person: Person, answer: bool) -> bytes:
+        shared = [room for room in self.machine.rooms.values() if person.id in room.members]
+        states = [(r.name, r.last.number if r.last else 0, r.last_id) for r in shared]
+        person.told = [room.name for room in shared]
+        invitation, proof = bytes(8), bytes(32)
+        if self.machine.token is not None and self.machine.token.secret:
+            derived = derive_invitation(self.machine.token.secret)
+            invitation, proof = derived.id, proof_mac(derived.proof, self.machine.keys.bundle.hash)
+        return encode_content(HELLO, int(answer), states, invitation, proof)
+
+    def greet(self, person: Person, again: bool = False) -> None:
+        """Tells a person which rooms we share, if that is news."""
+        shared = [room.name for room in self.machine.rooms.values() if person.id in room.members]
+        if person.confirmed and (again or shared != person.told):
+            hello = self._hello(person, answer=False)
+            self.send_content(person, hello)
+
+    def receive(self, person: Person, payload: bytes) -> None:
+        if payload[:1] == FLIGHT:
+            content = self._consume_flight(person, payload[1:])
+        elif payload[:1] == MESSAGE and person.session is not None:
+            content = unpad(person.session.decrypt(payload[1:]))
+        else:
+            raise RemoteProtocolError("A message came before its session.")
+        if not person.confirmed:
+            person.confirmed = True
+            self._confirmed(person)
+        kind, values = decode_content(content)
+        self.machine.receive_content(person, kind, values)
+
+    def _consume_flight(self, person: Person, data: bytes) -> bytes:
+        if person.session is not None:
+            raise RemoteProtocolError("A session was begun a second time.")
+        flight, message = data[:FLIGHT_SIZE], data[FLIGHT_SIZE:]
+        session = consume_initiation(
+            flight, self.machine.identity, self.machine.keys, person.bundle
+        )
+        content = unpad(session.decrypt(message))
+        person.session = session
+        return content
+
+    def _confirmed(self, person: Person) -> None:
+        backlog, person.backlog = person.backlog, []
+        for kind, values in backlog:
+            self.send(person, kind, *values)
+        self.machine.messages.person_confirmed(person)
+
+    def content_hello(self, person: Person, answer, states, invitation, proof) -> None:
+        person.invitation, person.proof = invitation, proof
+        self.greet(person, again=bool(answer))
+        for name, number, epoch in states:
+            if name in self.machine.rooms:
+                self.machine.rooms[name].greeted(person, number, epoch, self.machine.now)
+
+    def code(self, name: str) -> None:
+        person = self.require(name)
+        digits = safety_number(self.machine.identity.spki, person.bundle.spki)
+        self.machine.emit(
+            "code", name=person.name, digits=digits, verified=person.fingerprint in self.verified
+        )
+
+    def verify(self, name: str, digits: str) -> None:
+        """Marks a person as verified if the 60 digits are the right ones."""
+        person = self.require(name)
+        right = safety_number(self.machine.identity.spki, person.bundle.spki)
+        if "".join(digits.split()) != right.replace(" ", ""):
+            text = f"These are not the digits that belong to {person.name} and you."
+            raise ChatError(text, "Compare them by voice; do not trust this person yet.")
+        self.verified.add(person.fingerprint)
+        self.machine.emit("_verified", name=person.name, fingerprint=person.fingerprint)
+        self.code(name)
+
+
+# ==================================================================================================
+# Part 13. Client machine | pure | uses 1-4, 6, 7, 10-12
+#
+# The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
+# bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
+# What a server or a person sends wrongly becomes an `error` event, never an exception.
+# ==================================================================================================
+
+
 class ClientMachine:
     """One person's side of one server."""
 
     def __init__(self, identity: Identity, name: str, wall_clock, token: Token | None = None):
         self.identity, self.name, self.wall_clock, self.token = identity, name, wall_clock, token
         self.events: list = []
-        self.delivery = Delivery(self.emit)
+        self.directory = Directory(self)
+        self.messages = Messages(self)
         self.rooms: dict = {}  # name -> RoomKeeper
-        self.known: dict = {}  # name -> fingerprint, as met on this server
-        self.verified: set = set()  # fingerprints compared by safety number
-        self.names: dict = {}  # fingerprint -> name
         self.server, self.server_address, self.mode = b"", "", ""
         self.now = 0.0
         self.was_online = False
         self.fatal = ""  # a reason for `closed` after which no reconnecting helps
-        self.lost_at = None
+        self.lost_at: float | None = None
         self.spare_names: list = []  # to be tried if the server says `name-taken`
         self.renamed = False
-        self._shown: dict = {}  # (fingerprint, id) -> hash of the content
-        self._lookups: dict = {}  # name -> [Outgoing] for somebody not yet looked up
         self._tokens: dict = {}  # invitation id -> (Token, room) waiting for the server
         self._alarms: dict = {}  # text -> when
         self._reset()
@@ -2415,18 +2990,13 @@ class ClientMachine:
     def _reset(self) -> None:
         """Everything that belongs to one connection."""
         self.phase = "offline"
-        self.id, self.keys = 0, None
+        self.id = 0
+        self.keys: BundleKeys | None = None
         self.broken = ""  # why this connection must be given up
-        self.people: dict = {}  # id -> Person
         self.room_ids: dict = {}  # id -> RoomKeeper
         self._frames = FrameBuffer()
         self._output: list = []
-        self._starting: list = []  # people to begin a session with
-        self._ack_people: dict = {}
-        self._ack_at = None
         self.heard_at = self.sent_at = self.now
-
-    # Events
 
     def emit(self, event: str, **fields) -> None:
         self.events.append({"event": event, **fields})
@@ -2449,13 +3019,10 @@ class ClientMachine:
             {
                 "name": member.name,
                 "fingerprint": fingerprint_text(member.fingerprint),
-                "verified": self.is_verified(member.fingerprint),
+                "verified": self.directory.is_verified(member.fingerprint),
             }
             for member in roster
         ]
-
-    def is_verified(self, fingerprint: bytes) -> bool:
-        return fingerprint in self.verified or fingerprint == self.identity.fingerprint
 
     def ready_fields(self, room: RoomKeeper) -> dict:
         return {
@@ -2467,8 +3034,6 @@ class ClientMachine:
             "members": self.member_fields(room.roster()),
             "admin": room.admin_name(),
         }
-
-    # The connection
 
     def connection_made(self, server: bytes, address: str, now: float) -> None:
         """A TLS connection to the server with this fingerprint stands."""
@@ -2485,10 +3050,8 @@ class ClientMachine:
             room.disconnect()
             if room.last is not None:
                 room.waiting.clear()  # from now on owed to each of them alone
-        self.delivery.connection_lost()
-        for messages in self._lookups.values():
-            for message in messages:
-                self._answer(message, "queued")
+        self.directory.disconnect()
+        self.messages.connection_lost()
 
     def take_output(self) -> bytes:
         output, self._output = b"".join(self._output), []
@@ -2496,8 +3059,11 @@ class ClientMachine:
             self.sent_at = self.now
         return output
 
-    def _send_frame(self, kind: int, *values) -> None:
+    def send_frame(self, kind: int, *values) -> None:
         self._output.append(encode_frame(kind, *values))
+
+    def send_bytes(self, frame: bytes) -> None:
+        self._output.append(frame)
 
     def receive_data(self, data: bytes, now: float) -> None:
         """Takes the server's next bytes, in pieces of any size."""
@@ -2511,7 +3077,7 @@ class ClientMachine:
                 handler(self, *values)
         except RemoteProtocolError as error:
             self.broken = self.broken or error.text
-        self._settle()
+        self.settle()
 
     def tick(self, now: float) -> None:
         """Does what is due; see next_deadline."""
@@ -2519,31 +3085,26 @@ class ClientMachine:
         if self.phase == "online":
             for room in list(self.rooms.values()):
                 room.tick(now)
-            self.delivery.expire(now)
+            self.messages.delivery.expire(now)
             if now - self.heard_at >= SILENCE_SECONDS:
                 self.broken = "The server has been silent for too long."
             elif now - self.sent_at >= PING_SECONDS:
-                self._send_frame(PING)
+                self.send_frame(PING)
                 self.sent_at = now
-        self._settle()
+        self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """After any input: begin sessions, send what can go now, acknowledge."""
-        for person in self._starting:
-            if person.id in self.people:
-                self._initiate(person)
-        self._starting = []
-        for room in self.rooms.values():
-            self._flush_room(room)
-        self._send_acknowledgements()
+        self.directory.begin_sessions()
+        self.messages.flush()
 
     def next_deadline(self):
         """When `tick` should be called again, or None."""
         if self.phase != "online":
             return None
-        times = [room.next_deadline() for room in self.rooms.values()]
-        times += [self.delivery.next_deadline(), self._ack_at, self.sent_at + PING_SECONDS]
-        times.append(self.heard_at + SILENCE_SECONDS)
+        times = [self.sent_at + PING_SECONDS, self.heard_at + SILENCE_SECONDS]
+        times += self.messages.next_deadlines()
+        times += [room.next_deadline() for room in self.rooms.values()]
         return min(t for t in times if t is not None)
 
     def _on_greeting(self, nonce: bytes, mode: int) -> None:
@@ -2555,22 +3116,21 @@ class ClientMachine:
         if self.token is not None and self.token.secret:
             derived = derive_invitation(self.token.secret)
             invitation, mac = derived.id, gate_mac(derived.gate, self.keys.bundle.hash)
-        self._send_frame(LOGIN, self.keys.encoded, invitation, mac)
+        self.send_frame(LOGIN, self.keys.encoded, invitation, mac)
 
     def _on_welcome(self, number: int) -> None:
         if self.phase != "login":
             raise RemoteProtocolError("The server's welcome came at the wrong time.")
         self.phase, self.id = "online", number
         if self.lost_at is not None:
-            self.delivery.postpone(self.now - self.lost_at)
+            self.messages.delivery.postpone(self.now - self.lost_at)
             self.lost_at = None
         self.was_online = True
         self.emit("_online")
         for name in self.rooms:
-            self._send_frame(JOIN, name)
-        owed = {self.name_of(fingerprint) for fingerprint in self.delivery.owed}
-        for name in sorted(owed | set(self._lookups)):
-            self._send_frame(LOOKUP, name)
+            self.send_frame(JOIN, name)
+        for name in self.messages.wanted_names():
+            self.send_frame(LOOKUP, name)
 
     def _on_refused(self, code: str, text: str) -> None:
         self.broken = text
@@ -2598,201 +3158,39 @@ class ClientMachine:
     def _on_pong(self) -> None:
         pass
 
-    # People
-
-    def name_of(self, fingerprint: bytes) -> str:
-        return self.names.get(fingerprint, fingerprint.hex()[:8])
-
-    def find_person(self, name: str) -> Person | None:
-        wanted = name.lstrip("@").partition("~")[0]
-        found = [p for p in self.people.values() if p.name == wanted]
-        return found[-1] if found else None
-
-    def is_contact(self, person: Person) -> bool:
-        return person.fingerprint in self.verified
-
-    def _on_present(self, number: int, encoded: bytes) -> None:
-        try:
-            bundle = consume_bundle(encoded, self.server)
-        except ChatError as error:
-            self.alarm(f"The server showed keys that are not valid: {error.text}")
-            return
-        if number == self.id or number in self.people or bundle.hash == self.keys.bundle.hash:
-            self.alarm("The server showed somebody's keys twice.")
-            return
-        if bundle.fingerprint == self.identity.fingerprint:
-            return  # oneself on an older connection
-        person = self.people[number] = Person(number, bundle)
-        self._check_known(person)
-        self._starting.append(person)
-
-    def _check_known(self, person: Person) -> None:
-        old = self.known.get(person.name)
-        if old is None:
-            self.known[person.name] = person.fingerprint
-            self.emit("_known", name=person.name, fingerprint=person.fingerprint)
-        elif old != person.fingerprint:
-            person.key_changed = True
-            new = fingerprint_text(person.fingerprint)
-            self.emit("key-changed", name=person.name, old=fingerprint_text(old), new=new)
-        self.names[person.fingerprint] = person.name
-
-    def accept_key(self, name: str) -> None:
-        person = self._require_person(name)
-        if person.key_changed:
-            person.key_changed = False
-            self.known[person.name] = person.fingerprint
-            self.emit("_known", name=person.name, fingerprint=person.fingerprint)
-            self._flush_owed(person)
-            for room in self.rooms.values():
-                if room.is_admin() and person.id in room.members:
-                    room.greeted(
-                        person, *room.claims.get(person.fingerprint, (0, NO_EPOCH)), self.now
-                    )
-        self.emit("notice", text=f"The key of {person.name} is accepted.", name=person.name)
-
-    def _require_person(self, name: str) -> Person:
-        person = self.find_person(name)
-        if person is None:
-            text = f"{one_line(name)[:40]} is not here."
-            raise ChatError(text, "/names shows who is.", "no-such-person")
-        return person
-
-    def _on_gone(self, number: int) -> None:
-        person = self.people.pop(number, None)
-        if person is None:
-            return
-        for room in self.rooms.values():
-            if number in room.members:
-                room.person_left(number, self.now)
-        self.delivery.person_gone(person.fingerprint)
-        self._ack_people.pop(person, None)
-        for other in self.people.values():
-            if other.fingerprint == person.fingerprint:
-                self._flush_owed(other)  # already back on another connection
-        if self.delivery.owed.get(person.fingerprint):
-            self._send_frame(LOOKUP, person.name)
-
-    def _on_absent(self, name: str) -> None:
-        for message in self._lookups.pop(name, ()):
-            if not message.pending:
-                text = f"{one_line(name)[:40]} is not on this server."
-                self.emit("error", code="no-such-person", text=text + " /names shows who is.")
-
-    # Sessions
-
-    def _initiate(self, person: Person) -> None:
-        if person.session is not None or self.keys.bundle.hash > person.hash:
-            return  # it is for the other side to begin
-        flight, person.session = create_initiation(self.keys, person.bundle)
-        hello = self._hello(person, answer=True)
-        self._send_payload(person, FLIGHT + flight + person.session.encrypt(pad(hello)))
-
-    def _send_payload(self, person: Person, payload: bytes) -> None:
-        self._output.append(encode_data(person.id, self.id, payload))
-
-    def send(self, person: Person, kind: int, *values) -> None:
-        """Sends one content to one person, as soon as the session with them is confirmed."""
-        content = encode_content(kind, *values)
-        if person.confirmed:
-            self._send_payload(person, MESSAGE + person.session.encrypt(pad(content)))
-        else:
-            person.backlog.append((kind, values))
-
-    def _hello(self, person: Person, answer: bool) -> bytes:
-        shared = [room for room in self.rooms.values() if person.id in room.members]
-        states = [(r.name, r.last.number if r.last else 0, r.last_id) for r in shared]
-        person.told = [room.name for room in shared]
-        invitation, proof = bytes(8), bytes(32)
-        if self.token is not None and self.token.secret:
-            derived = derive_invitation(self.token.secret)
-            invitation, proof = derived.id, proof_mac(derived.proof, self.keys.bundle.hash)
-        return encode_content(HELLO, int(answer), states, invitation, proof)
-
-    def greet(self, person: Person, again: bool = False) -> None:
-        """Tells a person which rooms we share, if that is news."""
-        shared = [room.name for room in self.rooms.values() if person.id in room.members]
-        if person.confirmed and (again or shared != person.told):
-            hello = self._hello(person, answer=False)
-            self._send_payload(person, MESSAGE + person.session.encrypt(pad(hello)))
-
     def _on_data(self, destination: int, source: int, payload: bytes) -> None:
-        person = self.people.get(source)
+        person = self.directory.people.get(source)
         room = self.room_ids.get(destination)
         if person is None or (destination != self.id and room is None):
             return  # from before a leave: the relay and we crossed
         try:
             if room is not None:
-                self.receive_room(room, person, payload, self.now)
+                self.messages.receive_room(room, person, payload, self.now)
             else:
-                self._receive_direct(person, payload)
+                self.directory.receive(person, payload)
         except ChatError as error:
             self.alarm(f"From {person.name}: {error.text}")
-
-    def _receive_direct(self, person: Person, payload: bytes) -> None:
-        if payload[:1] == FLIGHT:
-            content = self._consume_flight(person, payload[1:])
-        elif payload[:1] == MESSAGE and person.session is not None:
-            content = unpad(person.session.decrypt(payload[1:]))
-        else:
-            raise RemoteProtocolError("A message came before its session.")
-        if not person.confirmed:
-            person.confirmed = True
-            self._confirmed(person)
-        kind, values = decode_content(content)
-        _CONTENT_HANDLERS[kind](self, person, *values)
-
-    def _consume_flight(self, person: Person, data: bytes) -> bytes:
-        if person.session is not None:
-            raise RemoteProtocolError("A session was begun a second time.")
-        flight, message = data[:FLIGHT_SIZE], data[FLIGHT_SIZE:]
-        session = consume_initiation(flight, self.identity, self.keys, person.bundle)
-        content = unpad(session.decrypt(message))
-        person.session = session
-        return content
-
-    def _confirmed(self, person: Person) -> None:
-        backlog, person.backlog = person.backlog, []
-        for kind, values in backlog:
-            self.send(person, kind, *values)
-        for name, messages in list(self._lookups.items()):
-            if name == person.name:
-                for message in messages:
-                    message.pending = {person.fingerprint: person.name}
-                    self.delivery.add(message)
-                    self.delivery.owe(message, person.fingerprint)
-                del self._lookups[name]
-        self._flush_owed(person)
-
-    def _content_hello(self, person: Person, answer, states, invitation, proof) -> None:
-        person.invitation, person.proof = invitation, proof
-        self.greet(person, again=bool(answer))
-        for name, number, epoch in states:
-            if name in self.rooms:
-                self.rooms[name].greeted(person, number, epoch, self.now)
-
-    # Rooms
 
     def join(self, name: str) -> None:
         if name not in self.rooms:
             self.rooms[name] = RoomKeeper(self, name)
             if self.phase == "online":
-                self._send_frame(JOIN, name)
+                self.send_frame(JOIN, name)
 
     def leave(self, name: str) -> None:
         room = self.require_room(name)
         for person in room.members.values():
             if person is not None:
-                self.send(person, FAREWELL, [name])
+                self.directory.send(person, FAREWELL, [name])
         if room.id is not None:
-            self._send_frame(LEAVE, room.id)
+            self.send_frame(LEAVE, room.id)
         self._drop_room(room)
 
     def _drop_room(self, room: RoomKeeper) -> None:
         del self.rooms[room.name]
         self.room_ids.pop(room.id, None)
         for message in room.waiting:
-            self.delivery.give_up(message)
+            self.messages.delivery.give_up(message)
 
     def require_room(self, name: str) -> RoomKeeper:
         if name not in self.rooms:
@@ -2803,30 +3201,34 @@ class ClientMachine:
     def _on_room(self, number: int, name: str, ids: list) -> None:
         room = self.rooms.get(name)
         if room is None:
-            self._send_frame(LEAVE, number)
+            self.send_frame(LEAVE, number)
             return
         if room.id is not None or number in self.room_ids or self.id not in ids:
             raise RemoteProtocolError("The server's list of a room is not as it should be.")
-        members = {i: self.people.get(i) for i in ids if i == self.id or i in self.people}
+        members = {
+            i: self.directory.people.get(i)
+            for i in ids
+            if i == self.id or i in self.directory.people
+        }
         self.room_ids[number] = room
         room.enter(number, members, self.now)
         for person in members.values():
             if person is not None:
-                self.greet(person)
+                self.directory.greet(person)
         room.review(self.now)
 
     def _on_joined(self, number: int, client: int) -> None:
-        room, person = self.room_ids.get(number), self.people.get(client)
+        room, person = self.room_ids.get(number), self.directory.people.get(client)
         if room is not None and person is not None and client not in room.members:
             room.person_joined(client, person, self.now)
-            self.greet(person)
+            self.directory.greet(person)
 
     def _on_left(self, number: int, client: int) -> None:
         room = self.room_ids.get(number)
         if room is not None and client != self.id:
             room.person_left(client, self.now)
-            if client in self.people and self.people[client].told:
-                person = self.people[client]
+            if client in self.directory.people and self.directory.people[client].told:
+                person = self.directory.people[client]
                 person.told = [name for name in person.told if name != room.name]
 
     def _on_rooms(self, rooms: list) -> None:
@@ -2835,7 +3237,7 @@ class ClientMachine:
         self.emit("notice", text=f"Rooms on this server: {shown}.", rooms=listed)
 
     def list_rooms(self) -> None:
-        self._send_frame(LIST)
+        self.send_frame(LIST)
 
     def check_inviter(self, room: RoomKeeper) -> None:
         """With a person's token there must be that person; else somebody shows us a false room."""
@@ -2848,8 +3250,8 @@ class ClientMachine:
     def room_rekeyed(self, room: RoomKeeper, now: float) -> None:
         for person in room.members.values():
             if person is not None and room.is_admin():
-                self.greet(person)
-        for invitation, voucher in room.vouchers.items():
+                self.directory.greet(person)
+        for invitation, voucher in room.admission.vouchers.items():
             if voucher.told is not None:
                 self._vouch(room, invitation, voucher)
 
@@ -2881,13 +3283,11 @@ class ClientMachine:
         text = f"{person.name} {word} you from #{name}."
         self.emit("error", code="denied", text=text, room=name)
         if room.id is not None:
-            self._send_frame(LEAVE, room.id)
+            self.send_frame(LEAVE, room.id)
         self._drop_room(room)
         if not self.rooms:
             self.fatal = "banned" if why == 1 else "kicked"
             self.broken = text
-
-    # Invitations
 
     def invite(self, token: Token) -> None:
         """Makes a token of one's own; answered by a notice once the server knows of it."""
@@ -2897,11 +3297,11 @@ class ClientMachine:
         token.inviter, token.secret = self.identity.fingerprint, random_bytes(16)
         derived = derive_invitation(token.secret)
         self._tokens[derived.id] = token
-        self._send_frame(INVITE, derived.id, derived.gate, token.uses, int(token.expires))
+        self.send_frame(INVITE, derived.id, derived.gate, token.uses, int(token.expires))
         room = self.rooms.get(token.room)
         if room is not None:
             voucher = Voucher(derived.proof, token.uses, token.expires, set(), set())
-            room.vouchers[derived.id] = voucher
+            room.admission.vouchers[derived.id] = voucher
             self._vouch(room, derived.id, voucher)
 
     def _vouch(self, room: RoomKeeper, invitation: bytes, voucher: Voucher) -> None:
@@ -2911,12 +3311,18 @@ class ClientMachine:
             news = person is not None and person.hash not in voucher.told
             if news and room.is_member(person.fingerprint):
                 voucher.told.add(person.hash)
-                self.send(person, VOUCH, *fields)
+                self.directory.send(person, VOUCH, *fields)
 
     def _content_vouch(self, person: Person, name, invitation, proof, uses, expires) -> None:
         room = self.rooms.get(name)
-        if room is not None and room.is_member(person.fingerprint) and len(room.vouchers) < 4096:
-            room.vouchers.setdefault(invitation, Voucher(proof, uses, expires, set(), None))
+        if (
+            room is not None
+            and room.is_member(person.fingerprint)
+            and len(room.admission.vouchers) < 4096
+        ):
+            room.admission.vouchers.setdefault(
+                invitation, Voucher(proof, uses, expires, set(), None)
+            )
 
     def _on_invited(self, invitation: bytes) -> None:
         token = self._tokens.pop(invitation, None)
@@ -2925,283 +3331,56 @@ class ClientMachine:
             uses = f"{token.uses} people" if token.uses > 1 else "one person"
             self.emit("notice", text=f"A token for {uses}: {text}", token=text)
 
-    # Messages
-
-    def say(self, room_name: str, text: str, kind: int = SAID) -> None:
-        """Sends text to a room; answered by `sent` or `queued`."""
-        room = self.require_room(room_name)
-        for person in room.members.values():
-            if person is not None and room.is_member(person.fingerprint):
-                self._check_key(person)
-        message = self._new_message(room.name, text, kind)
-        if room.can_send(self.now) and not room.waiting:
-            self._seal_room(room, message)
-            self._answer(message, "sent")
-        elif room.epoch is None and room.last is not None:
-            self._send_singly(room, message)
-        else:
-            room.waiting.append(message)
-            message.pending = room.recipients()
-            self.delivery.add(message)
-            self._answer(message, "queued")
-        self._settle()
-
-    def _check_key(self, person: Person) -> None:
-        if person.key_changed:
-            text = f"The key of {person.name} has changed; nothing was sent."
-            hint = f"Compare /code {person.name} by voice, then /accept-key {person.name}."
-            raise ChatError(text, hint, "key-changed")
-
-    def _new_message(self, room: str, text: str, kind: int) -> Outgoing:
-        if len(text.encode("utf-8")) > MAX_TEXT:
-            most = f"{MAX_TEXT >> 10} KiB"
-            raise ChatError(f"A message holds at most {most}.", "Send it as a file.", "too-large")
-        if not text:
-            raise ChatError("There is nothing to send.", "Write a text.")
-        created = self.wall_clock()
-        deadline = self.now + CONFIRM_SECONDS
-        return Outgoing(random_bytes(16), room, kind, text, created, deadline, {}, {}, False)
-
-    def _answer(self, message: Outgoing, event: str) -> None:
-        """Says once what became of a line: sent, or queued."""
-        if message.answered:
-            return
-        message.answered = True
-        to = sorted([*message.pending.values(), *message.done.values()])
-        self.emit(event, id=message.id.hex(), to=to, _message=message)
-
-    def _seal_room(self, room: RoomKeeper, message: Outgoing) -> None:
-        """One ciphertext for the room; those still away get theirs when they are back."""
-        message.pending = room.recipients()
-        content = self._text_content(message, 0)
-        counter, payload = room.epoch.seal(self.keys, content)
-        self._output.append(encode_data(room.id, self.id, payload))
-        self.delivery.add(message)
-        self.delivery.record(room.epoch.id, counter, message)
-        self._owe_absent(room, message)
-        if not message.pending:
-            self._answer(message, "sent")
-            self.delivery.settle(message, b"")
-
-    def _owe_absent(self, room: RoomKeeper, message: Outgoing) -> None:
-        for fingerprint in message.pending:
-            if not room.is_member(fingerprint):
-                self._send_or_owe(message, fingerprint)
-
-    def _send_singly(self, room: RoomKeeper, message: Outgoing) -> None:
-        """Between a reconnect and the room's next epoch: to each of the last roster alone."""
-        message.pending = room.recipients()
-        self.delivery.add(message)
-        self._answer(message, "queued" if message.pending else "sent")
-        for fingerprint in list(message.pending):
-            self._send_or_owe(message, fingerprint)
-        if not message.pending:
-            self.delivery.settle(message, b"")
-
-    def _send_or_owe(self, message: Outgoing, fingerprint: bytes) -> None:
-        self.delivery.owe(message, fingerprint)
-        for person in list(self.people.values()):
-            if person.fingerprint == fingerprint and person.confirmed:
-                self._flush_owed(person)
-
-    def _text_content(self, message: Outgoing, sequence: int) -> bytes:
-        moment = int(message.created * 1000)
-        fields = (message.id, sequence, moment, message.kind, message.room or "", message.text)
-        return encode_content(TEXT, *fields)
-
-    def tell(self, name: str, text: str, kind: int = SAID) -> None:
-        """Sends text to one person; answered by `sent` or `queued`, or an error."""
-        message = self._new_message("", text, kind)
-        person = self.find_person(name)
-        wanted = name.lstrip("@").partition("~")[0]
-        if wanted == self.name:
-            raise ChatError("That is you.", "/names shows who else is here.", "no-such-person")
-        if person is not None:
-            self._check_key(person)
-            message.pending = {person.fingerprint: person.name}
-            self.delivery.add(message)
-            self._send_or_owe(message, person.fingerprint)
-        else:
-            self._look_up(check_name(wanted), message)
-        if self.phase != "online":
-            self._answer(message, "queued")
-        self._settle()
-
-    def _look_up(self, name: str, message: Outgoing) -> None:
-        if self.phase == "online":
-            self._send_frame(LOOKUP, name)
-        elif name in self.known:
-            message.pending = {self.known[name]: name}
-            self.delivery.add(message)
-            self.delivery.owe(message, self.known[name])
-            self.names.setdefault(self.known[name], name)
-            return
-        self._lookups.setdefault(name, []).append(message)
-
-    def _flush_owed(self, person: Person) -> None:
-        """Sends a person, alone, all that is still owed to them, in order."""
-        if not person.confirmed or person.key_changed:
-            return
-        for message in self.delivery.take_owed(person.fingerprint):
-            content = self._text_content(message, person.texts_sent)
-            self.delivery.record(person.hash, person.texts_sent, message)
-            person.texts_sent += 1
-            self._send_payload(person, MESSAGE + person.session.encrypt(pad(content)))
-            self._answer(message, "sent")
-
-    def _flush_room(self, room: RoomKeeper) -> None:
-        if room.waiting and room.can_send(self.now):
-            waiting, room.waiting = room.waiting, []
-            for message in waiting:
-                if message.id in self.delivery.open:
-                    self._seal_room(room, message)
-
-    def receive_room(self, room: RoomKeeper, person: Person, payload: bytes, now: float) -> None:
-        opened = room.open(person, payload, now)
-        if opened is None:
-            return
-        stream, counter, missing, content = opened
-        kind, values = decode_content(content)
-        if kind != TEXT or values[4] != room.name:
-            raise RemoteProtocolError("A room's message is not what it should be.")
-        self._note_received(person, stream, counter, missing)
-        self._show(person, values)
-
-    def _content_text(self, person: Person, *values) -> None:
-        """A text that came through the pairwise session: a direct one, or one sent again."""
-        sequence, room = values[1], values[4]
-        count = person.streams.get(DIRECT_STREAM, (0,))[0]
-        if sequence < count or sequence - count > MAX_SKIPPED_KEYS:
-            raise RemoteProtocolError("A message came out of order.")
-        if room and not (room in self.rooms and self.rooms[room].is_member(person.fingerprint)):
-            raise RemoteProtocolError("A message is for a room that its sender is not in.")
-        self._note_received(person, DIRECT_STREAM, sequence, sequence - count)
-        self._show(person, values)
-
-    def _show(self, person: Person, values: tuple) -> None:
-        number, _, moment, kind, room, text = values
-        digest = sha256(encode_content(TEXT, number, 0, *values[2:]))
-        seen = self._shown.get((person.fingerprint, number))
-        if seen is not None:
-            if seen != digest:
-                raise RemoteProtocolError("One message came with two contents.")
-            return
-        self._shown[person.fingerprint, number] = digest
-        while len(self._shown) > SHOWN_MOST:
-            del self._shown[next(iter(self._shown))]
-        if room and person.fingerprint in self.rooms[room].mutes:
-            return
-        self.emit("message", **self._message_fields(person, number, room, text, moment, kind))
-
-    def _message_fields(self, person, number, room, text, moment, kind) -> dict:
-        fields = {
-            "id": number.hex(),
-            "room": room or None,
-            "direct": not room,
-            "from": person.name,
-            "fingerprint": fingerprint_text(person.fingerprint),
-            "verified": self.is_verified(person.fingerprint),
-            "text": text,
-            "time": rfc3339(moment / 1000),
-        }
-        if kind == ACTION:
-            fields["action"] = True
-        if person.key_changed:
-            fields["key_changed"] = True
-        return fields
-
-    # Acknowledgements
-
-    def _note_received(self, person: Person, stream: bytes, counter: int, missing: int) -> None:
-        state = person.streams.setdefault(stream, [0, []])
-        if missing:
-            state[1] = [*state[1], *range(counter - missing, counter)][-MAX_SKIPPED_KEYS:]
-            self.alarm(
-                f"{missing} message(s) from {person.name} did not arrive.",
-                "The server held them back or changed their order; their sender is told.",
-            )
-        state[0] = counter + 1
-        person.unacknowledged.add(stream)
-        self._ack_people[person] = None
-
-    def _send_acknowledgements(self) -> None:
-        """At most one frame to a person in ACK_DELAY; the first goes at once."""
-        self._ack_at = None
-        for person in list(self._ack_people):
-            due = person.acked_at + ACK_DELAY
-            if due > self.now or not person.confirmed:
-                self._ack_at = min(self._ack_at or due, due) if person.confirmed else self._ack_at
-                continue
-            entries = [(stream, *person.streams[stream]) for stream in person.unacknowledged]
-            self.send(person, ACK, entries)
-            person.unacknowledged.clear()
-            person.acked_at = self.now
-            del self._ack_people[person]
-
-    def _content_ack(self, person: Person, entries: list) -> None:
-        for stream, count, missing in entries:
-            key = person.hash if stream == DIRECT_STREAM else stream
-            self.delivery.acknowledge(person.fingerprint, key, count, missing)
-
-    # Trust
-
-    def code(self, name: str) -> None:
-        person = self._require_person(name)
-        digits = safety_number(self.identity.spki, person.bundle.spki)
-        self.emit(
-            "code", name=person.name, digits=digits, verified=person.fingerprint in self.verified
-        )
-
-    def verify(self, name: str, digits: str) -> None:
-        """Marks a person as verified if the 60 digits are the right ones."""
-        person = self._require_person(name)
-        right = safety_number(self.identity.spki, person.bundle.spki)
-        if "".join(digits.split()) != right.replace(" ", ""):
-            text = f"These are not the digits that belong to {person.name} and you."
-            raise ChatError(text, "Compare them by voice; do not trust this person yet.")
-        self.verified.add(person.fingerprint)
-        self.emit("_verified", name=person.name, fingerprint=person.fingerprint)
-        self.code(name)
-
-    # Leaving
-
-    def unfinished(self) -> bool:
-        """Whether something typed has neither arrived nor been reported."""
-        return bool(self.delivery.open or self._lookups)
-
-    def give_up(self) -> None:
-        """Reports all that is not confirmed, before leaving."""
-        for message in list(self.delivery.open.values()):
-            self.delivery.give_up(message)
-
     def goodbye(self) -> None:
         """Tells everybody, and the server, that we leave on purpose."""
         if self.phase == "online":
-            for person in self.people.values():
+            for person in self.directory.people.values():
                 if person.confirmed:
-                    self.send(person, FAREWELL, list(self.rooms))
-            self._send_frame(BYE)
+                    self.directory.send(person, FAREWELL, list(self.rooms))
+            self.send_frame(BYE)
+
+    def receive_content(self, person: Person, kind: int, values: tuple) -> None:
+        """What somebody sent through the pairwise session."""
+        _CONTENT_HANDLERS[kind](self, person, *values)
+
+    # What commands call
+
+    def say(self, room: str, text: str, kind: int = SAID) -> None:
+        self.messages.say(room, text, kind)
+
+    def tell(self, name: str, text: str, kind: int = SAID) -> None:
+        self.messages.tell(name, text, kind)
 
 
-_CLIENT_HANDLERS = {
-    GREETING: ClientMachine._on_greeting, WELCOME: ClientMachine._on_welcome,
-    REFUSED: ClientMachine._on_refused, PRESENT: ClientMachine._on_present,
-    ROOM: ClientMachine._on_room, JOINED: ClientMachine._on_joined, LEFT: ClientMachine._on_left,
-    GONE: ClientMachine._on_gone, ABSENT: ClientMachine._on_absent,
-    CLOSED: ClientMachine._on_closed, PONG: ClientMachine._on_pong,
-    INVITED: ClientMachine._on_invited, ROOMS: ClientMachine._on_rooms,
+_CLIENT_HANDLERS: dict = {
+    GREETING: ClientMachine._on_greeting,
+    WELCOME: ClientMachine._on_welcome,
+    REFUSED: ClientMachine._on_refused,
+    PRESENT: lambda machine, *values: machine.directory.on_present(*values),
+    ROOM: ClientMachine._on_room,
+    JOINED: ClientMachine._on_joined,
+    LEFT: ClientMachine._on_left,
+    GONE: lambda machine, *values: machine.directory.on_gone(*values),
+    ABSENT: lambda machine, *values: machine.messages.on_absent(*values),
+    CLOSED: ClientMachine._on_closed,
+    PONG: ClientMachine._on_pong,
+    INVITED: ClientMachine._on_invited,
+    ROOMS: ClientMachine._on_rooms,
     DATA: ClientMachine._on_data,
-}  # fmt: skip
-_CONTENT_HANDLERS = {
-    HELLO: ClientMachine._content_hello, TEXT: ClientMachine._content_text,
-    ACK: ClientMachine._content_ack, EPOCH: ClientMachine._content_epoch,
-    FAREWELL: ClientMachine._content_farewell, REMOVED: ClientMachine._content_removed,
+}
+_CONTENT_HANDLERS: dict = {
+    HELLO: lambda machine, *values: machine.directory.content_hello(*values),
+    TEXT: lambda machine, *values: machine.messages.content_text(*values),
+    ACK: lambda machine, *values: machine.messages.content_ack(*values),
+    EPOCH: ClientMachine._content_epoch,
+    FAREWELL: ClientMachine._content_farewell,
+    REMOVED: ClientMachine._content_removed,
     VOUCH: ClientMachine._content_vouch,
-}  # fmt: skip
+}
 
 
 # ==================================================================================================
-# Part 11. Keys and widths | pure | uses 2
+# Part 14. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -3455,7 +3634,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 12. Line editor and screen | pure | uses 2, 11
+# Part 15. Line editor and screen | pure | uses 2, 14
 #
 # The line being typed, and its picture. Every character carries a mark, because pasted text must
 # never be a command. Rows are broken here and automatic wrapping is off while they are painted, so
@@ -3731,7 +3910,7 @@ class Screen:
     def __init__(self, columns: int = 80, lines: int = 24, reflows: bool = True):
         self.columns, self.lines = columns, lines
         self._reflows = reflows
-        self._input = None  # what repaint was last called with
+        self._input: tuple | None = None  # what repaint was last called with
         self._top = 0  # first row in view, when not all rows fit
         self.forget()
 
@@ -3826,7 +4005,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 13. Settings and paths | uses 1, 2
+# Part 16. Settings and paths | uses 1, 2
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -3834,10 +4013,15 @@ class Screen:
 
 
 argparse = Lazy("argparse")
+ctypes = Lazy("ctypes")
 difflib = Lazy("difflib")
+fcntl = Lazy("fcntl")
 json = Lazy("json")
 metadata = Lazy("importlib.metadata")
+msvcrt = Lazy("msvcrt")
 queue = Lazy("queue")
+resource = Lazy("resource")
+select = Lazy("select")
 selectors = Lazy("selectors")
 shlex = Lazy("shlex")
 shutil = Lazy("shutil")
@@ -3846,6 +4030,7 @@ socket = Lazy("socket")
 ssl = Lazy("ssl")
 subprocess = Lazy("subprocess")
 tempfile = Lazy("tempfile")
+termios = Lazy("termios")
 threading = Lazy("threading")
 
 
@@ -3979,11 +4164,9 @@ class ProfileLock:
 
 def _lock_file(file) -> None:
     if os.name == "nt":
-        msvcrt = importlib.import_module("msvcrt")
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
-        fcntl = importlib.import_module("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -4074,7 +4257,7 @@ class People:
 
 
 # ==================================================================================================
-# Part 14. Dependencies | uses 1, 13
+# Part 17. Dependencies | uses 1, 16
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -4435,7 +4618,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 15. Vault | uses 1-4, 13
+# Part 18. Vault | uses 1-4, 16
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -4619,7 +4802,7 @@ def load_identity(paths: Paths, ask_passphrase) -> Identity:
 
 
 # ==================================================================================================
-# Part 16. Network | uses 1-4, 13, 15
+# Part 19. Network | uses 1-4, 16, 18
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -4760,7 +4943,10 @@ class TLSPipe:
 class Link(Record):
     """A connection on which TLS stands and whose server is known by its fingerprint."""
 
-    __slots__ = ("sock", "tls", "fingerprint", "address")
+    sock: Any
+    tls: TLSPipe
+    fingerprint: bytes
+    address: str
 
 
 def connect_error(address: str, error: OSError) -> ChatError:
@@ -4853,7 +5039,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 17. Events and threads | uses 2, 13
+# Part 20. Events and threads | uses 2, 16
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -4949,7 +5135,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 18. Relay server | uses 1, 2, 7, 13, 15-17
+# Part 21. Relay server | uses 1, 2, 7, 16, 18-20
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -4967,8 +5153,9 @@ class RelaySocket:
 
     def __init__(self, sock, address: str):
         self.sock, self.address = sock, address
-        self.tls = self.client = None
-        self.pending = b""  # ciphertext that the socket did not take yet
+        self.tls: TLSPipe | None = None
+        self.client: RelayClient | None = None
+        self.pending: bytes | memoryview = b""  # ciphertext that the socket did not take yet
         self.mask = 0
         self.dead = False
 
@@ -5052,7 +5239,9 @@ class RelayServer:
         self._by_client: dict = {}  # RelayClient -> RelaySocket
         self._throttled: dict = {}  # RelaySocket -> when it may be read again
         self._closing: dict = {}  # RelaySocket -> when it is ended in any case
-        self._save_at = self._hold_at = self._accept_at = None
+        self._save_at: float | None = None
+        self._hold_at: float | None = None
+        self._accept_at: float | None = None
         self._save_took = 0.0
         self._stopping = ""
         self.started = 0.0
@@ -5361,7 +5550,6 @@ def relay_event(kind: str, client: RelayClient, text: str) -> dict:
 def raise_file_limit() -> None:
     """Lets this process have as many sockets as the system grants it."""
     if os.name == "posix":
-        resource = importlib.import_module("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 65536 if hard == resource.RLIM_INFINITY else hard
         try:
@@ -5371,7 +5559,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 19. Chat client | uses 1-3, 13, 16-18
+# Part 22. Chat client | uses 1-3, 16, 19-21
 #
 # One owner thread has the client machine and its socket. Faces hand it lines and read its events;
 # connecting again, and waiting for the last acknowledgements before leaving, happen here.
@@ -5385,7 +5573,13 @@ LEAVE_SECONDS = {"BYE": 10.0, "eof": CONFIRM_SECONDS, "interrupted": 0.5}
 class Target(Record):
     """Where to connect. `pin` 32 bytes or b""; `chain` (key, certificate) for --auth certs."""
 
-    __slots__ = ("addresses", "pin", "token", "room", "source_port", "chain", "nickname")
+    addresses: list
+    pin: bytes
+    token: Token | None
+    room: str
+    source_port: int
+    chain: tuple | None
+    nickname: str
 
 
 def dial_any(target: Target, timeout: float = DIAL_SECONDS) -> Link:
@@ -5436,21 +5630,22 @@ class ChatClient:
         self._selector = selectors.DefaultSelector()
         self._link: Link | None = None
         self._pending = b""
-        self._attempt, self._retry_at = 0, None
+        self._attempt = 0
+        self._retry_at: float | None = None
         self._leaving, self._leave_by = "", 0.0
         self.ended = threading.Event()
         self.settled = threading.Event()  # in the room, or known to have to wait, or ended
         self.has_capacity = threading.Event()  # few lines are on their way: more may come
         self.has_capacity.set()
-        self.on_ready = None  # called once in a room
-        self.load_chain = None  # () -> (key, certificate), for a server that asks for one
+        self.on_ready: Any = None  # called once in a room
+        self.load_chain: Any = None  # () -> (key, certificate), for a server that asks for one
 
     def start(self, link: Link) -> None:
         """Goes on with a connection that stands and whose server is the right one."""
         self.target.pin = link.fingerprint
         if self._people is not None:
-            self.machine.known = self._people.known(link.fingerprint)
-            self.machine.verified = self._people.verified()
+            self.machine.directory.known = self._people.known(link.fingerprint)
+            self.machine.directory.verified = self._people.verified()
         self.machine.join(self.target.room)
         self._selector.register(self.inbox.wake_socket, READ)
         self._attach(link)
@@ -5500,7 +5695,7 @@ class ChatClient:
         if self.machine.broken and self._link is not None:
             self._lose(self.machine.broken)
         self._publish()
-        busy = len(self.machine.delivery.open) >= UNCONFIRMED_MOST
+        busy = len(self.machine.messages.delivery.open) >= UNCONFIRMED_MOST
         (self.has_capacity.clear if busy else self.has_capacity.set)()
         self._maybe_reconnect(now)
         self._maybe_leave(now)
@@ -5659,9 +5854,9 @@ class ChatClient:
     def _maybe_leave(self, now: float) -> None:
         if not self._leaving or self.reason:
             return
-        if self.machine.unfinished() and now < self._leave_by:
+        if self.machine.messages.unfinished() and now < self._leave_by:
             return
-        self.machine.give_up()
+        self.machine.messages.give_up()
         if self._link is not None:
             self.machine.goodbye()
             self._link.sock.settimeout(1.0)
@@ -5675,13 +5870,13 @@ class ChatClient:
             pass  # the server is gone: it will notice by itself
 
     def _finish(self, reason: str) -> None:
-        self.machine.give_up()
+        self.machine.messages.give_up()
         self._publish()
         self.reason = reason
 
 
 # ==================================================================================================
-# Part 20. Commands | uses 1, 2, 4, 7, 13, 18
+# Part 23. Commands | uses 1, 2, 4, 7, 16, 21
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -5693,7 +5888,15 @@ class Command(Record):
     """One row. `chat(client, rest)` and `console(server, rest)` run in an owner thread; `shell`
     (arguments) -> exit code; any of them may be missing. `menu` is (number, title)."""
 
-    __slots__ = ("name", "aliases", "usage", "help", "chat", "console", "shell", "options", "menu")
+    name: str
+    aliases: tuple
+    usage: str
+    help: str
+    chat: Any
+    console: Any
+    shell: Any
+    options: Any
+    menu: tuple | None
 
 
 COMMANDS: dict = {}  # name -> Command, in the order of /help
@@ -5871,31 +6074,31 @@ def _invite_options(rest: str, uses: int) -> tuple:
 
 
 def _chat_code(client, rest: str) -> None:
-    client.machine.code(_need(rest, "/code NAME"))
+    client.machine.directory.code(_need(rest, "/code NAME"))
 
 
 def _chat_verify(client, rest: str) -> None:
     words = _words(_need(rest, "/verify NAME and the 60 digits that NAME reads to you"), 2)
     if len(words) == 1:
-        client.machine.code(words[0])
+        client.machine.directory.code(words[0])
     else:
-        client.machine.verify(*words)
+        client.machine.directory.verify(*words)
 
 
 def _chat_accept_key(client, rest: str) -> None:
-    client.machine.accept_key(_need(rest, "/accept-key NAME"))
+    client.machine.directory.accept_key(_need(rest, "/accept-key NAME"))
 
 
 def _chat_admit(client, rest: str) -> None:
-    _current_room(client).admit(_need(rest, "/admit NAME"), time.monotonic())
+    _current_room(client).admission.admit(_need(rest, "/admit NAME"), time.monotonic())
 
 
 def _chat_deny(client, rest: str) -> None:
-    _current_room(client).refuse(_need(rest, "/deny NAME"))
+    _current_room(client).admission.refuse(_need(rest, "/deny NAME"))
 
 
 def _chat_requests(client, rest: str) -> None:
-    names = sorted(person.name for person in _current_room(client).requests.values())
+    names = sorted(person.name for person in _current_room(client).admission.requests.values())
     text = "Waiting to enter: " + (", ".join(names) or "nobody") + "."
     client.machine.emit("notice", text=text, names=names)
 
@@ -5916,10 +6119,14 @@ def _chat_unban(client, rest: str) -> None:
     room = _current_room(client)
     room.require_admin()
     name = _need(rest, "/unban NAME")
-    found = [f for f in room.bans if name in (client.machine.name_of(f), fingerprint_text(f))]
+    found = [
+        f
+        for f in room.admission.bans
+        if name in (client.machine.directory.name_of(f), fingerprint_text(f))
+    ]
     if not found:
         raise ChatError(f"{one_line(name)[:40]} is not banned here.", code="no-such-person")
-    room.bans.difference_update(found)
+    room.admission.bans.difference_update(found)
     room.schedule(time.monotonic())
 
 
@@ -5982,7 +6189,10 @@ for _row in (
 class ServerConsole(Record):
     """What console commands act on; `emit` takes an event."""
 
-    __slots__ = ("server", "emit", "make_token", "quit")
+    server: RelayServer
+    emit: Any
+    make_token: Any
+    quit: Any
 
     @property
     def machine(self) -> RelayMachine:
@@ -6076,7 +6286,7 @@ def _console_quit(console, rest: str) -> None:
     console.quit()
 
 
-for _row in (
+for _line in (
     ("help", "/help", "this list", (), _console_help),
     ("invite", "/invite [--uses N] [--expires 24h]", "make a token", (), _console_invite),
     ("users", "/users", "who is connected", (), _console_users),
@@ -6087,11 +6297,11 @@ for _row in (
     ("stats", "/stats", "what the server has carried", (), _console_stats),
     ("quit", "/quit", "close the server", (), _console_quit),
 ):
-    command(*_row[:4], console=_row[4])
+    command(*_line[:4], console=_line[4])
 
 
 # ==================================================================================================
-# Part 21. Terminal | uses 2, 11-13
+# Part 24. Terminal | uses 2, 14-16
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold. Inputs come in three kinds:
@@ -6140,11 +6350,9 @@ class _PosixInput(_BlockingInput):
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
         os.set_blocking(self._wake_out, False)
-        self._saved_mode = None
+        self._saved_mode: list | None = None
 
     def wait(self, timeout):
-        import select
-
         ready = select.select([self._descriptor, self._wake_in], [], [], timeout)[0]
         if self._wake_in in ready:
             os.read(self._wake_in, _READ_SIZE)
@@ -6169,16 +6377,12 @@ class _PosixInput(_BlockingInput):
             pass  # full: it will wake anyway
 
     def _get_mode(self) -> list:
-        import termios
-
         try:
             return termios.tcgetattr(self._descriptor)
         except termios.error as error:
             raise OSError(*error.args) from None
 
     def _set_mode(self, mode: list) -> None:
-        import termios
-
         try:
             termios.tcsetattr(self._descriptor, termios.TCSADRAIN, mode)
         except termios.error as error:
@@ -6190,8 +6394,6 @@ class _PosixInput(_BlockingInput):
         self._set_mode(mode)
 
     def enter(self) -> None:
-        import termios
-
         mode = self._get_mode()
         if self._saved_mode is None:
             self._saved_mode = self._get_mode()
@@ -6217,8 +6419,6 @@ class _PosixInput(_BlockingInput):
             self._saved_mode = None
 
     def suspend(self) -> None:
-        import signal
-
         os.kill(0, signal.SIGTSTP)  # the whole job, as the terminal itself would
 
     def close(self) -> None:
@@ -6227,8 +6427,6 @@ class _PosixInput(_BlockingInput):
 
 
 def _termios_flags(names: str) -> int:
-    import termios
-
     return sum(getattr(termios, name) for name in names.split())
 
 
@@ -6241,8 +6439,6 @@ class _WindowsInput(_BlockingInput):
         self._prefixes = "\x00\xe0"
 
     def wait(self, timeout):
-        import msvcrt
-
         deadline = None if timeout is None else time.monotonic() + timeout
         while not msvcrt.kbhit():
             if self._woken.wait(_WINDOWS_TICK):
@@ -6290,8 +6486,6 @@ def _windows_key(getwch, prefixes: str) -> bytes:
 
 def _change_console_mode(handle_number: int, add: int, remove: int):
     """Change one console mode and return what it was (None: it cannot be changed)."""
-    import ctypes
-
     kernel32 = ctypes.WinDLL("kernel32")
     kernel32.GetStdHandle.restype = ctypes.c_void_p
     handle = ctypes.c_void_p(kernel32.GetStdHandle(handle_number))
@@ -6384,8 +6578,6 @@ class Terminal:
     def _watch_signals(self) -> None:
         if os.name == "nt" or threading.current_thread() is not threading.main_thread():
             return  # then the size is looked up at each repaint only
-        import signal
-
         for number, handler in (
             (signal.SIGWINCH, self._on_resize),
             (signal.SIGCONT, self._on_continue),
@@ -6393,8 +6585,6 @@ class Terminal:
             self._old_handlers.append((number, signal.signal(number, handler)))
 
     def _restore_signals(self) -> None:
-        import signal
-
         while self._old_handlers:
             number, handler = self._old_handlers.pop()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -6599,7 +6789,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 22. Faces: terminal and JSON lines | uses 2, 7, 11, 13, 17, 20, 21
+# Part 25. Faces: terminal and JSON lines | uses 2, 7, 14, 16, 20, 23, 24
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -6822,7 +7012,7 @@ def complete_chat(client: ChatClient):
         if start == 0 and word.startswith("/"):
             names = ["/" + row.name for row in COMMANDS.values() if row.chat]
         else:
-            people = [person.name for person in list(client.machine.people.values())]
+            people = [person.name for person in list(client.machine.directory.people.values())]
             names = [
                 *people,
                 *("@" + p for p in people),
@@ -6899,14 +7089,19 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 23. Activities | uses 1-4, 8, 10, 13, 15-20, 22
+# Part 26. Activities | uses 1-4, 8, 9, 13, 16, 18-23, 25
 #
 # What a person starts: a server, a chat, the demonstration. Each takes its options and a face.
 # ==================================================================================================
 
 
 class ServerOptions(Record):
-    __slots__ = ("host", "port", "auth", "allow", "client_certs", "limits")
+    host: str
+    port: int
+    auth: str
+    allow: list
+    client_certs: str | None
+    limits: bool
 
 
 class RunningServer:
@@ -7056,7 +7251,12 @@ def describe_server(event: dict):
 
 
 class ConnectOptions(Record):
-    __slots__ = ("target", "name", "room", "pin", "trust_new", "source_port")
+    target: str
+    name: str | None
+    room: str | None
+    pin: str | None
+    trust_new: bool
+    source_port: int
 
 
 def resolve_target(text: str, options: ConnectOptions, servers: ServerList) -> Target:
@@ -7157,7 +7357,7 @@ def _remember_server(servers: ServerList, client: ChatClient) -> None:
 
 
 # ==================================================================================================
-# Part 24. Demonstration | uses 1, 3, 4, 7, 8, 10, 15, 16, 18-20
+# Part 27. Demonstration | uses 1, 3, 4, 7-9, 13, 18, 19, 21-23
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -7339,7 +7539,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 25. Command line | uses 1, 2, 7, 13-15, 20-24
+# Part 28. Command line | uses 1, 2, 7, 16-18, 23-27
 #
 # The door: options, the numbered menu, exit codes. Errors end here as one line on stderr.
 # ==================================================================================================
@@ -7594,7 +7794,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-for _row in (
+for _activity in (
     ("server", "server --port 8089", "start a server and its console",
      _streaming(_shell_server), _server_options, (1, "Start a server")),
     ("connect", "connect trchat:AbC...", "connect to a server and chat",
@@ -7604,7 +7804,7 @@ for _row in (
     ("servers", "servers remove NAME", "the servers you were on",
      _shell_servers, _servers_options, (4, "Saved servers")),
 ):  # fmt: skip
-    command(*_row[:3], shell=_row[3], options=_row[4], menu=_row[5])
+    command(*_activity[:3], shell=_activity[3], options=_activity[4], menu=_activity[5])
 
 
 def make_parser():

@@ -946,6 +946,7 @@ ROOM_HEAD = 32 + 8 + 64  # epoch id, counter, signature
 ANNOUNCE_LABEL = PROTOCOL + b" announcement"
 MESSAGE_LABEL = PROTOCOL + b" room message"
 NO_EPOCH = bytes(32)
+MAX_EPOCH = 1 << 63
 
 
 class Member(Record):
@@ -989,7 +990,7 @@ def decode_announcement(encoded: bytes) -> Announcement:
     said = Announcement(room, number, previous, roster, bans, mutes, reader.number(1) == 1)
     said.key_hash = reader.take(32)
     reader.done()
-    if said.encode() != encoded or not roster or number < 1:
+    if said.encode() != encoded or not roster or not 1 <= number < MAX_EPOCH:
         raise RemoteProtocolError("A room's announcement is not in its usual form.")
     for values in (said.fingerprints(), [m.bundle for m in roster], [m.name for m in roster]):
         if len(set(values)) != len(values):
@@ -1081,6 +1082,51 @@ class RoomEpoch:
         content = unpad(open_sealed(ahead.next_key(), SINGLE_USE_NONCE, ciphertext, context))
         self._chains[sender.hash] = ahead
         return counter, missing, content
+
+
+class RoomKeyring:
+    """A room's keys on one connection: this epoch's, for a while those before, and, until its
+    announcement comes, what was written with the next one's."""
+
+    def __init__(self):
+        self.epoch: RoomEpoch | None = None
+        self.early: list = []  # (when, sender, payload)
+        self._old: list = []  # (RoomEpoch, until)
+
+    def install(self, epoch: RoomEpoch, now: float) -> list:
+        """Goes on to an epoch; returns the early (sender, payload) that can be opened now."""
+        self._old = [old for old in self._old if old[1] > now]
+        if self.epoch is not None:
+            self._old.append((self.epoch, now + OLD_EPOCH_SECONDS))
+        self.epoch = epoch
+        ready = [(sender, payload) for _, sender, payload in self.early if payload[:32] == epoch.id]
+        known = (epoch.id, epoch.said.previous)
+        self.early = [entry for entry in self.early if entry[2][:32] not in known]
+        return ready
+
+    def open(self, sender, payload: bytes, now: float):
+        """(epoch id, counter, missing, content), or None while its epoch is not known yet.
+
+        `sender` has a `bundle` and a `name`. The epoch before counts for members of both.
+        """
+        if self.epoch is not None and payload[:32] == self.epoch.id:
+            return (self.epoch.id, *self.epoch.open(sender.bundle, payload))
+        for old, until in self._old:
+            if payload[:32] == old.id:
+                if now > until or sender.bundle.hash not in self.epoch.members:
+                    raise RemoteProtocolError("A message came too long after its room key.")
+                return (old.id, *old.open(sender.bundle, payload))
+        from_before_us = self.epoch is not None and payload[:32] == self.epoch.said.previous
+        if not from_before_us and len(self.early) < MAX_SKIPPED_KEYS:
+            self.early.append((now, sender, payload))
+        return None
+
+    def take_strange(self, now: float) -> list:
+        """The senders of what could not be opened for so long that its key will not come."""
+        limit = now - OLD_EPOCH_SECONDS
+        strange = [sender for since, sender, _ in self.early if since <= limit]
+        self.early = [entry for entry in self.early if entry[0] > limit]
+        return strange
 
 
 def is_next_admin(roster: list, fingerprint: bytes, present) -> bool:
@@ -1814,6 +1860,9 @@ _LENGTH = struct.Struct(">I")
 # ==================================================================================================
 
 
+CLAIM_MOST = 1 << 20  # how far beyond our epoch somebody's word on theirs is believed
+
+
 class Voucher(Record):
     """An invitation that a member made: its holder may enter the room even when it is locked.
 
@@ -1937,13 +1986,11 @@ class RoomKeeper:
         """Forgets whatever belonged to the connection."""
         self.id: int | None = None  # the server's for this room
         self.members: dict = {}  # client id -> Person or None (oneself), in the server's order
-        self.epoch: RoomEpoch | None = None
-        self.old_epochs: list = []  # (RoomEpoch, until)
+        self.keyring = RoomKeyring()
         self.stale = False
         self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
         self.gone_on_purpose: set = set()
         self.awaited: dict = {}  # fingerprint -> when its absence will count
-        self.early: list = []  # (when, person, payload) of an epoch not known yet
         self.held: tuple = ()  # an announcement whose acceptance must wait
         self.since = self.changed_at = 0.0
         self.rekey_at: float | None = None
@@ -1960,6 +2007,10 @@ class RoomKeeper:
     @property
     def own(self) -> bytes:
         return self.machine.identity.fingerprint
+
+    @property
+    def epoch(self) -> RoomEpoch | None:
+        return self.keyring.epoch
 
     def present(self) -> dict:
         """Fingerprint -> Person for everybody the server shows here, oneself as None."""
@@ -2053,8 +2104,8 @@ class RoomKeeper:
             times += [self.since + TAKEOVER_SECONDS]
         elif self.is_admin():
             times.append(self.rekeyed_at + REKEY_SECONDS)
-        if self.early:
-            times.append(self.early[0][0] + OLD_EPOCH_SECONDS)
+        if self.keyring.early:
+            times.append(self.keyring.early[0][0] + OLD_EPOCH_SECONDS)
         if self.waiting:
             times.append(self.rekeyed_at + OLD_EPOCH_SECONDS)
         times = [t for t in times if t > self.machine.now]
@@ -2070,7 +2121,7 @@ class RoomKeeper:
             self.schedule(now)
         if self.rekey_at is not None and now >= self.rekey_at:
             self._announce(now)
-        self._drop_early(now)
+        self._report_strange(now)
         self.review(now)
 
     def _report_absent(self, fingerprint: bytes) -> None:
@@ -2161,8 +2212,9 @@ class RoomKeeper:
                 continue
             if fingerprint in self.claims and all(fingerprint != m.fingerprint for m in roster):
                 roster.append(Member(fingerprint, person.hash, person.name))
-        claimed = [number for number, _ in self.claims.values() if number < 1 << 62]
-        number = max([self.last.number if self.last else 0, *claimed]) + 1
+        newest = self.last.number if self.last else 0
+        claimed = [n for n, _ in self.claims.values() if n < newest + CLAIM_MOST]
+        number = max([newest, *claimed]) + 1
         lists = (sorted(self.admission.bans), sorted(self.admission.mutes), self.admission.locked)
         return Announcement(self.name, number, self.last_id, roster, *lists)
 
@@ -2223,16 +2275,14 @@ class RoomKeeper:
 
     def _install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
         before = self.last
-        if self.epoch is not None:
-            self.old_epochs = [e for e in self.old_epochs if e[1] > now]
-            self.old_epochs.append((self.epoch, now + OLD_EPOCH_SECONDS))
-        self.epoch = RoomEpoch(said, encoded, key)
+        early = self.keyring.install(RoomEpoch(said, encoded, key), now)
         self.last, self.last_id = said, self.epoch.id
         self.rekey_at, self.rekeyed_at, self.held = None, now, ()
         self.admission.adopt(said)
         self.stale = not self._all_here(said)
         self._emit_changes(before, said)
-        self._retry_early(now)
+        for person, payload in early:
+            self.machine.receive_payload(person, self, payload)
         self.machine.room_rekeyed(self, now)
         if self.stale:
             self.review(now)
@@ -2278,43 +2328,19 @@ class RoomKeeper:
             self.machine.messages.delivery.owed.get(m.fingerprint) for m in self.roster()
         )
 
-    def open(self, person, payload: bytes, now: float):
-        """(epoch id, counter, missing, content), or None while its epoch is not known yet."""
-        for epoch, until in [(self.epoch, now), *reversed(self.old_epochs)]:
-            if epoch is not None and epoch.id == payload[:32]:
-                if now > until or not self._counts(epoch, person):
-                    raise RemoteProtocolError(f"A message from {person.name} came too late.")
-                return (epoch.id, *epoch.open(person.bundle, payload))
-        if payload[:32] == (self.last.previous if self.last else NO_EPOCH):
-            return None  # from just before we came in
-        if len(self.early) < MAX_SKIPPED_KEYS:
-            self.early.append((now, person, payload))
-        return None
-
-    def _counts(self, epoch: RoomEpoch, person) -> bool:
-        return epoch is self.epoch or person.hash in self.epoch.members
-
-    def _retry_early(self, now: float) -> None:
-        waiting, self.early = self.early, []
-        for since, person, payload in waiting:
-            if payload[:32] == self.epoch.id:
-                self.machine.messages.receive_room(self, person, payload, now)
-            elif payload[:32] != self.last.previous:
-                self.early.append((since, person, payload))
-
-    def _drop_early(self, now: float) -> None:
-        while self.early and now >= self.early[0][0] + OLD_EPOCH_SECONDS:
-            _, person, _ = self.early.pop(0)
-            if self.is_ready:
-                text = f"{person.name} wrote to #{self.name} with a key we were not given."
-                self.machine.alarm(
-                    text, "You may have been shown different members: compare /names."
-                )
+    def _report_strange(self, now: float) -> None:
+        for person in self.keyring.take_strange(now) if self.is_ready else []:
+            text = f"{person.name} wrote to #{self.name} with a key we were not given."
+            hint = "You may have been shown different members: compare /names."
+            self.machine.alarm(text, hint)
 
     def heal(self, person, now: float) -> None:
         """A member knows a later epoch than ours: go beyond it, so that all can follow."""
         number, claimed = self.claims[person.fingerprint]
-        if number >= self.last.number and claimed not in (self.last_id, self.last.previous):
+        if self.last.number <= number < self.last.number + CLAIM_MOST and claimed not in (
+            self.last_id,
+            self.last.previous,
+        ):
             self.schedule(now)
 
 
@@ -2612,7 +2638,7 @@ class Messages:
                     self._seal_room(room, message)
 
     def receive_room(self, room: RoomKeeper, person, payload: bytes, now: float) -> None:
-        opened = room.open(person, payload, now)
+        opened = room.keyring.open(person, payload, now)
         if opened is None:
             return
         stream, counter, missing, content = opened
@@ -3163,6 +3189,10 @@ class ClientMachine:
         room = self.room_ids.get(destination)
         if person is None or (destination != self.id and room is None):
             return  # from before a leave: the relay and we crossed
+        self.receive_payload(person, room, payload)
+
+    def receive_payload(self, person: Person, room: RoomKeeper | None, payload: bytes) -> None:
+        """The border: what a person (or the relay in their name) sent wrongly is shown."""
         try:
             if room is not None:
                 self.messages.receive_room(room, person, payload, self.now)

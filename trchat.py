@@ -2352,6 +2352,7 @@ class RoomKeeper:
 # ==================================================================================================
 
 DIRECT_STREAM = bytes(32)  # in acknowledgements: what came through the pairwise session
+STREAMS_MOST = 64  # streams remembered at a time
 SHOWN_MOST = 65536  # remembered ids of messages that were shown
 
 
@@ -2394,7 +2395,14 @@ class Delivery:
 
     def record(self, stream, counter: int, message: Outgoing) -> None:
         """Notes where `message` went out; `stream` is an epoch id or a person's bundle hash."""
+        if stream not in self._streams and len(self._streams) >= STREAMS_MOST:
+            self._forget_settled()
         self._streams.setdefault(stream, {})[counter] = message
+
+    def _forget_settled(self) -> None:
+        """Old epochs whose every message is settled need no room."""
+        self._streams = {stream: sent for stream, sent in self._streams.items() if sent}
+        self._acked = {key: n for key, n in self._acked.items() if key[1] in self._streams}
 
     def acknowledge(self, fingerprint: bytes, stream: bytes, count: int, missing: list) -> None:
         """A person has all of a stream below `count` but those in `missing`."""
@@ -2406,8 +2414,8 @@ class Delivery:
             message = sent.get(counter)
             if message is not None and counter not in absent:
                 self.settle(message, fingerprint)
-                if not message.pending:
-                    del sent[counter]
+            if message is not None and message.id not in self.open:
+                del sent[counter]
         if count > already:
             self._acked[fingerprint, stream] = count
 
@@ -2482,6 +2490,7 @@ class Messages:
 
     def next_deadlines(self) -> list:
         times = [self.delivery.next_deadline(), self._acknowledge_at]
+        times += [messages[0].deadline for messages in self._lookups.values()]
         return [t for t in times if t is not None]
 
     def flush(self) -> None:
@@ -2500,13 +2509,12 @@ class Messages:
         if self.delivery.owed.get(person.fingerprint):
             self.machine.send_frame(LOOKUP, person.name)
 
-    def person_confirmed(self, person) -> None:
-        """Somebody can be written to: those looked up by name get what waits for them."""
+    def person_found(self, person) -> None:
+        """Somebody who was looked up by name is here: from now on it is owed to their key."""
         for message in self._lookups.pop(person.name, ()):
             message.pending = {person.fingerprint: person.name}
             self.delivery.add(message)
             self.delivery.owe(message, person.fingerprint)
-        self.flush_owed(person)
 
     def say(self, room_name: str, text: str, kind: int = SAID) -> None:
         """Sends text to a room; answered by `sent` or `queued`."""
@@ -2696,6 +2704,8 @@ class Messages:
         return fields
 
     def _note_received(self, person, stream: bytes, counter: int, missing: int) -> None:
+        while len(person.streams) >= STREAMS_MOST and stream not in person.streams:
+            del person.streams[next(iter(person.streams))]
         state = person.streams.setdefault(stream, [0, []])
         if missing:
             state[1] = [*state[1], *range(counter - missing, counter)][-MAX_SKIPPED_KEYS:]
@@ -2712,14 +2722,13 @@ class Messages:
         self._acknowledge_at = None
         for person in list(self._to_acknowledge):
             due = person.acked_at + ACK_DELAY
-            if due > self.machine.now or not person.confirmed:
-                self._acknowledge_at = (
-                    min(self._acknowledge_at or due, due)
-                    if person.confirmed
-                    else self._acknowledge_at
-                )
+            if due > self.machine.now:
+                self._acknowledge_at = min(self._acknowledge_at or due, due)
                 continue
-            entries = [(stream, *person.streams[stream]) for stream in person.unacknowledged]
+            if not person.confirmed:
+                continue
+            news = person.unacknowledged & set(person.streams)
+            entries = [(stream, *person.streams[stream]) for stream in news]
             self.machine.directory.send(person, ACK, entries)
             person.unacknowledged.clear()
             person.acked_at = self.machine.now
@@ -2732,11 +2741,21 @@ class Messages:
 
     def on_absent(self, name: str) -> None:
         for message in self._lookups.pop(name, ()):
-            if not message.pending:
-                text = f"{one_line(name)[:40]} is not on this server."
-                self.machine.emit(
-                    "error", code="no-such-person", text=text + " /names shows who is."
-                )
+            self._not_found(name, message)
+
+    def _not_found(self, name: str, message: Outgoing) -> None:
+        if message.answered:
+            self.machine.emit("undelivered", id=message.id.hex(), to=[name])
+        else:
+            text = f"{one_line(name)[:40]} is not on this server. /names shows who is."
+            self.machine.emit("error", code="no-such-person", text=text)
+
+    def expire(self, now: float) -> None:
+        """Reports what was not confirmed, or whose reader was not found, in time."""
+        self.delivery.expire(now)
+        for name, messages in list(self._lookups.items()):
+            if messages[0].deadline <= now:
+                self.on_absent(name)
 
     def unfinished(self) -> bool:
         """Whether something typed has neither arrived nor been reported."""
@@ -2746,6 +2765,8 @@ class Messages:
         """Reports all that is not confirmed, before leaving."""
         for message in list(self.delivery.open.values()):
             self.delivery.give_up(message)
+        for name in list(self._lookups):
+            self.on_absent(name)
 
 
 # ==================================================================================================
@@ -2848,6 +2869,7 @@ class Directory:
             return  # oneself on an older connection
         person = self.people[number] = Person(number, bundle)
         self._check_known(person)
+        self.machine.messages.person_found(person)
         self._starting.append(person)
 
     def _check_known(self, person: Person) -> None:
@@ -2956,7 +2978,7 @@ class Directory:
         backlog, person.backlog = person.backlog, []
         for kind, values in backlog:
             self.send(person, kind, *values)
-        self.machine.messages.person_confirmed(person)
+        self.machine.messages.flush_owed(person)
 
     def content_hello(self, person: Person, answer, states, invitation, proof) -> None:
         person.invitation, person.proof = invitation, proof
@@ -3111,7 +3133,7 @@ class ClientMachine:
         if self.phase == "online":
             for room in list(self.rooms.values()):
                 room.tick(now)
-            self.messages.delivery.expire(now)
+            self.messages.expire(now)
             if now - self.heard_at >= SILENCE_SECONDS:
                 self.broken = "The server has been silent for too long."
             elif now - self.sent_at >= PING_SECONDS:

@@ -5511,7 +5511,9 @@ class RelayServer:
         self.machine.receive(client, plaintext, now)
         if client.bundle is not None and self._half_open.pop(conn, None):
             self._limits.logged_in(conn)
-        if client.waiting_for or client.throttled_until > now:
+        if client.closing:
+            self._write(conn, now)
+        elif client.waiting_for or client.throttled_until > now:
             self._watch(conn, now)
 
     def _greet(self, conn: RelaySocket, now: float) -> None:
@@ -5595,7 +5597,8 @@ def relay_event(kind: str, client: RelayClient, text: str) -> dict:
     if kind == "joined":
         return notice(f"{who} came from {client.address}.", **fields)
     if kind == "left":
-        return notice(f"{who} left ({text})." if text else f"{who} left.", **fields)
+        why = "" if text in ("", "BYE") else f" ({text})"
+        return notice(f"{who} left{why}.", **fields)
     return notice(f"{who}: {one_line(text)}", **fields)
 
 
@@ -5631,7 +5634,6 @@ class Target(Record):
     room: str
     source_port: int
     chain: tuple | None
-    nickname: str
 
 
 def dial_any(target: Target, timeout: float = DIAL_SECONDS) -> Link:
@@ -7314,33 +7316,30 @@ class ConnectOptions(Record):
 def resolve_target(text: str, options: ConnectOptions, servers: ServerList) -> Target:
     """What `connect` was given: a token, a saved server's name, or an address."""
     pin = parse_fingerprint(options.pin) if options.pin else b""
-    target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None, "")
+    target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None)
     if text.startswith(TOKEN_PREFIX):
-        _use_token(target, consume_token(text))
+        _use_token(target, consume_token(text), servers)
     else:
         saved = servers.find(text)
         target.addresses = [saved["address"] if saved else _full_address(text)]
         saved = saved or servers.find(target.addresses[0])
         if saved:
             target.pin = pin or parse_fingerprint(saved["fingerprint"])
-            target.room, target.nickname = (
-                saved.get("room") or DEFAULT_ROOM,
-                saved.get("nickname", ""),
-            )
+            target.room = saved.get("room") or DEFAULT_ROOM
     if options.room:
         target.room = check_room(options.room)
     return target
 
 
-def _use_token(target: Target, token: Token) -> None:
+def _use_token(target: Target, token: Token, servers: ServerList) -> None:
     if token.expires and time.time() > token.expires:
-        shown = rfc3339(token.expires)[:16].replace("T", " ")
-        text = f"This token expired on {shown} UTC."
-        raise ChatError(
-            text, "If you were inside before, connect to the address; else ask for a new one."
-        )
+        if servers.find_fingerprint(fingerprint_text(token.fingerprint)) is None:
+            shown = rfc3339(token.expires)[:16].replace("T", " ")
+            raise ChatError(f"This token expired on {shown} UTC.", "Ask for a new one.")
+        token.secret = b""  # we were inside before: our key alone will do
     if target.pin and target.pin != token.fingerprint:
-        raise ChatError("--pin and the token name different servers.", code="pin-mismatch")
+        text = "--pin and the token name different servers."
+        raise ChatError(text, "Leave --pin out, or ask for a new token.", "pin-mismatch")
     target.addresses, target.pin = token.addresses, token.fingerprint
     target.token, target.room = token, token.room
 
@@ -7349,11 +7348,11 @@ def _full_address(text: str) -> str:
     return join_address(*split_address(text, DEFAULT_PORT))
 
 
-def _confirm_server(face, ask, target: Target, link: Link, trust_new: bool) -> None:
-    """Without a pin a person decides; without a person and --trust-new nobody does."""
-    if target.pin or trust_new:
-        return
+def _confirm_server(face, ask, target: Target, link: Link, servers: ServerList) -> None:
+    """Without a pin a person decides; without a person nobody does."""
     shown = fingerprint_text(link.fingerprint)
+    if target.pin or servers.find_fingerprint(shown) is not None:
+        return
     if not face.interactive:
         link.sock.close()
         text = f"The server at {link.address} is not known; its key is {shown}."
@@ -7376,23 +7375,34 @@ def run_connect(paths: Paths, options: ConnectOptions, make_face, ask, ask_passp
     """Connects to a server and chats until the session ends."""
     lock = ProfileLock(paths, "client")
     try:
+        if options.name:
+            check_name(options.name)
         servers = ServerList(paths)
         target = resolve_target(options.target, options, servers)
         identity = load_identity(paths, ask_passphrase)
-        chosen = check_name(options.name or target.nickname or login_name())
-        machine = ClientMachine(identity, chosen, time.time, target.token)
-        if not options.name:
-            machine.spare_names = [f"{chosen[:28]}{i}" for i in range(2, 10)]
+        machine = ClientMachine(identity, "", time.time, target.token)
         client = ChatClient(machine, target, People(paths))
         client.load_chain = lambda: KeyPair(paths, "client").load(ask_passphrase)
         face, describer = make_face(client)
         with face:
             link = _first_dial(face, target)
-            _confirm_server(face, ask, target, link, options.trust_new)
+            _choose_name(
+                machine, options, servers.find_fingerprint(fingerprint_text(link.fingerprint))
+            )
+            if not options.trust_new:
+                _confirm_server(face, ask, target, link, servers)
             client.on_ready = lambda: _remember_server(servers, client)
             return run_chat(face, client, link, describer)
     finally:
         lock.release()
+
+
+def _choose_name(machine: ClientMachine, options: ConnectOptions, saved) -> None:
+    """The name given, else the last one on this server, else the login name or one like it."""
+    last = saved.get("nickname") if saved else ""
+    machine.name = check_name(options.name or last or login_name())
+    if not options.name:
+        machine.spare_names = [f"{machine.name[:28]}{i}" for i in range(2, 10)]
 
 
 def _first_dial(face, target: Target) -> Link:
@@ -7421,7 +7431,7 @@ class DemoPerson:
 
     def __init__(self, name: str, token: Token, invited: bool = True):
         self.name = name
-        target = Target(token.addresses, token.fingerprint, token, DEFAULT_ROOM, 0, None, "")
+        target = Target(token.addresses, token.fingerprint, token, DEFAULT_ROOM, 0, None)
         machine = ClientMachine(Identity(generate_rsa()), name, time.time, token)
         self.client = ChatClient(machine, target)
         self._events = self.client.events.subscribe()

@@ -4084,6 +4084,7 @@ subprocess = Lazy("subprocess")
 tempfile = Lazy("tempfile")
 termios = Lazy("termios")
 threading = Lazy("threading")
+traceback = Lazy("traceback")
 
 
 def home_folder(given: str | None = None) -> str:
@@ -5104,9 +5105,25 @@ EVENTS_MOST = 100_000
 
 def spawn(name: str, routine, *args):
     """Starts a thread; `routine` is named _routine_*."""
-    thread = threading.Thread(target=routine, args=args, name=name, daemon=True)
+    guarded = (routine, *args)
+    thread = threading.Thread(target=_routine_guarded, args=guarded, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def _routine_guarded(routine, *args) -> None:
+    try:
+        routine(*args)
+    except Exception as error:  # a bug of ours: one line, not a traceback
+        sys.stderr.write(f"trchat: {internal_error(error)}\n")
+
+
+def internal_error(error: Exception) -> str:
+    """One sentence for a bug; with TRCHAT_DEBUG=1 its traceback goes to stderr."""
+    if os.environ.get("TRCHAT_DEBUG"):
+        traceback.print_exception(type(error), error, error.__traceback__)
+    kind = type(error).__name__
+    return f"Internal error ({kind}: {one_line(str(error))}). TRCHAT_DEBUG=1 shows more."
 
 
 class Inbox:
@@ -5347,14 +5364,22 @@ class RelayServer:
                 else:
                     self.inbox.run_all()
                 continue
-            if mask & WRITE and not conn.dead:
-                self._write(conn, time.monotonic())
-            if mask & READ and not conn.dead:
-                self._read(conn)
+            self._serve(conn, mask)
         now = time.monotonic()
         self._flush(now)
         self._run_timers(now)
         self._report()
+
+    def _serve(self, conn: RelaySocket, mask: int) -> None:
+        """Reads and writes one connection; whatever goes wrong there ends only that one."""
+        try:
+            if mask & WRITE and not conn.dead:
+                self._write(conn, time.monotonic())
+            if mask & READ and not conn.dead:
+                self._read(conn)
+        except Exception as error:
+            self._publish({"event": "error", "code": "protocol", "text": internal_error(error)})
+            self._end(conn, "of an internal error")
 
     def _timeout(self):
         if self.machine.dirty or self.machine.events:
@@ -5499,7 +5524,8 @@ class RelayServer:
         except BlockingIOError:
             return
         except (EOFError, OSError) as error:
-            self._end(conn, _end_reason(error))
+            closing = conn.client.closing if conn.client is not None else ""
+            self._end(conn, closing or _end_reason(error))
             return
         now = time.monotonic()
         if conn.client is None:
@@ -5562,10 +5588,16 @@ class RelayServer:
         for sender in self.machine.drained(client, now):
             self._watch(self._by_client[sender], now)
         if client.closing:
+            self._closing.setdefault(conn, now + CLOSE_SECONDS)
             if not conn.pending and not client.outbox:
-                self._end(conn, client.closing)
-            else:
-                self._closing.setdefault(conn, now + CLOSE_SECONDS)
+                self._hang_up(conn)
+
+    def _hang_up(self, conn: RelaySocket) -> None:
+        """Sends the end and waits for the client's: closing at once could destroy the last word."""
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._end(conn, conn.client.closing)
 
 
 def _outcome(function, *args) -> tuple:
@@ -7601,7 +7633,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 28. Command line | uses 1, 2, 7, 16-18, 23-27
+# Part 28. Command line | uses 1, 2, 7, 16-18, 20, 23-27
 #
 # The door: options, the numbered menu, exit codes. Errors end here as one line on stderr.
 # ==================================================================================================
@@ -8021,6 +8053,8 @@ def main(words: list | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        say_aside(f"trchat: {internal_error(error)}")
     return 1
 
 

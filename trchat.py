@@ -1457,14 +1457,21 @@ class Gatekeeper:
     def load_json(self, data: dict) -> None:
         """Takes over what to_json gave; KeyError, TypeError or ValueError if it is not that."""
         for entry in data["users"]:
-            key = parse_fingerprint(entry["fingerprint"])
+            key = _saved_fingerprint(entry["fingerprint"])
             self.users[key] = User([str(n) for n in entry["names"]], bool(entry["enrolled"]))
             self.owners.update({name_skeleton(n): key for n in self.users[key].names})
         for entry in data["invitations"]:
             gate = [bytes.fromhex(entry["gate"]), int(entry["uses"]), int(entry["expires"])]
             self.invitations[bytes.fromhex(entry["id"])] = gate
-        self.banned.update(map(parse_fingerprint, data["banned"]))
-        self.allowed.update(map(parse_fingerprint, data["allowed"]))
+        self.banned.update(map(_saved_fingerprint, data["banned"]))
+        self.allowed.update(map(_saved_fingerprint, data["allowed"]))
+
+
+def _saved_fingerprint(text: str) -> bytes:
+    try:
+        return parse_fingerprint(text)
+    except (ChatError, AttributeError):
+        raise ValueError("not a fingerprint") from None
 
 
 # ==================================================================================================
@@ -1781,6 +1788,7 @@ class RelayMachine:
         if older is not None:
             self.close(older, CLOSED, "replaced", "This identity has connected from elsewhere.")
             self.events.append(("left", older, "replaced"))
+            self._spent[fingerprint] = (older.tokens, older.refilled)
             self._forget_person(older)
             older.bundle = None
 
@@ -7214,7 +7222,7 @@ class RunningServer:
         empty = gatekeeper.to_json()
         try:
             gatekeeper.load_json(read_json(self._users_path, empty))
-        except (KeyError, TypeError, ValueError, ChatError):
+        except (KeyError, TypeError, ValueError):
             raise damaged_file(self._users_path) from None
         gatekeeper.allowed.update(parse_fingerprint(text) for text in options.allow)
         return gatekeeper

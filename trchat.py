@@ -1357,6 +1357,7 @@ class Gatekeeper:
         self.invitations: dict = {}  # invitation id -> [gate key, uses left or -1, expiry or 0]
         self.banned: set = set()
         self.allowed: set = set()
+        self.allowed_now: set = set()  # for this run only, not saved
         self.changed = False
 
     def admit(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float) -> None:
@@ -1371,12 +1372,12 @@ class Gatekeeper:
         self._check_name(bundle.name, key, user)
         if uses is not None:
             self._use_up(invitation)
-        self._remember(bundle.name, key, uses is not None or key in self.allowed)
+        self._remember(bundle.name, key, enrol=uses is not None)
 
     def _known(self, key: bytes, user) -> bool:
-        if self.mode == "open":
+        if self.mode == "open" or key in self.allowed or key in self.allowed_now:
             return True
-        return key in self.allowed or (self.mode != "certs" and user is not None and user.enrolled)
+        return self.mode == "invite" and user is not None and user.enrolled
 
     def _check_stranger(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float):
         if self.mode == "certs":
@@ -7224,7 +7225,7 @@ class RunningServer:
             gatekeeper.load_json(read_json(self._users_path, empty))
         except (KeyError, TypeError, ValueError):
             raise damaged_file(self._users_path) from None
-        gatekeeper.allowed.update(parse_fingerprint(text) for text in options.allow)
+        gatekeeper.allowed_now.update(parse_fingerprint(text) for text in options.allow)
         return gatekeeper
 
     def _save(self, gatekeeper: Gatekeeper) -> None:

@@ -992,10 +992,21 @@ def decode_announcement(encoded: bytes) -> Announcement:
     reader.done()
     if said.encode() != encoded or not roster or not 1 <= number < MAX_EPOCH:
         raise RemoteProtocolError("A room's announcement is not in its usual form.")
+    for member in roster:
+        check_member_name(member.name)
     for values in (said.fingerprints(), [m.bundle for m in roster], [m.name for m in roster]):
         if len(set(values)) != len(values):
             raise RemoteProtocolError("A room's announcement names somebody twice.")
     return said
+
+
+def check_member_name(name: str) -> None:
+    try:
+        usual = check_name(name) == name
+    except ChatError:
+        usual = False
+    if not usual:
+        raise RemoteProtocolError("A room's announcement names somebody in an unusual way.")
 
 
 def epoch_id(encoded: bytes) -> bytes:
@@ -1203,13 +1214,14 @@ CONTENT_FIELDS = {
     ACK: "[a]",
     EPOCH: "b n64 n32",  # announcement, signature, room key
     FAREWELL: "[s]",  # rooms left on purpose
-    REMOVED: "s u8",  # room; 0 kicked, 1 banned, 2 not admitted
+    REMOVED: "s u8",  # room, why
     VOUCH: "s n8 n32 u32 u64",  # room, invitation id, proof key, uses, expiry
 }
 # Acknowledged: all of a stream below the count but those missing; a stream is an epoch id, or
 # zeros for what came through the pairwise session.
 COMPOUND_FIELDS = {"r": "s u32", "h": "s u64 n32", "a": "n32 u64 [u64]"}
 SAID, ACTION = 0, 1  # kinds of TEXT
+KICKED, BANNED, ASKED, DENIED = range(4)  # why somebody is not, or not yet, in a room
 
 
 def _field(kind: str):
@@ -1869,6 +1881,7 @@ _LENGTH = struct.Struct(">I")
 # ==================================================================================================
 
 
+HISTORY_MOST = 512  # epochs of a room that are remembered
 CLAIM_MOST = 1 << 20  # how far beyond our epoch somebody's word on theirs is believed
 
 
@@ -1906,6 +1919,7 @@ class Admission:
         """Takes over what the newest announcement says."""
         self.locked, self.bans, self.mutes = said.locked, set(said.bans), set(said.mutes)
         self.earlier.update(said.fingerprints())
+        self.earlier -= self.bans
 
     def put_out(self, fingerprint: bytes, ban: bool, person) -> None:
         """Lets a member in no more: until they come again, or with `ban` for good."""
@@ -1922,14 +1936,14 @@ class Admission:
         if person.hash in self.room.epoch.members:
             self.room.heal(person, now)
         elif key in self.bans:
-            self.room.machine.directory.send(person, REMOVED, self.room.name, 1)
+            self.room.machine.directory.send(person, REMOVED, self.room.name, BANNED)
         elif person.hash not in self.removed and self._may_enter(person, now):
             self.requests.pop(key, None)
             self.joining[key] = person
             self.room.schedule(now)
         elif key not in self.requests and person.hash not in self.removed:
             self.requests[key] = person
-            self.room.machine.directory.send(person, REMOVED, self.room.name, 2)
+            self.room.machine.directory.send(person, REMOVED, self.room.name, ASKED)
             self.room.machine.emit(
                 "request",
                 **{"from": person.name},
@@ -1964,6 +1978,7 @@ class Admission:
         person = self._find_request(name)
         del self.requests[person.fingerprint]
         self.removed.add(person.hash)
+        self.room.machine.directory.send(person, REMOVED, self.room.name, DENIED)
 
     def _find_request(self, name: str):
         for person in self.requests.values():
@@ -1989,6 +2004,7 @@ class RoomKeeper:
         self.is_ready = False  # whether `ready` was emitted
         self.waiting: list = []  # own messages typed before there was a key
         self.left: set = set()  # members of the last roster who were reported as gone
+        self.history: dict = {}  # epoch id -> identities of its roster
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -2001,6 +2017,7 @@ class RoomKeeper:
         self.gone_on_purpose: set = set()
         self.awaited: dict = {}  # fingerprint -> when its absence will count
         self.held: tuple = ()  # an announcement whose acceptance must wait
+        self.refused: dict = {}  # fingerprint -> when that person's announcement was refused
         self.since = self.changed_at = 0.0
         self.rekey_at: float | None = None
         self.rekeyed_at = float("-inf")
@@ -2039,6 +2056,7 @@ class RoomKeeper:
 
     def person_joined(self, number: int, person, now: float) -> None:
         self.members[number] = person
+        self.admission.removed.discard(person.hash)  # whoever was put out may ask again
         self.gone_on_purpose.discard(person.fingerprint)
         self.changed_at = now
 
@@ -2090,7 +2108,7 @@ class RoomKeeper:
         person = self.present().get(fingerprint)
         self.admission.put_out(fingerprint, ban, person)
         if person is not None:
-            self.machine.directory.send(person, REMOVED, self.name, 1 if ban else 0)
+            self.machine.directory.send(person, REMOVED, self.name, BANNED if ban else KICKED)
         self.stale = True
         self.schedule(now)
 
@@ -2169,27 +2187,25 @@ class RoomKeeper:
         if self.held:
             self._review_held(now)
             return
-        present, ranks = self.present(), self.last.fingerprints()
-        moved = [f for f, (number, _) in self.claims.items() if number > self.last.number]
-        if moved and not self._still_here(ranks, max(map(self._rank, moved))):
-            return  # their admin will tell us
+        strays = [claim for f, claim in self.claims.items() if self._is_stray(f)]
+        if strays and now < self.since + TAKEOVER_SECONDS:
+            ours = (self.last.number, self.last_id)
+            if now < self.since + SETTLE_SECONDS or max(strays) > ours:
+                return  # their admin will tell us
+        ranks = self.last.fingerprints()
         if not self._is_next(ranks):
             return
-        known = [f for f in ranks if present.get(f)]
-        greeted = all(f in self.claims for f in known) or now >= self.since + SETTLE_SECONDS
-        before = ranks[: ranks.index(self.own)] if self.own in ranks else ranks
+        greeted = all(f in self.claims for f in ranks if self.present().get(f))
+        before = ranks[: ranks.index(self.own)]
         excused = all(f in self.gone_on_purpose for f in before)
-        if greeted and (excused or now >= self.since + TAKEOVER_SECONDS):
+        patient = greeted or now >= self.since + SETTLE_SECONDS
+        if patient and (excused or now >= self.since + TAKEOVER_SECONDS):
             self._announce(now)
 
-    def _rank(self, fingerprint: bytes) -> int:
-        ranks = self.last.fingerprints()
-        return ranks.index(fingerprint) if fingerprint in ranks else len(ranks)
-
-    def _still_here(self, ranks: list, rank: int) -> list:
-        """Others ranked before `rank` who are back and, like us, know nothing newer."""
-        back = (f for f in ranks[:rank] if f != self.own and f in self.present())
-        return [f for f in back if self.claims.get(f, (0,))[0] <= self.last.number]
+    def _is_stray(self, fingerprint: bytes) -> bool:
+        """Whether somebody knows an epoch that we do not: the room moved on, or split."""
+        number, epoch = self.claims.get(fingerprint, (0, NO_EPOCH))
+        return number > 0 and epoch not in self.history and fingerprint not in self.refused
 
     def _announce(self, now: float) -> None:
         """Makes the next epoch and hands it to all who are in it."""
@@ -2236,8 +2252,10 @@ class RoomKeeper:
             m.bundle != self.machine.keys.bundle.hash for m in said.roster
         ):
             raise RemoteProtocolError(f"{person.name} announced #{said.room} without us in it.")
+        if not all(self.machine.directory.agrees(member) for member in said.roster):
+            raise RemoteProtocolError(f"{person.name}'s roster of #{said.room} is not true.")
         if self.last is not None and said.number <= self.last.number:
-            self._refuse_epoch(person, "an epoch that is not newer than ours")
+            self._refuse_epoch(person, "an epoch that is not newer than ours", now)
         elif self.epoch is not None:
             self._continue_epoch(person, said, encoded, key, now)
         elif self.last is not None:
@@ -2246,48 +2264,77 @@ class RoomKeeper:
         else:
             self._install(said, encoded, key, now)
 
-    def _refuse_epoch(self, person, why: str) -> None:
-        self.machine.directory.greet(person, again=True)
+    def _refuse_epoch(self, person, why: str, now: float) -> None:
+        if now >= self.refused.get(person.fingerprint, float("-inf")) + OLD_EPOCH_SECONDS:
+            self.refused[person.fingerprint] = now
+            self.machine.directory.greet(person, again=True)
         text = f"{person.name} announced {why} for #{self.name}: refused."
         self.machine.alarm(text, "The server, or that person, may be trying to take the room over.")
 
     def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
-        if not is_next_admin(self.last.fingerprints(), person.fingerprint, self.present()):
-            self._refuse_epoch(person, "an epoch out of turn")
+        in_turn = is_next_admin(self.last.fingerprints(), person.fingerprint, self.present())
+        if not in_turn and not self._resumes(person, said):
+            self._refuse_epoch(person, "an epoch out of turn", now)
             return
         if said.previous != self.last_id:
             text = f"{person.name} continued #{self.name} from another past than ours (a fork)."
             self.machine.alarm(text, "Compare /names with the others.")
         self._install(said, encoded, key, now)
 
-    def _review_held(self, now: float) -> None:
-        """Whether an announcement made while we were away is to be believed yet."""
-        person, said, encoded, key = self.held
-        ranks = self.last.fingerprints()
-        rank = self._rank(person.fingerprint)
-        before = [f for f in ranks[:rank] if f != self.own]
-        if self._still_here(ranks, rank) and all(
-            f in self.claims for f in before if f in self.present()
-        ):
-            self.held = ()
-            self._refuse_epoch(person, "itself admin out of turn")
-        elif all(self._has_moved(f) for f in before) or now >= self.since + SETTLE_SECONDS:
-            self.held = ()
-            if rank > 0:
-                text = f"{said.roster[0].name} became admin of #{self.name} while you were away."
-                self.machine.emit("notice", text=text, room=self.name)
-            self._install(said, encoded, key, now)
+    def _resumes(self, person, said: Announcement) -> bool:
+        """Whether a former admin who lost the connection goes on from where all of us were."""
+        roster = self.history.get(said.previous, [])
+        never_put_out = person.fingerprint in self.admission.earlier
+        return never_put_out and is_next_admin(roster, person.fingerprint, self.present())
 
-    def _has_moved(self, fingerprint: bytes) -> bool:
-        gone = fingerprint in self.gone_on_purpose
-        return gone or self.claims.get(fingerprint, (0,))[0] > self.last.number
+    def _review_held(self, now: float) -> None:
+        """Whether an announcement made while we were away is to be believed yet.
+
+        Members ranked before its maker come first: if they are back and know no more than we do,
+        they (or we) resume; if they follow it, so do we; those who are gone have had their time.
+        """
+        person, said, encoded, key = self.held
+        ranks, present = self.last.fingerprints(), self.present()
+        rank = ranks.index(person.fingerprint) if person.fingerprint in ranks else len(ranks)
+        seniors = [f for f in ranks[:rank] if f != self.own]
+        loyal = [f for f in seniors if f in present and not self._is_stray(f)]
+        stranger = person.fingerprint not in self.admission.earlier
+        if loyal and now < self.since + TAKEOVER_SECONDS:
+            ours = self._is_next(ranks) and all(f in self.claims for f in loyal)
+            if not ours:
+                return
+        if loyal or stranger and self.admission.locked:
+            self.held = ()
+            self._refuse_epoch(person, "itself admin out of turn", now)
+            self.review(now)
+            return
+        settled = all(self._is_stray(f) or f in self.gone_on_purpose for f in seniors)
+        if settled or now >= self.since + SETTLE_SECONDS:
+            self._follow(person, said, encoded, key, rank, now)
+
+    def _follow(self, person, said, encoded: bytes, key: bytes, rank: int, now: float) -> None:
+        self.held = ()
+        if rank > 0:
+            text = f"{person.name} became admin of #{self.name} while you were away."
+            self.machine.emit("notice", text=text, room=self.name)
+        self._install(said, encoded, key, now)
+        for other in self.members.values() if rank > 0 else []:
+            if other is not None:
+                self.machine.directory.greet(other, again=True)  # they may wait for our word
 
     def _install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
         before = self.last
         early = self.keyring.install(RoomEpoch(said, encoded, key), now)
         self.last, self.last_id = said, self.epoch.id
-        self.rekey_at, self.rekeyed_at, self.held = None, now, ()
+        self.history[self.last_id] = said.fingerprints()
+        while len(self.history) > HISTORY_MOST:
+            del self.history[next(iter(self.history))]
+        held, self.held = self.held, ()
+        if held and held[1] is not said:
+            self._refuse_epoch(held[0], "itself admin out of turn", now)
+        self.rekey_at, self.rekeyed_at = None, now
         self.admission.adopt(said)
+        self._note_put_out(before, said)
         self.stale = not self._all_here(said)
         self._emit_changes(before, said)
         for person, payload in early:
@@ -2295,6 +2342,14 @@ class RoomKeeper:
         self.machine.room_rekeyed(self, now)
         if self.stale:
             self.review(now)
+
+    def _note_put_out(self, before, said: Announcement) -> None:
+        """Whoever is still connected, but no longer in the roster, was put out."""
+        here = {person.hash for person in self.members.values() if person is not None}
+        stayed = {member.fingerprint for member in said.roster}
+        for member in before.roster if before else []:
+            if member.bundle in here and member.fingerprint not in stayed:
+                self.admission.earlier.discard(member.fingerprint)
 
     def _all_here(self, said: Announcement) -> bool:
         present = self.present()
@@ -2344,13 +2399,11 @@ class RoomKeeper:
             self.machine.alarm(text, hint)
 
     def heal(self, person, now: float) -> None:
-        """A member knows a later epoch than ours: go beyond it, so that all can follow."""
-        number, claimed = self.claims[person.fingerprint]
-        if self.last.number <= number < self.last.number + CLAIM_MOST and claimed not in (
-            self.last_id,
-            self.last.previous,
-        ):
-            self.schedule(now)
+        """A member knows an epoch that we do not: go beyond it, so that all can follow."""
+        if self._is_stray(person.fingerprint):
+            number = self.claims[person.fingerprint][0]
+            if self.last.number <= number < self.last.number + CLAIM_MOST:
+                self.schedule(now)
 
 
 # ==================================================================================================
@@ -2461,7 +2514,8 @@ class Delivery:
             self.give_up(message)
 
     def give_up(self, message: Outgoing) -> None:
-        del self.open[message.id]
+        if self.open.pop(message.id, None) is None:
+            return  # settled or reported before
         for fingerprint in message.pending:
             self.owed.get(fingerprint, {}).pop(message.id, None)
         if message.done:
@@ -2477,6 +2531,7 @@ class Messages:
         self.delivery = Delivery(machine.emit)
         self._shown: dict = {}  # (fingerprint, id) -> hash of the content
         self._lookups: dict = {}  # name -> [Outgoing] for somebody not yet looked up
+        self._answers: dict = {}  # id -> answer, None while a look-up decides on it
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -2488,14 +2543,15 @@ class Messages:
         """From now on what is not confirmed is owed to each person alone."""
         self.disconnect()
         self.delivery.connection_lost()
-        for messages in self._lookups.values():
-            for message in messages:
-                self._answer(message, "queued")
+        known = self.machine.directory.known
+        for name in list(self._lookups):
+            for message in self._lookups.pop(name) if name in known else ():
+                self._owe_found(message, known[name], name)
+            self.on_absent(name)
 
     def wanted_names(self) -> list:
         """Whom the server should look up after a reconnect: those who are owed something."""
-        owed = {self.machine.directory.name_of(f) for f in self.delivery.owed}
-        return sorted(owed | set(self._lookups))
+        return sorted(self.machine.directory.name_of(f) for f in self.delivery.owed)
 
     def next_deadlines(self) -> list:
         times = [self.delivery.next_deadline(), self._acknowledge_at]
@@ -2521,9 +2577,7 @@ class Messages:
     def person_found(self, person) -> None:
         """Somebody who was looked up by name is here: from now on it is owed to their key."""
         for message in self._lookups.pop(person.name, ()):
-            message.pending = {person.fingerprint: person.name}
-            self.delivery.add(message)
-            self.delivery.owe(message, person.fingerprint)
+            self._owe_found(message, person.fingerprint, person.name)
 
     def say(self, room_name: str, text: str, kind: int = SAID) -> None:
         """Sends text to a room; answered by `sent` or `queued`."""
@@ -2566,7 +2620,17 @@ class Messages:
             return
         message.answered = True
         to = sorted([*message.pending.values(), *message.done.values()])
-        self.machine.emit(event, id=message.id.hex(), to=to, _message=message)
+        answer = {"event": event, "id": message.id.hex(), "to": to, "_message": message}
+        self._answers[message.id] = answer
+        self._give_answers()
+
+    def _give_answers(self) -> None:
+        """Answers stand in the order of the lines, so one that is looked up holds up the next."""
+        while self._answers:
+            first = next(iter(self._answers))
+            if self._answers[first] is None:
+                return
+            self.machine.events.append(self._answers.pop(first))
 
     def _seal_room(self, room: RoomKeeper, message: Outgoing) -> None:
         """One ciphertext for the room; those still away get theirs when they are back."""
@@ -2619,22 +2683,30 @@ class Messages:
             message.pending = {person.fingerprint: person.name}
             self.delivery.add(message)
             self._send_or_owe(message, person.fingerprint)
+            self._answer(message, "queued")
         else:
             self._look_up(check_name(wanted), message)
-        if self.machine.phase != "online":
-            self._answer(message, "queued")
         self.machine.settle()
 
     def _look_up(self, name: str, message: Outgoing) -> None:
+        """For somebody not met on this connection: the server is asked for the name."""
+        known = self.machine.directory.known.get(name)
         if self.machine.phase == "online":
+            self._lookups.setdefault(name, []).append(message)
+            self._answers[message.id] = None
             self.machine.send_frame(LOOKUP, name)
-        elif name in self.machine.directory.known:
-            message.pending = {self.machine.directory.known[name]: name}
-            self.delivery.add(message)
-            self.delivery.owe(message, self.machine.directory.known[name])
-            self.machine.directory.names.setdefault(self.machine.directory.known[name], name)
-            return
-        self._lookups.setdefault(name, []).append(message)
+        elif known is None:
+            text = f"{one_line(name)[:40]} was never met, and there is no connection to ask."
+            raise ChatError(text, "Wait until it is back.", "no-such-person")
+        else:
+            self.machine.directory.names.setdefault(known, name)
+            self._owe_found(message, known, name)
+
+    def _owe_found(self, message: Outgoing, fingerprint: bytes, name: str) -> None:
+        message.pending = {fingerprint: name}
+        self.delivery.add(message)
+        self.delivery.owe(message, fingerprint)
+        self._answer(message, "queued")
 
     def flush_owed(self, person) -> None:
         """Sends a person, alone, all that is still owed to them, in order."""
@@ -2652,7 +2724,15 @@ class Messages:
             waiting, room.waiting = room.waiting, []
             for message in waiting:
                 if message.id in self.delivery.open:
-                    self._seal_room(room, message)
+                    self._send_waiting(room, message)
+
+    def _send_waiting(self, room: RoomKeeper, message: Outgoing) -> None:
+        """To those for whom it was typed: in one piece if the room holds nobody else."""
+        if not message.pending or message.pending.keys() == room.recipients().keys():
+            self._seal_room(room, message)
+        else:
+            for fingerprint in list(message.pending):
+                self._send_or_owe(message, fingerprint)
 
     def receive_room(self, room: RoomKeeper, person, payload: bytes, now: float) -> None:
         opened = room.keyring.open(person, payload, now)
@@ -2671,12 +2751,15 @@ class Messages:
         count = person.streams.get(DIRECT_STREAM, (0,))[0]
         if sequence < count or sequence - count > MAX_SKIPPED_KEYS:
             raise RemoteProtocolError("A message came out of order.")
-        if room and not (
-            room in self.machine.rooms and self.machine.rooms[room].is_member(person.fingerprint)
-        ):
+        if room and not self._was_member(room, person):
             raise RemoteProtocolError("A message is for a room that its sender is not in.")
         self._note_received(person, DIRECT_STREAM, sequence, sequence - count)
         self._show(person, values)
+
+    def _was_member(self, room: str, person) -> bool:
+        """Lines sent again may be older than the newest roster; not for those put out."""
+        keeper = self.machine.rooms.get(room)
+        return keeper is not None and person.fingerprint in keeper.admission.earlier
 
     def _show(self, person, values: tuple) -> None:
         number, _, moment, kind, room, text = values
@@ -2749,15 +2832,12 @@ class Messages:
             self.delivery.acknowledge(person.fingerprint, key, count, missing)
 
     def on_absent(self, name: str) -> None:
+        """The server knows nobody of this name."""
         for message in self._lookups.pop(name, ()):
-            self._not_found(name, message)
-
-    def _not_found(self, name: str, message: Outgoing) -> None:
-        if message.answered:
-            self.machine.emit("undelivered", id=message.id.hex(), to=[name])
-        else:
+            del self._answers[message.id]
             text = f"{one_line(name)[:40]} is not on this server. /names shows who is."
             self.machine.emit("error", code="no-such-person", text=text)
+        self._give_answers()
 
     def expire(self, now: float) -> None:
         """Reports what was not confirmed, or whose reader was not found, in time."""
@@ -2835,14 +2915,31 @@ class Directory:
     def disconnect(self) -> None:
         """Forgets whatever belonged to the connection."""
         self.people: dict = {}  # id -> Person
+        self._met: dict = {}  # hash -> Bundle of all seen: each gets one session at most
         self._starting: list = []  # people to begin a session with
+
+    def agrees(self, member: Member) -> bool:
+        """Whether a line of a roster is what that person's own bundle says.
+
+        Somebody whom the server hides from us may stand there, but under nobody else's identity.
+        """
+        bundle = self._met.get(member.bundle)
+        if member.bundle == self.machine.keys.bundle.hash:
+            bundle = self.machine.keys.bundle
+        if bundle is not None:
+            return member == Member(bundle.fingerprint, bundle.hash, bundle.name)
+        others = [self.machine.keys.bundle, *(p.bundle for p in self.people.values())]
+        return all(member.fingerprint != b.fingerprint and member.name != b.name for b in others)
 
     def begin_sessions(self) -> None:
         """After any input, when it is known which rooms are shared with the newcomers."""
         starting, self._starting = self._starting, []
         for person in starting:
-            if person.id in self.people:
-                self._initiate(person)
+            try:
+                if person.id in self.people:
+                    self._initiate(person)
+            except RemoteProtocolError as error:
+                self.machine.alarm(f"No session with {person.name} is possible: {error.text}")
 
     def send_content(self, person: Person, content: bytes) -> None:
         self._send_payload(person, MESSAGE + person.session.encrypt(pad(content)))
@@ -2867,15 +2964,13 @@ class Directory:
         except ChatError as error:
             self.machine.alarm(f"The server showed keys that are not valid: {error.text}")
             return
-        if (
-            number == self.machine.id
-            or number in self.people
-            or bundle.hash == self.machine.keys.bundle.hash
-        ):
+        taken = number == self.machine.id or number in self.people
+        if taken or bundle.hash in self._met or bundle.hash == self.machine.keys.bundle.hash:
             self.machine.alarm("The server showed somebody's keys twice.")
             return
         if bundle.fingerprint == self.machine.identity.fingerprint:
             return  # oneself on an older connection
+        self._met[bundle.hash] = bundle
         person = self.people[number] = Person(number, bundle)
         self._check_known(person)
         self.machine.messages.person_found(person)
@@ -3129,7 +3224,8 @@ class ClientMachine:
             for kind, body in self._frames.receive_data(data):
                 values = decode_frame(kind, body)
                 handler = _CLIENT_HANDLERS.get(kind)
-                if handler is None or self.broken:
+                timely = self.phase == "online" or kind in (GREETING, WELCOME, REFUSED, CLOSED)
+                if handler is None or self.broken or not timely:
                     raise RemoteProtocolError(f"The server sent a frame of kind {kind}.")
                 handler(self, *values)
         except RemoteProtocolError as error:
@@ -3190,7 +3286,7 @@ class ClientMachine:
             self.send_frame(LOOKUP, name)
 
     def _on_refused(self, code: str, text: str) -> None:
-        self.broken = text
+        self.broken = one_line(text) or "refused"
         if code == "name-taken" and self.spare_names:
             taken, self.name, self.renamed = self.name, self.spare_names.pop(0), True
             self.emit("notice", text=f"The name {taken} is taken here; trying {self.name}.")
@@ -3210,7 +3306,7 @@ class ClientMachine:
             self.emit(
                 "notice" if reason == "server-closed" else "error", code=code, text=one_line(text)
             )
-        self.broken = one_line(text) or reason
+        self.broken = one_line(text) or one_line(reason) or "closed"
 
     def _on_pong(self) -> None:
         pass
@@ -3293,7 +3389,7 @@ class ClientMachine:
                 person.told = [name for name in person.told if name != room.name]
 
     def _on_rooms(self, rooms: list) -> None:
-        listed = [{"name": check_room(name), "people": people} for name, people in rooms]
+        listed = [{"name": one_line(name)[:40], "people": people} for name, people in rooms]
         shown = ", ".join(f"#{r['name']} ({r['people']})" for r in listed) or "no rooms"
         self.emit("notice", text=f"Rooms on this server: {shown}.", rooms=listed)
 
@@ -3330,24 +3426,26 @@ class ClientMachine:
         room = self.rooms.get(name)
         if room is None or person.id not in room.members:
             return
-        if why == 2:
+        if why == ASKED:
             text = f"#{name} is locked: {person.name} was asked to let you in."
             self.emit("notice", text=text, room=name)
-            return
-        if room.epoch is None:  # who the admin is we cannot know yet
-            text = f"{person.name} says that you are banned from #{name}."
+        elif room.epoch is None:  # who the admin is we cannot know yet
+            word = "are banned from" if why == BANNED else "may not enter"
+            text = f"{person.name} says that you {word} #{name}."
             self.emit("error", code="denied", text=text, room=name)
-            return
-        if room.roster()[0].fingerprint != person.fingerprint:
+        elif room.roster()[0].fingerprint != person.fingerprint:
             raise RemoteProtocolError(f"{person.name} tried to remove us from #{name}.")
-        word = "banned" if why == 1 else "removed"
-        text = f"{person.name} {word} you from #{name}."
-        self.emit("error", code="denied", text=text, room=name)
-        if room.id is not None:
-            self.send_frame(LEAVE, room.id)
+        else:
+            self._put_out(room, person, why)
+
+    def _put_out(self, room: RoomKeeper, admin: Person, why: int) -> None:
+        word = "banned" if why == BANNED else "removed"
+        text = f"{admin.name} {word} you from #{room.name}."
+        self.emit("error", code="denied", text=text, room=room.name)
+        self.send_frame(LEAVE, room.id)
         self._drop_room(room)
         if not self.rooms:
-            self.fatal = "banned" if why == 1 else "kicked"
+            self.fatal = "banned" if why == BANNED else "kicked"
             self.broken = text
 
     def invite(self, token: Token) -> None:

@@ -341,11 +341,10 @@ def parse_duration(text: str) -> float:
     """Seconds of `90`, `30s`, `10m`, `24h` or `7d`; ChatError else."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     number, unit = (text[:-1], text[-1:]) if text[-1:] in units else (text, "s")
-    if not (
-        number.isascii() and number.isdigit() and 0 < int(number) * units[unit] <= 10 * 366 * 86400
-    ):
+    count = int(number) if len(number) < 10 and number.isascii() and number.isdigit() else 0
+    if not 0 < count * units[unit] <= 10 * 366 * 86400:
         raise ChatError(f"{printable(text)[:40]!r} is not a time.", "Write 30s, 10m, 24h or 7d.")
-    return float(int(number) * units[unit])
+    return float(count * units[unit])
 
 
 def rfc3339(seconds: float) -> str:
@@ -368,10 +367,16 @@ LOOKALIKE_GROUPS = {
 LOOKALIKES = {ord(c): latin for latin, group in LOOKALIKE_GROUPS.items() for c in group}
 
 
+INVISIBLE_LETTERS = "\u115f\u1160\u3164\uffa0"  # fillers that count as letters
+# Capitals of other scripts that pass for another Latin letter than their small forms do.
+LOOKALIKE_CAPITALS = str.maketrans("\u041d\u0397\u0396\u039c\u039d\u03a5", "hhzmny")
+
+
 def check_name(name: str) -> str:
     """A nickname or room name as it counts (NFKC); ChatError `name-invalid` if it cannot be."""
     clean = unicodedata.normalize("NFKC", name.strip())
-    if not 1 <= len(clean) <= NAME_MOST or not all(c.isalnum() or c in NAME_EXTRA for c in clean):
+    fit = all(c.isalnum() and c not in INVISIBLE_LETTERS or c in NAME_EXTRA for c in clean)
+    if not fit or len(clean) > NAME_MOST or not any(map(str.isalnum, clean)):
         raise ChatError(
             f"The name {printable(name)[:40]!r} cannot be used.",
             "Take 1 to 32 letters, digits, dots, dashes or underscores.",
@@ -380,15 +385,28 @@ def check_name(name: str) -> str:
     return clean
 
 
+def check_peer_name(name: str) -> None:
+    """RemoteProtocolError unless a name that somebody sent is in its usual form."""
+    try:
+        usual = check_name(name) == name
+    except ChatError:
+        usual = False
+    if not usual:
+        raise RemoteProtocolError("A name is not in its usual form.")
+
+
 def check_room(name: str) -> str:
     """A room's name without its `#`, folded, so that #Lobby and #lobby are one room."""
     clean = name.strip()
-    return check_name(clean[1:] if clean.startswith("#") else clean).casefold()
+    clean = clean[1:] if clean.startswith("#") else clean
+    folded = unicodedata.normalize("NFKC", clean).casefold().replace("i\u0307", "i")
+    return check_name(folded)
 
 
 def name_skeleton(name: str) -> str:
     """What a name looks like: names with the same skeleton are taken for each other."""
-    folded = unicodedata.normalize("NFKD", name.casefold())
+    marked = name.translate(LOOKALIKE_CAPITALS).casefold()
+    folded = unicodedata.normalize("NFKD", marked)
     bare = "".join(c for c in folded if not unicodedata.combining(c) and c not in NAME_EXTRA)
     return bare.translate(LOOKALIKES).replace("rn", "m").replace("vv", "w").replace("i", "l")
 
@@ -663,8 +681,7 @@ def consume_bundle(encoded: bytes, server: bytes) -> Bundle:
     reader.done()
     if fields[3] != server:
         raise RemoteProtocolError("A person's keys were made for another server.")
-    if check_name(name) != name:
-        raise RemoteProtocolError("A person's name is not in its usual form.")
+    check_peer_name(name)
     rsa = RSAPublic(spki)
     rsa.verify(signature, signed)
     return Bundle(spki, name, *fields, rsa, sha256(spki), sha256(signed))
@@ -743,11 +760,16 @@ def _read_token(reader: Reader) -> Token:
 
 def split_address(text: str, default_port: int | None = None) -> tuple:
     """(host, port) of `host:port` or `[v6]:port`; ChatError if it is neither."""
-    host, colon, port = text.strip().rpartition(":")
-    if default_port is not None and (not colon or text.endswith("]")):
-        host, port = text.strip(), str(default_port)
+    text = text.strip()
+    host, colon, port = text.rpartition(":")
+    bare_v6 = ":" in host and not text.startswith("[")
+    if default_port is not None and (not colon or text.endswith("]") or bare_v6):
+        host, port = text, str(default_port)
+    elif bare_v6:
+        host = ""  # nobody can tell where its port begins
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    valid_port = port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    digits = len(port) < 6 and port.isascii() and port.isdigit()
+    valid_port = digits and 0 < int(port) < 65536
     if not host or not valid_port or any(c.isspace() or not c.isprintable() for c in host):
         raise ChatError(
             f"{one_line(text)[:80]!r} is not an address.", "Write host:port or a token."
@@ -911,6 +933,8 @@ class DoubleRatchet:
             if self.receiving:
                 self._skip_until(previous)
             self._dh_ratchet(remote)
+        elif not self.receiving:  # the responder's first ratchet key never sends (CKr is None)
+            raise RemoteProtocolError("A message came before its chain.")
         if number < self.received:
             raise RemoteProtocolError("A message was replayed.")
         self._skip_until(number)
@@ -947,6 +971,7 @@ ANNOUNCE_LABEL = PROTOCOL + b" announcement"
 MESSAGE_LABEL = PROTOCOL + b" room message"
 NO_EPOCH = bytes(32)
 MAX_EPOCH = 1 << 63
+EARLY_MOST = 4 << 20  # bytes of messages kept until their epoch's announcement comes
 
 
 class Member(Record):
@@ -993,20 +1018,11 @@ def decode_announcement(encoded: bytes) -> Announcement:
     if said.encode() != encoded or not roster or not 1 <= number < MAX_EPOCH:
         raise RemoteProtocolError("A room's announcement is not in its usual form.")
     for member in roster:
-        check_member_name(member.name)
+        check_peer_name(member.name)
     for values in (said.fingerprints(), [m.bundle for m in roster], [m.name for m in roster]):
         if len(set(values)) != len(values):
             raise RemoteProtocolError("A room's announcement names somebody twice.")
     return said
-
-
-def check_member_name(name: str) -> None:
-    try:
-        usual = check_name(name) == name
-    except ChatError:
-        usual = False
-    if not usual:
-        raise RemoteProtocolError("A room's announcement names somebody in an unusual way.")
 
 
 def epoch_id(encoded: bytes) -> bytes:
@@ -1128,7 +1144,8 @@ class RoomKeyring:
                     raise RemoteProtocolError("A message came too long after its room key.")
                 return (old.id, *old.open(sender.bundle, payload))
         from_before_us = self.epoch is not None and payload[:32] == self.epoch.said.previous
-        if not from_before_us and len(self.early) < MAX_SKIPPED_KEYS:
+        room_left = EARLY_MOST - sum(len(entry[2]) for entry in self.early)
+        if not from_before_us and len(payload) <= room_left:
             self.early.append((now, sender, payload))
         return None
 
@@ -2195,7 +2212,7 @@ class RoomKeeper:
         ranks = self.last.fingerprints()
         if not self._is_next(ranks):
             return
-        greeted = all(f in self.claims for f in ranks if self.present().get(f))
+        greeted = all(f in self.claims or f == self.own for f in self.present())
         before = ranks[: ranks.index(self.own)]
         excused = all(f in self.gone_on_purpose for f in before)
         patient = greeted or now >= self.since + SETTLE_SECONDS
@@ -2299,6 +2316,9 @@ class RoomKeeper:
         seniors = [f for f in ranks[:rank] if f != self.own]
         loyal = [f for f in seniors if f in present and not self._is_stray(f)]
         stranger = person.fingerprint not in self.admission.earlier
+        if self._succeeded(person.fingerprint):
+            self._follow(person, said, encoded, key, rank, now)
+            return
         if loyal and now < self.since + TAKEOVER_SECONDS:
             ours = self._is_next(ranks) and all(f in self.claims for f in loyal)
             if not ours:
@@ -2311,6 +2331,11 @@ class RoomKeeper:
         settled = all(self._is_stray(f) or f in self.gone_on_purpose for f in seniors)
         if settled or now >= self.since + SETTLE_SECONDS:
             self._follow(person, said, encoded, key, rank, now)
+
+    def _succeeded(self, fingerprint: bytes) -> bool:
+        """Whether that person, never put out, was once ranked before us: the last admin resumes."""
+        before = (roster[: roster.index(self.own)] for roster in self.history.values())
+        return fingerprint in self.admission.earlier and any(fingerprint in b for b in before)
 
     def _follow(self, person, said, encoded: bytes, key: bytes, rank: int, now: float) -> None:
         self.held = ()
@@ -2543,15 +2568,15 @@ class Messages:
         """From now on what is not confirmed is owed to each person alone."""
         self.disconnect()
         self.delivery.connection_lost()
-        known = self.machine.directory.known
-        for name in list(self._lookups):
-            for message in self._lookups.pop(name) if name in known else ():
-                self._owe_found(message, known[name], name)
-            self.on_absent(name)
+        for name, messages in self._lookups.items():
+            for message in messages:
+                message.pending = {b"": name}
+                self._answer(message, "queued")
 
     def wanted_names(self) -> list:
         """Whom the server should look up after a reconnect: those who are owed something."""
-        return sorted(self.machine.directory.name_of(f) for f in self.delivery.owed)
+        owed = {self.machine.directory.name_of(f) for f in self.delivery.owed}
+        return sorted(owed | set(self._lookups))
 
     def next_deadlines(self) -> list:
         times = [self.delivery.next_deadline(), self._acknowledge_at]
@@ -2692,15 +2717,16 @@ class Messages:
         """For somebody not met on this connection: the server is asked for the name."""
         known = self.machine.directory.known.get(name)
         if self.machine.phase == "online":
-            self._lookups.setdefault(name, []).append(message)
             self._answers[message.id] = None
             self.machine.send_frame(LOOKUP, name)
-        elif known is None:
-            text = f"{one_line(name)[:40]} was never met, and there is no connection to ask."
-            raise ChatError(text, "Wait until it is back.", "no-such-person")
-        else:
+        elif known is not None:
             self.machine.directory.names.setdefault(known, name)
             self._owe_found(message, known, name)
+            return
+        self._lookups.setdefault(name, []).append(message)
+        if self.machine.phase != "online":
+            message.pending = {b"": name}  # whose key we shall learn
+            self._answer(message, "queued")
 
     def _owe_found(self, message: Outgoing, fingerprint: bytes, name: str) -> None:
         message.pending = {fingerprint: name}
@@ -2834,9 +2860,11 @@ class Messages:
     def on_absent(self, name: str) -> None:
         """The server knows nobody of this name."""
         for message in self._lookups.pop(name, ()):
-            del self._answers[message.id]
+            self._answers.pop(message.id, None)
             text = f"{one_line(name)[:40]} is not on this server. /names shows who is."
             self.machine.emit("error", code="no-such-person", text=text)
+            if message.answered:
+                self.machine.emit("undelivered", id=message.id.hex(), to=[name])
         self._give_answers()
 
     def expire(self, now: float) -> None:
@@ -3346,6 +3374,8 @@ class ClientMachine:
     def _drop_room(self, room: RoomKeeper) -> None:
         del self.rooms[room.name]
         self.room_ids.pop(room.id, None)
+        for person in self.directory.people.values():
+            person.told = [name for name in person.told if name != room.name]
         for message in room.waiting:
             self.messages.delivery.give_up(message)
 

@@ -1118,6 +1118,7 @@ class RoomKeyring:
     def __init__(self):
         self.epoch: RoomEpoch | None = None
         self.early: list = []  # (when, sender, payload)
+        self._early_size = 0
         self._old: list = []  # (RoomEpoch, until)
 
     def install(self, epoch: RoomEpoch, now: float) -> list:
@@ -1128,8 +1129,11 @@ class RoomKeyring:
         self.epoch = epoch
         ready = [(sender, payload) for _, sender, payload in self.early if payload[:32] == epoch.id]
         known = (epoch.id, epoch.said.previous)
-        self.early = [entry for entry in self.early if entry[2][:32] not in known]
+        self._keep_early([entry for entry in self.early if entry[2][:32] not in known])
         return ready
+
+    def _keep_early(self, entries: list) -> None:
+        self.early, self._early_size = entries, sum(len(entry[2]) for entry in entries)
 
     def open(self, sender, payload: bytes, now: float):
         """(epoch id, counter, missing, content), or None while its epoch is not known yet.
@@ -1144,16 +1148,17 @@ class RoomKeyring:
                     raise RemoteProtocolError("A message came too long after its room key.")
                 return (old.id, *old.open(sender.bundle, payload))
         from_before_us = self.epoch is not None and payload[:32] == self.epoch.said.previous
-        room_left = EARLY_MOST - sum(len(entry[2]) for entry in self.early)
-        if not from_before_us and len(payload) <= room_left:
-            self.early.append((now, sender, payload))
+        if not from_before_us and len(self.early) < MAX_SKIPPED_KEYS:
+            self._early_size += len(payload)
+            if self._early_size <= EARLY_MOST:
+                self.early.append((now, sender, payload))
         return None
 
     def take_strange(self, now: float) -> list:
         """The senders of what could not be opened for so long that its key will not come."""
         limit = now - OLD_EPOCH_SECONDS
         strange = [sender for since, sender, _ in self.early if since <= limit]
-        self.early = [entry for entry in self.early if entry[0] > limit]
+        self._keep_early([entry for entry in self.early if entry[0] > limit])
         return strange
 
 
@@ -1898,6 +1903,7 @@ _LENGTH = struct.Struct(">I")
 # ==================================================================================================
 
 
+REFUSED_MOST = 20  # how often somebody whose announcement we refused gets an answer
 HISTORY_MOST = 512  # epochs of a room that are remembered
 CLAIM_MOST = 1 << 20  # how far beyond our epoch somebody's word on theirs is believed
 
@@ -2034,7 +2040,7 @@ class RoomKeeper:
         self.gone_on_purpose: set = set()
         self.awaited: dict = {}  # fingerprint -> when its absence will count
         self.held: tuple = ()  # an announcement whose acceptance must wait
-        self.refused: dict = {}  # fingerprint -> when that person's announcement was refused
+        self.refused: dict = {}  # fingerprint -> how often that person's announcements were refused
         self.since = self.changed_at = 0.0
         self.rekey_at: float | None = None
         self.rekeyed_at = float("-inf")
@@ -2272,7 +2278,11 @@ class RoomKeeper:
         if not all(self.machine.directory.agrees(member) for member in said.roster):
             raise RemoteProtocolError(f"{person.name}'s roster of #{said.room} is not true.")
         if self.last is not None and said.number <= self.last.number:
-            self._refuse_epoch(person, "an epoch that is not newer than ours", now)
+            known = any(person.fingerprint in roster for roster in self.history.values())
+            if known and epoch_id(encoded) not in self.history:
+                self._disregard(person)  # two announcements crossed after a split
+            else:
+                self._refuse_epoch(person, "an epoch that is not newer than ours")
         elif self.epoch is not None:
             self._continue_epoch(person, said, encoded, key, now)
         elif self.last is not None:
@@ -2281,28 +2291,49 @@ class RoomKeeper:
         else:
             self._install(said, encoded, key, now)
 
-    def _refuse_epoch(self, person, why: str, now: float) -> None:
-        if now >= self.refused.get(person.fingerprint, float("-inf")) + OLD_EPOCH_SECONDS:
-            self.refused[person.fingerprint] = now
-            self.machine.directory.greet(person, again=True)
+    def _refuse_epoch(self, person, why: str) -> None:
+        self._disregard(person)
         text = f"{person.name} announced {why} for #{self.name}: refused."
         self.machine.alarm(text, "The server, or that person, may be trying to take the room over.")
 
+    def _disregard(self, person) -> None:
+        """Does not follow an announcement, and says which epoch we know instead."""
+        times = self.refused.get(person.fingerprint, 0)
+        self.refused[person.fingerprint] = times + 1
+        if times < REFUSED_MOST:
+            self.machine.directory.greet(person, again=True)
+
     def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
         in_turn = is_next_admin(self.last.fingerprints(), person.fingerprint, self.present())
-        if not in_turn and not self._resumes(person, said):
-            self._refuse_epoch(person, "an epoch out of turn", now)
+        resumes = not in_turn and self._outranks_admin(person)
+        if not in_turn and not resumes:
+            self._refuse_out_of_turn(person)
             return
-        if said.previous != self.last_id:
+        if resumes:
+            text = f"{person.name} is admin of #{self.name} again."
+            self.machine.emit("notice", text=text, room=self.name)
+        elif said.previous != self.last_id:
             text = f"{person.name} continued #{self.name} from another past than ours (a fork)."
             self.machine.alarm(text, "Compare /names with the others.")
         self._install(said, encoded, key, now)
 
-    def _resumes(self, person, said: Announcement) -> bool:
-        """Whether a former admin who lost the connection goes on from where all of us were."""
-        roster = self.history.get(said.previous, [])
-        never_put_out = person.fingerprint in self.admission.earlier
-        return never_put_out and is_next_admin(roster, person.fingerprint, self.present())
+    def _refuse_out_of_turn(self, person) -> None:
+        _, epoch = self.claims.get(person.fingerprint, (0, NO_EPOCH))
+        if epoch in self.history or epoch == NO_EPOCH:
+            self._refuse_epoch(person, "an epoch out of turn")
+        else:  # it had told us of its own branch: a split that is about to heal
+            self._disregard(person)
+            text = f"{person.name} has another #{self.name} than ours; it was not followed."
+            self.machine.emit("notice", text=text, room=self.name, warning=True)
+
+    def _outranks_admin(self, person) -> bool:
+        """Whether somebody comes back who was ranked before the present admin, and not put out."""
+        admin = self.last.roster[0].fingerprint
+        rosters = (r[: r.index(admin)] for r in self.history.values() if admin in r)
+        return self._never_put_out(person) and any(person.fingerprint in r for r in rosters)
+
+    def _never_put_out(self, person) -> bool:
+        return person.fingerprint in self.admission.earlier
 
     def _review_held(self, now: float) -> None:
         """Whether an announcement made while we were away is to be believed yet.
@@ -2315,22 +2346,30 @@ class RoomKeeper:
         rank = ranks.index(person.fingerprint) if person.fingerprint in ranks else len(ranks)
         seniors = [f for f in ranks[:rank] if f != self.own]
         loyal = [f for f in seniors if f in present and not self._is_stray(f)]
-        stranger = person.fingerprint not in self.admission.earlier
+        stranger = not self._never_put_out(person)
         if self._succeeded(person.fingerprint):
             self._follow(person, said, encoded, key, rank, now)
             return
-        if loyal and now < self.since + TAKEOVER_SECONDS:
+        witnesses = [f for f in ranks if f != person.fingerprint and self._is_stray(f)]
+        if loyal and not witnesses and now < self.since + TAKEOVER_SECONDS:
             ours = self._is_next(ranks) and all(f in self.claims for f in loyal)
             if not ours:
                 return
-        if loyal or stranger and self.admission.locked:
-            self.held = ()
-            self._refuse_epoch(person, "itself admin out of turn", now)
-            self.review(now)
+        if loyal and not witnesses or stranger and self.admission.locked:
+            self._resume_instead(person, now)
             return
-        settled = all(self._is_stray(f) or f in self.gone_on_purpose for f in seniors)
+        settled = bool(witnesses) or all(
+            self._is_stray(f) or f in self.gone_on_purpose for f in seniors
+        )
         if settled or now >= self.since + SETTLE_SECONDS:
             self._follow(person, said, encoded, key, rank, now)
+
+    def _resume_instead(self, person, now: float) -> None:
+        self.held = ()
+        self._disregard(person)
+        text = f"{person.name} claims to be admin of #{self.name}, which nobody else here confirms."
+        self.machine.emit("notice", text=text, room=self.name, warning=True)
+        self.review(now)
 
     def _succeeded(self, fingerprint: bytes) -> bool:
         """Whether that person, never put out, was once ranked before us: the last admin resumes."""
@@ -2354,9 +2393,7 @@ class RoomKeeper:
         self.history[self.last_id] = said.fingerprints()
         while len(self.history) > HISTORY_MOST:
             del self.history[next(iter(self.history))]
-        held, self.held = self.held, ()
-        if held and held[1] is not said:
-            self._refuse_epoch(held[0], "itself admin out of turn", now)
+        self.held = ()
         self.rekey_at, self.rekeyed_at = None, now
         self.admission.adopt(said)
         self._note_put_out(before, said)
@@ -2425,10 +2462,10 @@ class RoomKeeper:
 
     def heal(self, person, now: float) -> None:
         """A member knows an epoch that we do not: go beyond it, so that all can follow."""
-        if self._is_stray(person.fingerprint):
-            number = self.claims[person.fingerprint][0]
-            if self.last.number <= number < self.last.number + CLAIM_MOST:
-                self.schedule(now)
+        number, epoch = self.claims[person.fingerprint]
+        newer = self.last.number <= number < self.last.number + CLAIM_MOST
+        if newer and epoch not in self.history and not self._outranks_admin(person):
+            self.schedule(now)
 
 
 # ==================================================================================================
@@ -4960,8 +4997,12 @@ class KeyPair:
 
 
 def self_signed(key, name: str):
-    """An end-entity certificate (RFC 5280) that signs itself and does not expire."""
-    subject = _x509.Name([_x509.NameAttribute(_x509.NameOID.COMMON_NAME, name)])
+    """An end-entity certificate (RFC 5280) that signs itself and does not expire.
+
+    Its name is its own, as OpenSSL takes trust anchors of one name for each other.
+    """
+    unique = f"{name} {sha256(spki_of(key.public_key())).hex()[:24]}"
+    subject = _x509.Name([_x509.NameAttribute(_x509.NameOID.COMMON_NAME, unique)])
     builder = _x509.CertificateBuilder(subject, subject, key.public_key())
     builder = builder.serial_number(_x509.random_serial_number())
     builder = builder.not_valid_before(datetime.datetime(2020, 1, 1))
@@ -5475,7 +5516,9 @@ class RelayServer:
 
     def _begin_stop(self) -> None:
         self._stopping = "stopping"
-        self._selector.unregister(self._listener)
+        if self._accept_at is None:
+            self._selector.unregister(self._listener)
+        self._accept_at = None
         self._listener.close()
         for client in list(self.machine.clients.values()):
             self.machine.close(client, CLOSED, "server-closed", "The server was closed.")
@@ -5503,6 +5546,7 @@ class RelayServer:
                 continue
             self._serve(conn, mask)
         now = time.monotonic()
+        self._save_when_due(now)  # first: nobody is told of what a kill could still undo
         self._flush(now)
         self._run_timers(now)
         self._report()
@@ -5547,7 +5591,6 @@ class RelayServer:
         if self._accept_at is not None and now >= self._accept_at:
             self._accept_at = None
             self._selector.register(self._listener, READ, None)
-        self._save_when_due(now)
 
     def _save_when_due(self, now: float) -> None:
         """Keeps what must survive a kill; at most a twentieth of the time is spent on it."""
@@ -5580,9 +5623,11 @@ class RelayServer:
                 self._selector.unregister(self._listener)
                 self._accept_at = now + 1.0
                 return
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            try:
+                prepare_socket(sock)
+            except OSError:  # macOS: it was reset already
+                sock.close()
+                continue
             self._admit(RelaySocket(sock, address[0]), now)
 
     def _admit(self, conn: RelaySocket, now: float) -> None:
@@ -5662,6 +5707,8 @@ class RelayServer:
             return
         except (EOFError, OSError) as error:
             closing = conn.client.closing if conn.client is not None else ""
+            if isinstance(error, ssl.SSLError):
+                self._send_alert(conn)
             self._end(conn, closing or _end_reason(error))
             return
         now = time.monotonic()
@@ -5679,6 +5726,13 @@ class RelayServer:
         elif client.waiting_for or client.throttled_until > now:
             self._watch(conn, now)
 
+    def _send_alert(self, conn: RelaySocket) -> None:
+        """TLS has a word for what is wrong, which tells an honest client what to do."""
+        try:
+            conn.sock.send(conn.tls.send(b""))
+        except OSError:
+            pass
+
     def _greet(self, conn: RelaySocket, now: float) -> None:
         conn.client = self.machine.connect(conn.address, now)
         self._by_client[conn.client] = conn
@@ -5694,6 +5748,8 @@ class RelayServer:
                 conn = self._by_client.get(client)
                 if conn is not None and not conn.pending:
                     self._write(conn, now)
+                elif conn is not None and client.closing:
+                    self._closing.setdefault(conn, now + CLOSE_SECONDS)
 
     def _write(self, conn: RelaySocket, now: float) -> None:
         """Sends until the socket is full or nothing is left."""
@@ -5769,6 +5825,12 @@ def relay_event(kind: str, client: RelayClient, text: str) -> dict:
         why = "" if text in ("", "BYE") else f" ({text})"
         return notice(f"{who} left{why}.", **fields)
     return notice(f"{who}: {one_line(text)}", **fields)
+
+
+def prepare_socket(sock) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def raise_file_limit() -> None:

@@ -2037,6 +2037,7 @@ class RoomKeeper:
         self.keyring = RoomKeyring()
         self.stale = False
         self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
+        self.strayed: set = set()  # those who ever claimed an epoch that we did not know
         self.gone_on_purpose: set = set()
         self.awaited: dict = {}  # fingerprint -> when its absence will count
         self.held: tuple = ()  # an announcement whose acceptance must wait
@@ -2112,6 +2113,8 @@ class RoomKeeper:
         if person.id not in self.members:
             return
         self.claims[person.fingerprint] = (number, epoch)
+        if number > 0 and epoch not in self.history:
+            self.strayed.add(person.fingerprint)
         if self.is_admin():
             self.admission.consider(person, now)
         self.review(now)
@@ -2318,8 +2321,7 @@ class RoomKeeper:
         self._install(said, encoded, key, now)
 
     def _refuse_out_of_turn(self, person) -> None:
-        _, epoch = self.claims.get(person.fingerprint, (0, NO_EPOCH))
-        if epoch in self.history or epoch == NO_EPOCH:
+        if person.fingerprint not in self.strayed:
             self._refuse_epoch(person, "an epoch out of turn")
         else:  # it had told us of its own branch: a split that is about to heal
             self._disregard(person)
@@ -2756,7 +2758,7 @@ class Messages:
         if self.machine.phase == "online":
             self._answers[message.id] = None
             self.machine.send_frame(LOOKUP, name)
-        elif known is not None:
+        elif known is not None and name not in self._lookups:
             self.machine.directory.names.setdefault(known, name)
             self._owe_found(message, known, name)
             return

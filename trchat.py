@@ -172,6 +172,7 @@ class LazyPattern:
 codecs = Lazy("codecs")
 collections = Lazy("collections")
 datetime = Lazy("datetime")
+functools = Lazy("functools")
 hashlib = Lazy("hashlib")
 hmac = Lazy("hmac")
 re = Lazy("re")
@@ -1496,7 +1497,9 @@ class Gatekeeper:
             self.users[key] = User([str(n) for n in entry["names"]], bool(entry["enrolled"]))
             self.owners.update({name_skeleton(n): key for n in self.users[key].names})
         for entry in data["invitations"]:
-            gate = [bytes.fromhex(entry["gate"]), int(entry["uses"]), int(entry["expires"])]
+            if type(entry["uses"]) is not int or type(entry["expires"]) is not int:
+                raise ValueError("not a number")
+            gate = [bytes.fromhex(entry["gate"]), entry["uses"], entry["expires"]]
             self.invitations[bytes.fromhex(entry["id"])] = gate
         self.banned.update(map(_saved_fingerprint, data["banned"]))
         self.allowed.update(map(_saved_fingerprint, data["allowed"]))
@@ -1611,7 +1614,7 @@ class RelayMachine:
             self._release(receiver, client, now)
         self.full.discard(client)
         if client.bundle is not None:
-            self._spent[client.bundle.fingerprint] = (client.tokens, client.refilled)
+            self._keep_tokens(client)
             self._forget_person(client)
             self.events.append(("left", client, reason))
         client.outbox, client.queued = [], 0
@@ -1748,6 +1751,11 @@ class RelayMachine:
             self.events.append(("rate-limited", client, text))
             self.close(client, CLOSED, "rate-limited", text)
 
+    def _keep_tokens(self, client: RelayClient) -> None:
+        """A key that spent much comes back with what it has left."""
+        if client.tokens < FRAME_BURST / 2:
+            self._spent[client.bundle.fingerprint] = (client.tokens, client.refilled)
+
     def may_read(self, client: RelayClient, now: float) -> bool:
         """Whether more of this client's bytes are wanted at present."""
         return not client.waiting_for and now >= client.throttled_until
@@ -1823,7 +1831,7 @@ class RelayMachine:
         if older is not None:
             self.close(older, CLOSED, "replaced", "This identity has connected from elsewhere.")
             self.events.append(("left", older, "replaced"))
-            self._spent[fingerprint] = (older.tokens, older.refilled)
+            self._keep_tokens(older)
             self._forget_person(older)
             older.bundle = None
 
@@ -2026,6 +2034,7 @@ class RoomKeeper:
         self.last_id = NO_EPOCH
         self.is_ready = False  # whether `ready` was emitted
         self.waiting: list = []  # own messages typed before there was a key
+        self.awaited: dict = {}  # fingerprint -> when its absence after a lost connection will count
         self.left: set = set()  # members of the last roster who were reported as gone
         self.history: dict = {}  # epoch id -> identities of its roster
         self.disconnect()
@@ -2039,7 +2048,6 @@ class RoomKeeper:
         self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
         self.strayed: set = set()  # those who ever claimed an epoch that we did not know
         self.gone_on_purpose: set = set()
-        self.awaited: dict = {}  # fingerprint -> when its absence will count
         self.held: tuple = ()  # an announcement whose acceptance must wait
         self.refused: dict = {}  # fingerprint -> how often that person's announcements were refused
         self.since = self.changed_at = 0.0
@@ -2051,8 +2059,9 @@ class RoomKeeper:
         """The server let us into the room; `members` in its order, oneself as None."""
         self.id, self.members, self.since, self.changed_at = number, members, now, now
         if self.last is not None:
-            others = [m for m in self.last.roster if m.fingerprint != self.own]
-            self.awaited = {m.fingerprint: now + TAKEOVER_SECONDS for m in others}
+            members = [*self.last.fingerprints(), *self.awaited]  # also of the time before that
+            others = [f for f in members if f != self.own]
+            self.awaited = dict.fromkeys(others, now + TAKEOVER_SECONDS)
 
     @property
     def own(self) -> bytes:
@@ -2458,6 +2467,8 @@ class RoomKeeper:
 
     def _report_strange(self, now: float) -> None:
         for person in self.keyring.take_strange(now) if self.is_ready else []:
+            if person.id not in self.members or person.fingerprint in self.strayed:
+                continue  # gone, or known to have been on another branch
             text = f"{person.name} wrote to #{self.name} with a key we were not given."
             hint = "You may have been shown different members: compare /names."
             self.machine.alarm(text, hint)
@@ -3498,23 +3509,20 @@ class ClientMachine:
         if why == ASKED:
             text = f"#{name} is locked: {person.name} was asked to let you in."
             self.emit("notice", text=text, room=name)
-        elif room.epoch is None:  # who the admin is we cannot know yet
-            word = "are banned from" if why == BANNED else "may not enter"
-            text = f"{person.name} says that you {word} #{name}."
-            self.emit("error", code="denied", text=text, room=name)
-        elif room.roster()[0].fingerprint != person.fingerprint:
+        elif room.epoch is not None and room.roster()[0].fingerprint != person.fingerprint:
             raise RemoteProtocolError(f"{person.name} tried to remove us from #{name}.")
         else:
             self._put_out(room, person, why)
 
     def _put_out(self, room: RoomKeeper, admin: Person, why: int) -> None:
-        word = "banned" if why == BANNED else "removed"
-        text = f"{admin.name} {word} you from #{room.name}."
+        """Before we hold a key we cannot know who the admin is: so the name is told."""
+        words = {KICKED: "removed you from", BANNED: "banned you from"}
+        text = f"{admin.name} {words.get(why, 'does not let you into')} #{room.name}."
         self.emit("error", code="denied", text=text, room=room.name)
         self.send_frame(LEAVE, room.id)
         self._drop_room(room)
         if not self.rooms:
-            self.fatal = "banned" if why == BANNED else "kicked"
+            self.fatal = {KICKED: "kicked", BANNED: "banned"}.get(why, "denied")
             self.broken = text
 
     def invite(self, token: Token) -> None:
@@ -3543,14 +3551,13 @@ class ClientMachine:
 
     def _content_vouch(self, person: Person, name, invitation, proof, uses, expires) -> None:
         room = self.rooms.get(name)
-        if (
-            room is not None
-            and room.is_member(person.fingerprint)
-            and len(room.admission.vouchers) < 4096
-        ):
-            room.admission.vouchers.setdefault(
-                invitation, Voucher(proof, uses, expires, set(), None)
-            )
+        if room is None or not room.is_member(person.fingerprint):
+            return
+        known = room.admission.vouchers.get(invitation)
+        if known is None and len(room.admission.vouchers) < 4096:
+            room.admission.vouchers[invitation] = Voucher(proof, uses, expires, set(), None)
+        elif known is not None and known.told is None:
+            known.proof = proof  # the maker's word may come after a false one
 
     def _on_invited(self, invitation: bytes) -> None:
         token = self._tokens.pop(invitation, None)
@@ -4233,7 +4240,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 16. Settings and paths | uses 1, 2
+# Part 16. Settings and paths | uses 1, 2, 4
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -4276,7 +4283,10 @@ class Paths:
     """The files of one profile."""
 
     def __init__(self, home: str, profile: str = "default"):
-        self.home, self.profile = home, check_name(profile)
+        if check_name(profile) != profile:
+            hint = "Take letters, digits, dots, dashes or underscores."
+            raise ChatError("The profile's name cannot be used.", hint, "name-invalid")
+        self.home, self.profile = home, profile
         self.folder = os.path.join(home, self.profile)
 
     def file(self, *names: str) -> str:
@@ -4379,7 +4389,8 @@ class ProfileLock:
         paths.make_folders()
         path = paths.file(f"{role}.lock")
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115 - held until release
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = os.fdopen(handle, "r+b")
             _lock_file(self._file)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.EWOULDBLOCK):
@@ -4399,17 +4410,33 @@ def _lock_file(file) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+SERVER_FIELDS = {"name": str, "address": str, "fingerprint": str, "room": str, "nickname": str}
+PERSON_FIELDS = {"name": str, "fingerprint": str, "server": str, "verified": bool}
+
+
+def check_entries(path: str, entries: list, fields: dict) -> None:
+    """ChatError unless a file's list holds records with these fields of these types."""
+    try:
+        for entry in entries:
+            if not all(type(entry[name]) is kind for name, kind in fields.items()):
+                raise ValueError
+            for name in ("fingerprint", "server"):
+                parse_fingerprint(entry.get(name, entry["fingerprint"]))
+            if "address" in entry:
+                split_address(entry["address"])
+                check_room(entry["room"])
+                check_name(entry["nickname"])
+    except (KeyError, TypeError, ValueError, AttributeError, ChatError):
+        raise damaged_file(path) from None
+
+
 class ServerList:
     """servers.json: known servers, each {name, address, fingerprint, room, nickname, token}."""
 
     def __init__(self, paths: Paths):
         self._path = paths.file("servers.json")
         self.servers = read_json(self._path, [])
-        if not all(
-            isinstance(s, dict) and {"name", "address", "fingerprint"} <= set(s)
-            for s in self.servers
-        ):
-            raise damaged_file(self._path)
+        check_entries(self._path, self.servers, SERVER_FIELDS)
 
     def find(self, name: str):
         """The server saved under this name or address, or None."""
@@ -4457,9 +4484,7 @@ class People:
     def __init__(self, paths: Paths):
         self._path = paths.file("contacts.json")
         self._entries = read_json(self._path, [])
-        keys = {"name", "fingerprint", "server", "verified"}
-        if not all(isinstance(e, dict) and keys <= set(e) for e in self._entries):
-            raise damaged_file(self._path)
+        check_entries(self._path, self._entries, PERSON_FIELDS)
 
     def known(self, server: bytes) -> dict:
         """Name -> fingerprint of those met on this server."""
@@ -4991,6 +5016,11 @@ class KeyPair:
             pem = key.private_bytes(_serialization.Encoding.PEM, *form)
         write_file(self.key_path, pem)
 
+    def certificate_pem(self) -> str:
+        pem = read_file(self.certificate_path) or b""
+        self._certificate_der(pem)
+        return pem.decode("ascii", "replace")
+
     def sealed(self) -> bool:
         return is_sealed(read_file(self.key_path) or b"")
 
@@ -5028,10 +5058,11 @@ def certificate_fingerprint(der: bytes) -> bytes:
         raise RemoteProtocolError("A certificate cannot be read.") from None
 
 
-def load_identity(paths: Paths, ask_passphrase) -> Identity:
-    """One's own long-term identity, made at first use."""
+def load_identity(paths: Paths, ask_passphrase) -> tuple:
+    """(one's own long-term Identity, its private key, its certificate DER); made at first use."""
     paths.make_folders()
-    return Identity(KeyPair(paths, "client").load(ask_passphrase)[0])
+    key, certificate = KeyPair(paths, "client").load(ask_passphrase)
+    return Identity(key), key, certificate
 
 
 # ==================================================================================================
@@ -5917,7 +5948,7 @@ class ChatClient:
         self._selector = selectors.DefaultSelector()
         self._link: Link | None = None
         self._pending = b""
-        self._attempt = 0
+        self._attempt, self._delay = 0, 0.0
         self._retry_at: float | None = None
         self._leaving, self._leave_by = "", 0.0
         self.ended = threading.Event()
@@ -5925,7 +5956,7 @@ class ChatClient:
         self.has_capacity = threading.Event()  # few lines are on their way: more may come
         self.has_capacity.set()
         self.on_ready: Any = None  # called once in a room
-        self.load_chain: Any = None  # () -> (key, certificate), for a server that asks for one
+        self.chain: tuple | None = None  # (key, certificate), for a server that asks for one
 
     def start(self, link: Link) -> None:
         """Goes on with a connection that stands and whose server is the right one."""
@@ -5946,7 +5977,7 @@ class ChatClient:
 
     def leave(self, reason: str) -> None:
         """Ends the session once all is delivered, or its patience is over."""
-        self.inbox.post(self._begin_leaving, reason)
+        self.inbox.post(self.begin_leaving, reason)
 
     # Owner
 
@@ -6044,24 +6075,29 @@ class ChatClient:
         self._selector.modify(self._link.sock, READ | WRITE if self._pending else READ)
 
     def _publish(self) -> None:
-        for event in self.machine.take_events():
-            kind = event["event"]
-            if kind.startswith("_"):
-                self._handle_internal(kind, event)
-                continue
-            if kind == "message" and event["direct"]:
-                self.reply_to = event["from"]
-            self.undelivered += kind == "undelivered"
-            if kind == "ready" and self.on_ready is not None:
-                self._guarded(self.on_ready)
-            self.events.publish(event)
-            if kind in ("ready", "request") or kind == "notice" and event.get("room"):
-                self.settled.set()
+        while self.machine.events:  # handling one may make another
+            for event in self.machine.take_events():
+                self._publish_one(event)
+
+    def _publish_one(self, event: dict) -> None:
+        kind = event["event"]
+        if kind.startswith("_"):
+            self._handle_internal(kind, event)
+            return
+        if kind == "message" and event["direct"]:
+            self.reply_to = event["from"]
+        self.undelivered += kind == "undelivered"
+        if kind == "ready" and self.on_ready is not None:
+            self._guarded(self.on_ready)
+        self.events.publish(event)
+        if kind in ("ready", "request") or kind == "notice" and event.get("room"):
+            self.settled.set()
 
     def _handle_internal(self, kind: str, event: dict) -> None:
         if kind == "_online":
             if self._attempt:
-                self.events.publish({"event": "reconnected", "attempt": self._attempt})
+                fields = {"attempt": self._attempt, "delay": self._delay}
+                self.events.publish({"event": "reconnected", **fields})
             self._attempt = 0
         elif self._people is not None:
             try:
@@ -6082,8 +6118,8 @@ class ChatClient:
         self._publish()
         if self.machine.fatal:
             self._finish(self.machine.fatal)
-        elif tls_failed and self.target.chain is None and self.load_chain is not None:
-            self.target.chain = self.load_chain()  # shown only to a pinned server that asked
+        elif tls_failed and self.target.chain is None and self.chain is not None:
+            self.target.chain = self.chain  # shown only to a pinned server that asked
             self._retry_at = 0.0
         elif tls_failed:
             text = "This server lets in only the certificates on its list."
@@ -6102,7 +6138,7 @@ class ChatClient:
         most = min(RECONNECT_FIRST * 2 ** (self._attempt - 1), RECONNECT_MOST)
         delay = most * (0.75 + 0.25 * random_fraction())
         self._retry_at = time.monotonic() + delay
-        shown = round(delay, 1)
+        shown = self._delay = round(delay, 1)
         self.events.publish(
             {"event": "reconnecting", "attempt": self._attempt, "delay": shown, "_why": why}
         )
@@ -6133,7 +6169,7 @@ class ChatClient:
 
     # Owner: leaving
 
-    def _begin_leaving(self, reason: str) -> None:
+    def begin_leaving(self, reason: str) -> None:
         if not self._leaving or reason == "interrupted":
             self._leaving = reason
             self._leave_by = time.monotonic() + LEAVE_SECONDS[reason]
@@ -6171,17 +6207,27 @@ class ChatClient:
 # ==================================================================================================
 
 
+class Place(Record):
+    """What a command does, and is said to do, in one place."""
+
+    run: Any
+    usage: str
+    help: str
+
+
 class Command(Record):
-    """One row. `chat(client, rest)` and `console(server, rest)` run in an owner thread; `shell`
-    (arguments) -> exit code; any of them may be missing. `menu` is (number, title)."""
+    """One row; it may be missing in any place.
+
+    `chat` runs (client, rest of the line) and `console` (server, rest) in their owner threads,
+    `shell` runs (session) -> exit code with the arguments that `options` adds to a parser; `menu`
+    is (number, title).
+    """
 
     name: str
     aliases: tuple
-    usage: str
-    help: str
-    chat: Any
-    console: Any
-    shell: Any
+    chat: Place | None
+    console: Place | None
+    shell: Place | None
     options: Any
     menu: tuple | None
 
@@ -6189,13 +6235,11 @@ class Command(Record):
 COMMANDS: dict = {}  # name -> Command, in the order of /help
 
 
-def command(name: str, usage: str, help_text: str, aliases: tuple = (), **places) -> None:
+def command(place: str, name: str, usage: str, help_text: str, run, aliases: tuple = ()) -> Command:
     """Adds a row to the table, or a place to a row that is there."""
-    row = COMMANDS.get(name)
-    if row is None:
-        row = COMMANDS[name] = Command(name, aliases, usage, help_text, *[None] * 5)
-    for place, value in places.items():
-        setattr(row, place, value)
+    row = COMMANDS.setdefault(name, Command(name, aliases, *[None] * 5))
+    setattr(row, place, Place(run, usage, help_text))
+    return row
 
 
 def find_command(word: str, place: str):
@@ -6221,13 +6265,13 @@ def run_line(place: str, subject, line: str) -> None:
         text = f"There is no /{one_line(word)[:40]}."
         hint = nearest(word.lower(), names) + "/help lists what there is."
         raise ChatError(text, hint, "unknown-command")
-    getattr(row, place)(subject, rest.strip())
+    getattr(row, place).run(subject, rest.strip())
 
 
 def execute(client: ChatClient, line: str, is_text: bool = False) -> None:
     """What a person typed in the chat (owner thread); `is_text` for what is never a command."""
     if not is_text and line == "BYE":
-        client.leave("BYE")
+        client.begin_leaving("BYE")
     elif not is_text and line.startswith("/") and not line.startswith("//"):
         run_line("chat", client, line)
     else:
@@ -6244,7 +6288,8 @@ def send_text(client: ChatClient, target: str, text: str, kind: int = SAID) -> N
 
 def help_lines(place: str) -> list:
     """(usage, help) of every command in a place, in the table's order."""
-    return [(row.usage, row.help) for row in COMMANDS.values() if getattr(row, place)]
+    places = [getattr(row, place) for row in COMMANDS.values()]
+    return [(found.usage, found.help) for found in places if found]
 
 
 def _words(rest: str, most: int) -> list:
@@ -6435,7 +6480,7 @@ def _chat_rekey(client, rest: str) -> None:
 
 
 def _chat_quit(client, rest: str) -> None:
-    client.leave("BYE")
+    client.begin_leaving("BYE")
 
 
 for _row in (
@@ -6467,7 +6512,7 @@ for _row in (
     ("rekey", "/rekey", "make a new room key now (admin)", (), _chat_rekey),
     ("quit", "/quit", "leave, like BYE", ("exit", "q"), _chat_quit),
 ):
-    command(*_row[:4], chat=_row[4])
+    command("chat", *_row[:3], _row[4], _row[3])
 
 
 # On the server's console (in the relay's loop thread; answers with a notice's fields)
@@ -6584,7 +6629,7 @@ for _line in (
     ("stats", "/stats", "what the server has carried", (), _console_stats),
     ("quit", "/quit", "close the server", (), _console_quit),
 ):
-    command(*_line[:4], console=_line[4])
+    command("console", *_line[:3], _line[4], _line[3])
 
 
 # ==================================================================================================
@@ -7311,8 +7356,11 @@ def complete_chat(client: ChatClient):
     return complete
 
 
-def _routine_show(subscription: Subscription, face, describer=None) -> None:
-    """Shows events until the stream ends, then ends a read that is still waiting."""
+def _routine_show(subscription: Subscription, face, stop, describer=None) -> None:
+    """Shows events until the stream ends, then ends a read that is still waiting.
+
+    `stop` is called if nobody is there any more to see them.
+    """
     while True:
         event = subscription.get()
         if event is None:
@@ -7322,7 +7370,8 @@ def _routine_show(subscription: Subscription, face, describer=None) -> None:
             if describer is not None:
                 face.set_prompt(describer.prompt())
         except (OSError, ValueError):
-            break  # whoever read our output is gone
+            stop()
+            break
     face.interrupt()
 
 
@@ -7343,7 +7392,9 @@ EXIT_CODES = {"BYE": 0, "eof": 0, "interrupted": 130}
 
 def run_chat(face, client: ChatClient, link: Link, describer=None, stay: bool = False) -> int:
     """Connects a face and a client until the session ends; returns the exit code."""
-    shower = spawn("show", _routine_show, client.events.subscribe(), face, describer)
+    events = client.events.subscribe()
+    stop = functools.partial(client.leave, "interrupted")
+    shower = spawn("show", _routine_show, events, face, stop, describer)
     client.start(link)
     try:
         if face.interactive:
@@ -7415,7 +7466,7 @@ class RunningServer:
         empty = gatekeeper.to_json()
         try:
             gatekeeper.load_json(read_json(self._users_path, empty))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise damaged_file(self._users_path) from None
         gatekeeper.allowed_now.update(parse_fingerprint(text) for text in options.allow)
         return gatekeeper
@@ -7449,8 +7500,8 @@ def run_server(paths: Paths, options: ServerOptions, face, ask_passphrase) -> in
     """Runs a server until it is told to stop."""
     lock = ProfileLock(paths, "server")
     publisher = Publisher()
-    shower = spawn("show", _routine_show, publisher.subscribe(), face)
     quit_wanted = threading.Event()
+    shower = spawn("show", _routine_show, publisher.subscribe(), face, quit_wanted.set)
     try:
         running = RunningServer(paths, options, ask_passphrase, publisher.publish)
         console = ServerConsole(
@@ -7612,10 +7663,10 @@ def run_connect(paths: Paths, options: ConnectOptions, make_face, ask, ask_passp
             check_name(options.name)
         servers = ServerList(paths)
         target = resolve_target(options.target, options, servers)
-        identity = load_identity(paths, ask_passphrase)
+        identity, *chain = load_identity(paths, ask_passphrase)
         machine = ClientMachine(identity, "", time.time, target.token)
         client = ChatClient(machine, target, People(paths))
-        client.load_chain = lambda: KeyPair(paths, "client").load(ask_passphrase)
+        client.chain = tuple(chain)
         face, describer = make_face(client)
         with face:
             link = _first_dial(face, target)
@@ -7834,7 +7885,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 28. Command line | uses 1, 2, 7, 16-18, 20, 23-27
+# Part 28. Command line | uses 1, 2, 4, 7, 16-18, 20, 23-27
 #
 # The door: options, the numbered menu, exit codes. Errors end here as one line on stderr.
 # ==================================================================================================
@@ -7979,12 +8030,22 @@ def _shell_id(session: Session) -> int:
     if action == "create" and pair.exists():
         text = f"There is an identity already: {pair.key_path}."
         raise ChatError(text, "Another one belongs into another profile: --profile NAME.")
-    identity = load_identity(session.paths, session.ask_passphrase)
+    if action == "export" and pair.exists():
+        return _export_certificate(session, pair)  # it is no secret: no passphrase is asked
+    identity = load_identity(session.paths, session.ask_passphrase)[0]
     if action == "passphrase":
         return _change_passphrase(session)
     if action == "export":
-        pem = read_file(pair.certificate_path).decode("ascii")
-        return session.answer("id", {"certificate": pem}, pem.rstrip())
+        return _export_certificate(session, pair)
+    return _show_identity(session, pair, identity)
+
+
+def _export_certificate(session: Session, pair: KeyPair) -> int:
+    pem = pair.certificate_pem()
+    return session.answer("id", {"certificate": pem}, pem.rstrip())
+
+
+def _show_identity(session: Session, pair: KeyPair, identity: Identity) -> int:
     fields = {
         "fingerprint": fingerprint_text(identity.fingerprint),
         "profile": session.paths.profile,
@@ -8099,7 +8160,8 @@ for _activity in (
     ("servers", "servers remove NAME", "the servers you were on",
      _shell_servers, _servers_options, (4, "Saved servers")),
 ):  # fmt: skip
-    command(*_activity[:3], shell=_activity[3], options=_activity[4], menu=_activity[5])
+    _added = command("shell", *_activity[:4])
+    _added.options, _added.menu = _activity[4:]
 
 
 def make_parser():
@@ -8112,10 +8174,13 @@ def make_parser():
     _common_options(parser, top=True)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for row in COMMANDS.values():
-        if row.shell is None:
+        place = row.shell
+        if place is None:
             continue
-        example = f"Example: {PROGRAM} {row.usage}"
-        sub = subparsers.add_parser(row.name, help=row.help, description=row.help, epilog=example)
+        example = f"Example: {PROGRAM} {place.usage}"
+        sub = subparsers.add_parser(
+            row.name, help=place.help, description=place.help, epilog=example
+        )
         _common_options(sub, top=False)
         if row.options:
             row.options(sub)
@@ -8196,11 +8261,13 @@ def _menu_activity(session: Session, choice: str) -> None:
         top = ["--home", session.paths.home, "--profile", session.paths.profile]
         arguments = make_parser().parse_args([*top, *words])
         arguments.yes, arguments.no_install = session.arguments.yes, session.arguments.no_install
-        COMMANDS[words[0]].shell(Session(arguments))
+        COMMANDS[words[0]].shell.run(Session(arguments))
 
 
 def _menu_connect(session: Session) -> list:
     target = session.ask_text("Token or host:port (Enter goes back): ").strip()
+    if target.startswith(TOKEN_PREFIX):
+        consume_token(target)  # a damaged one is named before anything else is asked
     return _connect_words(session, "".join(target.split()), "") if target else []
 
 
@@ -8240,6 +8307,13 @@ def main(words: list | None = None) -> int:
     sys.dont_write_bytecode = True
     _use_utf8()
     try:
+        return _guarded_run(words)
+    finally:
+        _finish_output()
+
+
+def _guarded_run(words: list) -> int:
+    try:
         return _run(words)
     except ChatError as error:
         if "--json" in words:
@@ -8253,10 +8327,20 @@ def main(words: list | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass  # whoever read our output is gone
     except Exception as error:
         say_aside(f"trchat: {internal_error(error)}")
     return 1
+
+
+def _finish_output() -> None:
+    """Nothing may be said any more, neither of a reader that is gone nor of a late Ctrl-C."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list) -> int:
@@ -8265,7 +8349,7 @@ def _run(words: list) -> int:
     arguments = make_parser().parse_args(words)
     session = Session(arguments)
     if arguments.command:
-        return COMMANDS[arguments.command].shell(session)
+        return COMMANDS[arguments.command].shell.run(session)
     if session.interactive:
         return run_menu(session)
     raise UsageError(

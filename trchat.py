@@ -2034,7 +2034,7 @@ class RoomKeeper:
         self.last_id = NO_EPOCH
         self.is_ready = False  # whether `ready` was emitted
         self.waiting: list = []  # own messages typed before there was a key
-        self.awaited: dict = {}  # fingerprint -> when its absence after a lost connection will count
+        self.awaited: dict = {}  # fingerprint -> when it counts that they did not come back
         self.left: set = set()  # members of the last roster who were reported as gone
         self.history: dict = {}  # epoch id -> identities of its roster
         self.disconnect()
@@ -2467,8 +2467,8 @@ class RoomKeeper:
 
     def _report_strange(self, now: float) -> None:
         for person in self.keyring.take_strange(now) if self.is_ready else []:
-            if person.id not in self.members or person.fingerprint in self.strayed:
-                continue  # gone, or known to have been on another branch
+            if person.id not in self.members:
+                continue  # gone: its line will come again with its next connection
             text = f"{person.name} wrote to #{self.name} with a key we were not given."
             hint = "You may have been shown different members: compare /names."
             self.machine.alarm(text, hint)

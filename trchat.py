@@ -2059,8 +2059,8 @@ class RoomKeeper:
         """The server let us into the room; `members` in its order, oneself as None."""
         self.id, self.members, self.since, self.changed_at = number, members, now, now
         if self.last is not None:
-            members = [*self.last.fingerprints(), *self.awaited]  # also of the time before that
-            others = [f for f in members if f != self.own]
+            known = [*self.last.fingerprints(), *self.awaited]  # also of the time before that
+            others = [f for f in known if f != self.own]
             self.awaited = dict.fromkeys(others, now + TAKEOVER_SECONDS)
 
     @property
@@ -3518,7 +3518,7 @@ class ClientMachine:
         """Before we hold a key we cannot know who the admin is: so the name is told."""
         words = {KICKED: "removed you from", BANNED: "banned you from"}
         text = f"{admin.name} {words.get(why, 'does not let you into')} #{room.name}."
-        self.emit("error", code="denied", text=text, room=room.name)
+        self.emit("error", code="denied", text=text)
         self.send_frame(LEAVE, room.id)
         self._drop_room(room)
         if not self.rooms:
@@ -5522,7 +5522,6 @@ class RelayServer:
         self._save_at: float | None = None
         self._hold_at: float | None = None
         self._accept_at: float | None = None
-        self._save_took = 0.0
         self._stopping = ""
         self.started = 0.0
 
@@ -5627,16 +5626,17 @@ class RelayServer:
 
     def _save_when_due(self, now: float) -> None:
         """Keeps what must survive a kill; at most a twentieth of the time is spent on it."""
-        if not self.machine.gatekeeper.changed:
+        if self._save_at is not None and now >= self._save_at:
+            self._save_at = None
+        if not self.machine.gatekeeper.changed or self._save_at is not None:
             return
-        if self._save_at is None or now >= self._save_at:
-            self.machine.gatekeeper.changed = False
-            try:
-                self._save(self.machine.gatekeeper)
-            except ChatError as error:
-                self._publish({"event": "error", "code": error.code, "text": str(error)})
-            self._save_took = time.monotonic() - now
-            self._save_at = None if self._save_took < 0.02 else now + 20 * self._save_took
+        self.machine.gatekeeper.changed = False
+        try:
+            self._save(self.machine.gatekeeper)
+        except ChatError as error:
+            self._publish({"event": "error", "code": error.code, "text": str(error)})
+        took = time.monotonic() - now
+        self._save_at = None if took < 0.02 else now + 20 * took
 
     def _report(self) -> None:
         events, self.machine.events = self.machine.events, []
@@ -5886,7 +5886,7 @@ def raise_file_limit() -> None:
 
 DIAL_SECONDS = 10.0
 UNCONFIRMED_MOST = 1000  # lines on their way before a pipe must wait
-LEAVE_SECONDS = {"BYE": 10.0, "eof": CONFIRM_SECONDS, "interrupted": 0.5}
+LEAVE_SECONDS = {"BYE": 10.0, "eof": CONFIRM_SECONDS, "interrupted": 0.5, "error": 0.5}
 
 
 class Target(Record):
@@ -5969,6 +5969,10 @@ class ChatClient:
         self._attach(link)
         spawn("chat", self._routine_chat)
 
+    @property
+    def leaving(self) -> bool:
+        return bool(self._leaving)
+
     # For faces, from any thread
 
     def call(self, function, *args) -> None:
@@ -5987,6 +5991,8 @@ class ChatClient:
             function(*args)
         except ChatError as error:
             self.machine.emit("error", code=error.code, text=str(error))
+        except Exception as error:  # a bug of ours must not end the session
+            self.machine.emit("error", code="protocol", text=internal_error(error))
 
     def _routine_chat(self) -> None:
         try:
@@ -6128,7 +6134,7 @@ class ChatClient:
             self._finish("denied")
         elif self.machine.renamed:
             self.machine.renamed, self._retry_at = False, 0.0
-        elif self._leaving == "interrupted":
+        elif self._leaving in ("interrupted", "error"):
             self._finish(self._leaving)
         else:
             self._plan_retry(why)
@@ -6170,7 +6176,7 @@ class ChatClient:
     # Owner: leaving
 
     def begin_leaving(self, reason: str) -> None:
-        if not self._leaving or reason == "interrupted":
+        if not self._leaving or reason in ("interrupted", "error"):
             self._leaving = reason
             self._leave_by = time.monotonic() + LEAVE_SECONDS[reason]
 
@@ -6253,7 +6259,7 @@ def find_command(word: str, place: str):
 def nearest(word: str, words) -> str:
     """A hint that names the closest of `words`."""
     close = difflib.get_close_matches(word, list(words), 1)
-    return f"Did you mean {close[0]}? " if close else ""
+    return f"Did you mean /{close[0]}? " if close else ""
 
 
 def run_line(place: str, subject, line: str) -> None:
@@ -6270,6 +6276,8 @@ def run_line(place: str, subject, line: str) -> None:
 
 def execute(client: ChatClient, line: str, is_text: bool = False) -> None:
     """What a person typed in the chat (owner thread); `is_text` for what is never a command."""
+    if client.leaving:
+        return  # after BYE nothing more is sent
     if not is_text and line == "BYE":
         client.begin_leaving("BYE")
     elif not is_text and line.startswith("/") and not line.startswith("//"):
@@ -7153,7 +7161,7 @@ class JSONFace:
             except ValueError:
                 value = None
             if isinstance(value, str):
-                return value, True
+                return value.encode("utf-8", "replace").decode("utf-8"), True
         return line, False
 
     def say(self, text: str) -> None:
@@ -7393,7 +7401,7 @@ EXIT_CODES = {"BYE": 0, "eof": 0, "interrupted": 130}
 def run_chat(face, client: ChatClient, link: Link, describer=None, stay: bool = False) -> int:
     """Connects a face and a client until the session ends; returns the exit code."""
     events = client.events.subscribe()
-    stop = functools.partial(client.leave, "interrupted")
+    stop = functools.partial(client.leave, "error")
     shower = spawn("show", _routine_show, events, face, stop, describer)
     client.start(link)
     try:
@@ -8305,6 +8313,7 @@ def main(words: list | None = None) -> int:
     """Runs one command, or the menu; returns the exit code."""
     words = sys.argv[1:] if words is None else words
     sys.dont_write_bytecode = True
+    _open_missing_streams()
     _use_utf8()
     try:
         return _guarded_run(words)
@@ -8338,7 +8347,8 @@ def _finish_output() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -8362,6 +8372,13 @@ def _menu_arguments():
     return types.SimpleNamespace(
         home=None, profile="default", json=False, yes=False, no_install=False
     )
+
+
+def _open_missing_streams() -> None:
+    """Services start programs with closed descriptors, which Python shows as None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the end
 
 
 def _use_utf8() -> None:

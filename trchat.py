@@ -2823,6 +2823,21 @@ class Messages:
 
     def content_text(self, person, *values) -> None:
         """A text that came through the pairwise session: a direct one, or one sent again."""
+        keeper = self.machine.rooms.get(values[4])
+        if person.held or keeper is not None and keeper.last is None:
+            if len(person.held) < MAX_SKIPPED_KEYS:
+                person.held.append(values)  # we cannot know yet who belongs to that room
+            return
+        self._take_text(person, values)
+
+    def take_held(self) -> None:
+        """A room's first roster has come: what waited for it is judged now."""
+        for person in list(self.machine.directory.people.values()):
+            held, person.held = person.held, []
+            for values in held:
+                self.machine.receive_guarded(person, self.content_text, person, *values)
+
+    def _take_text(self, person, values: tuple) -> None:
         sequence, room = values[1], values[4]
         count = person.streams.get(DIRECT_STREAM, (0,))[0]
         if sequence < count or sequence - count > MAX_SKIPPED_KEYS:
@@ -2951,7 +2966,7 @@ class Person:
 
     __slots__ = (
         "id", "bundle", "session", "confirmed", "backlog", "invitation", "proof",
-        "key_changed", "told", "texts_sent", "streams", "unacknowledged", "acked_at",
+        "key_changed", "told", "texts_sent", "held", "streams", "unacknowledged", "acked_at",
     )  # fmt: skip
 
     def __init__(self, number: int, bundle: Bundle):
@@ -2963,6 +2978,7 @@ class Person:
         self.key_changed = False
         self.told: list = []  # the rooms in our last HELLO
         self.texts_sent = 0
+        self.held: list = []  # texts for a room whose members we do not know yet
         self.streams: dict = {}  # stream -> [count, missing], as far as received from them
         self.unacknowledged: set = set()  # streams
         self.acked_at = float("-inf")
@@ -3397,12 +3413,16 @@ class ClientMachine:
         self.receive_payload(person, room, payload)
 
     def receive_payload(self, person: Person, room: RoomKeeper | None, payload: bytes) -> None:
+        if room is not None:
+            receive = self.messages.receive_room
+            self.receive_guarded(person, receive, room, person, payload, self.now)
+        else:
+            self.receive_guarded(person, self.directory.receive, person, payload)
+
+    def receive_guarded(self, person: Person, receive, *args) -> None:
         """The border: what a person (or the relay in their name) sent wrongly is shown."""
         try:
-            if room is not None:
-                self.messages.receive_room(room, person, payload, self.now)
-            else:
-                self.directory.receive(person, payload)
+            receive(*args)
         except ChatError as error:
             self.alarm(f"From {person.name}: {error.text}")
 
@@ -3485,6 +3505,7 @@ class ClientMachine:
             self.emit("notice", text=text + " Ask them before you trust this room.", warning=True)
 
     def room_rekeyed(self, room: RoomKeeper, now: float) -> None:
+        self.messages.take_held()
         for person in room.members.values():
             if person is not None and room.is_admin():
                 self.directory.greet(person)
@@ -3724,7 +3745,8 @@ def _wrap_line(line: str, columns: int) -> str:
     rows, width = [first], display_width(first)
     for word in words:
         size = 1 + display_width(word)
-        if width + size < columns or not rows[-1].strip():
+        unbreakable = size >= columns - 2  # it gains nothing by a row of its own
+        if width + size < columns or unbreakable or not rows[-1].strip():
             rows[-1], width = f"{rows[-1]} {word}", width + size
         else:
             rows.append("  " + word)

@@ -22,25 +22,26 @@ or thread: bytes in, events out) and each uses only parts above itself:
   7. Wire format *
   8. Gatekeeper *
   9. Relay machine *
- 10. Rooms *
- 11. Messages *
- 12. People and sessions *
- 13. Client machine *
- 14. Keys and widths *
- 15. Line editor and screen *
- 16. Settings and paths
- 17. Dependencies
- 18. Vault
- 19. Network
- 20. Events and threads
- 21. Relay server
- 22. Chat client
- 23. Commands
- 24. Terminal
- 25. Faces: terminal and JSON lines
- 26. Activities
- 27. Demonstration
- 28. Command line
+ 10. Who is in a room *
+ 11. Rooms *
+ 12. Messages *
+ 13. People and sessions *
+ 14. Client machine *
+ 15. Keys and widths *
+ 16. Line editor and screen *
+ 17. Settings and paths
+ 18. Dependencies
+ 19. Vault
+ 20. Network
+ 21. Events and threads
+ 22. Relay server
+ 23. Chat client
+ 24. Commands
+ 25. Terminal
+ 26. Faces: terminal and JSON lines
+ 27. Activities
+ 28. Demonstration
+ 29. Command line
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -1903,11 +1904,10 @@ _LENGTH = struct.Struct(">I")
 
 
 # ==================================================================================================
-# Part 10. Rooms | pure | uses 1-4, 6, 7
+# Part 10. Who is in a room | pure | uses 1-4, 6, 7
 #
-# Each room as one of its members keeps it, over all connections: who is in it, whose word on its
-# keys counts, and who is let in. It speaks to the world through the client machine that it is
-# given, never to a socket.
+# Two halves of a room's membership: whom its admin lets in, and whose word on the room's keys a
+# member follows. Both act on the RoomKeeper that they are given (the next part).
 # ==================================================================================================
 
 
@@ -1965,7 +1965,7 @@ class Admission:
     def consider(self, person, now: float) -> None:
         key = person.fingerprint
         if person.hash in self.room.epoch.members:
-            self.room.heal(person, now)
+            self.room.succession.heal(person, now)
         elif key in self.bans:
             self.room.machine.directory.send(person, REMOVED, self.room.name, BANNED)
         elif person.hash not in self.removed and self._may_enter(person, now):
@@ -2019,6 +2019,202 @@ class Admission:
         raise ChatError(text, "/requests shows who is.", "no-such-person")
 
 
+class Succession:
+    """Whose announcements a member follows: the admin's, or the next one's once those before are
+    gone; and, after lost connections, how people who went on without each other come together."""
+
+    def __init__(self, room):
+        self.room = room
+        self.history: dict = {}  # epoch id -> identities of its roster
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Forgets whatever belonged to the connection."""
+        self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
+        self.strayed: set = set()  # those who ever claimed an epoch that we did not know
+        self.held: tuple = ()  # an announcement whose acceptance must wait
+        self.refused: dict = {}  # fingerprint -> how often that person's announcement was refused
+
+    def note_claim(self, fingerprint: bytes, number: int, epoch: bytes) -> None:
+        """Somebody says, inside the session, which epoch they know."""
+        self.claims[fingerprint] = (number, epoch)
+        if number > 0 and epoch not in self.history:
+            self.strayed.add(fingerprint)
+
+    def note_epoch(self, epoch: bytes, said: Announcement) -> None:
+        """An announcement was followed, or made."""
+        self.history[epoch] = said.fingerprints()
+        while len(self.history) > HISTORY_MOST:
+            del self.history[next(iter(self.history))]
+        self.held = ()
+
+    def review(self, now: float) -> None:
+        """Back after a lost connection: the last admin resumes, unless the room has moved on."""
+        if self.held:
+            self._review_held(now)
+            return
+        strays = [claim for f, claim in self.claims.items() if self._is_stray(f)]
+        if strays and now < self.room.since + TAKEOVER_SECONDS:
+            ours = (self.room.last.number, self.room.last_id)
+            if now < self.room.since + SETTLE_SECONDS or max(strays) > ours:
+                return  # their admin will tell us
+        ranks = self.room.last.fingerprints()
+        if not self.room.is_next(ranks):
+            return
+        greeted = all(f in self.claims or f == self.room.own for f in self.room.present())
+        before = ranks[: ranks.index(self.room.own)]
+        excused = all(f in self.room.gone_on_purpose for f in before)
+        patient = greeted or now >= self.room.since + SETTLE_SECONDS
+        if patient and (excused or now >= self.room.since + TAKEOVER_SECONDS):
+            self.room.announce(now)
+
+    def _is_stray(self, fingerprint: bytes) -> bool:
+        """Whether somebody knows an epoch that we do not: the room moved on, or split."""
+        number, epoch = self.claims.get(fingerprint, (0, NO_EPOCH))
+        return number > 0 and epoch not in self.history and fingerprint not in self.refused
+
+    def receive_epoch(
+        self, person, encoded: bytes, signature: bytes, key: bytes, now: float
+    ) -> None:
+        """An announcement came from `person`; it is installed if that person may make it."""
+        said = consume_announcement(encoded, signature, key, person.bundle)
+        if said.room != self.room.name or all(
+            m.bundle != self.room.machine.keys.bundle.hash for m in said.roster
+        ):
+            raise RemoteProtocolError(f"{person.name} announced #{said.room} without us in it.")
+        if not all(self.room.machine.directory.agrees(member) for member in said.roster):
+            raise RemoteProtocolError(f"{person.name}'s roster of #{said.room} is not true.")
+        if self.room.last is not None and said.number <= self.room.last.number:
+            known = any(person.fingerprint in roster for roster in self.history.values())
+            if known and epoch_id(encoded) not in self.history:
+                self._disregard(person)  # two announcements crossed after a split
+            else:
+                self._refuse_epoch(person, "an epoch that is not newer than ours")
+        elif self.room.epoch is not None:
+            self._continue_epoch(person, said, encoded, key, now)
+        elif self.room.last is not None:
+            self.held = (person, said, encoded, key)
+            self._review_held(now)
+        else:
+            self.room.install(said, encoded, key, now)
+
+    def _refuse_epoch(self, person, why: str) -> None:
+        self._disregard(person)
+        text = f"{person.name} announced {why} for #{self.room.name}: refused."
+        self.room.machine.alarm(
+            text, "The server, or that person, may be trying to take the room over."
+        )
+
+    def _disregard(self, person) -> None:
+        """Does not follow an announcement, and says which epoch we know instead."""
+        times = self.refused.get(person.fingerprint, 0)
+        self.refused[person.fingerprint] = times + 1
+        if times < REFUSED_MOST:
+            self.room.machine.directory.greet(person, again=True)
+
+    def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
+        in_turn = is_next_admin(
+            self.room.last.fingerprints(), person.fingerprint, self.room.present()
+        )
+        resumes = not in_turn and self._outranks_admin(person)
+        if not in_turn and not resumes:
+            self._refuse_out_of_turn(person)
+            return
+        if resumes:
+            text = f"{person.name} is admin of #{self.room.name} again."
+            self.room.machine.emit("notice", text=text, room=self.room.name)
+        elif said.previous != self.room.last_id:
+            text = (
+                f"{person.name} continued #{self.room.name} from another past than ours (a fork)."
+            )
+            self.room.machine.alarm(text, "Compare /names with the others.")
+        self.room.install(said, encoded, key, now)
+
+    def _refuse_out_of_turn(self, person) -> None:
+        if person.fingerprint not in self.strayed:
+            self._refuse_epoch(person, "an epoch out of turn")
+        else:  # it had told us of its own branch: a split that is about to heal
+            self._disregard(person)
+            text = f"{person.name} has another #{self.room.name} than ours; it was not followed."
+            self.room.machine.emit("notice", text=text, room=self.room.name, warning=True)
+
+    def _outranks_admin(self, person) -> bool:
+        """Whether somebody comes back who was ranked before the present admin, and not put out."""
+        admin = self.room.last.roster[0].fingerprint
+        rosters = (r[: r.index(admin)] for r in self.history.values() if admin in r)
+        return self._never_put_out(person) and any(person.fingerprint in r for r in rosters)
+
+    def _never_put_out(self, person) -> bool:
+        return person.fingerprint in self.room.admission.earlier
+
+    def _review_held(self, now: float) -> None:
+        """Whether an announcement made while we were away is to be believed yet.
+
+        Members ranked before its maker come first: if they are back and know no more than we do,
+        they (or we) resume; if they follow it, so do we; those who are gone have had their time.
+        """
+        person, said, encoded, key = self.held
+        ranks, present = self.room.last.fingerprints(), self.room.present()
+        rank = ranks.index(person.fingerprint) if person.fingerprint in ranks else len(ranks)
+        seniors = [f for f in ranks[:rank] if f != self.room.own]
+        loyal = [f for f in seniors if f in present and not self._is_stray(f)]
+        stranger = not self._never_put_out(person)
+        if self._succeeded(person.fingerprint):
+            self._follow(person, said, encoded, key, rank, now)
+            return
+        witnesses = [f for f in ranks if f != person.fingerprint and self._is_stray(f)]
+        if loyal and not witnesses and now < self.room.since + TAKEOVER_SECONDS:
+            ours = self.room.is_next(ranks) and all(f in self.claims for f in loyal)
+            if not ours:
+                return
+        if loyal and not witnesses or stranger and self.room.admission.locked:
+            self._resume_instead(person, now)
+            return
+        settled = bool(witnesses) or all(
+            self._is_stray(f) or f in self.room.gone_on_purpose for f in seniors
+        )
+        if settled or now >= self.room.since + SETTLE_SECONDS:
+            self._follow(person, said, encoded, key, rank, now)
+
+    def _succeeded(self, fingerprint: bytes) -> bool:
+        """Whether that person, never put out, was once ranked before us: the last admin resumes."""
+        before = (roster[: roster.index(self.room.own)] for roster in self.history.values())
+        return fingerprint in self.room.admission.earlier and any(fingerprint in b for b in before)
+
+    def _resume_instead(self, person, now: float) -> None:
+        self.held = ()
+        self._disregard(person)
+        where = f"#{self.room.name}"
+        text = f"{person.name} claims to be admin of {where}, which nobody else here confirms."
+        self.room.machine.emit("notice", text=text, room=self.room.name, warning=True)
+        self.room.review(now)
+
+    def _follow(self, person, said, encoded: bytes, key: bytes, rank: int, now: float) -> None:
+        self.held = ()
+        if rank > 0:
+            text = f"{person.name} became admin of #{self.room.name} while you were away."
+            self.room.machine.emit("notice", text=text, room=self.room.name)
+        self.room.install(said, encoded, key, now)
+        for other in self.room.members.values() if rank > 0 else []:
+            if other is not None:
+                self.room.machine.directory.greet(other, again=True)  # they may wait for our word
+
+    def heal(self, person, now: float) -> None:
+        """A member knows an epoch that we do not: go beyond it, so that all can follow."""
+        number, epoch = self.claims[person.fingerprint]
+        newer = self.room.last.number <= number < self.room.last.number + CLAIM_MOST
+        if newer and epoch not in self.history and not self._outranks_admin(person):
+            self.room.schedule(now)
+
+
+# ==================================================================================================
+# Part 11. Rooms | pure | uses 1, 2, 6, 7, 10
+#
+# Each room as one of its members keeps it, over all connections: who is there, when a new epoch is
+# made, what may be sent. It speaks to the world through the client machine that it is given.
+# ==================================================================================================
+
+
 class RoomKeeper:
     """One room as one of its members keeps it.
 
@@ -2036,7 +2232,7 @@ class RoomKeeper:
         self.waiting: list = []  # own messages typed before there was a key
         self.awaited: dict = {}  # fingerprint -> when it counts that they did not come back
         self.left: set = set()  # members of the last roster who were reported as gone
-        self.history: dict = {}  # epoch id -> identities of its roster
+        self.succession = Succession(self)
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -2045,15 +2241,12 @@ class RoomKeeper:
         self.members: dict = {}  # client id -> Person or None (oneself), in the server's order
         self.keyring = RoomKeyring()
         self.stale = False
-        self.claims: dict = {}  # fingerprint -> (epoch number, epoch id) as that person says
-        self.strayed: set = set()  # those who ever claimed an epoch that we did not know
         self.gone_on_purpose: set = set()
-        self.held: tuple = ()  # an announcement whose acceptance must wait
-        self.refused: dict = {}  # fingerprint -> how often that person's announcements were refused
         self.since = self.changed_at = 0.0
         self.rekey_at: float | None = None
         self.rekeyed_at = float("-inf")
         self.admission.disconnect()
+        self.succession.disconnect()
 
     def enter(self, number: int, members: dict, now: float) -> None:
         """The server let us into the room; `members` in its order, oneself as None."""
@@ -2100,7 +2293,7 @@ class RoomKeeper:
         ):
             return
         self.changed_at = now
-        for waiting in (self.admission.requests, self.admission.joining, self.claims):
+        for waiting in (self.admission.requests, self.admission.joining, self.succession.claims):
             waiting.pop(person.fingerprint, None)
         if self.epoch is not None and person.hash in self.epoch.members:
             self.stale = True
@@ -2121,9 +2314,7 @@ class RoomKeeper:
         """A person says, inside the session, to be in this room, and which epoch it knows."""
         if person.id not in self.members:
             return
-        self.claims[person.fingerprint] = (number, epoch)
-        if number > 0 and epoch not in self.history:
-            self.strayed.add(person.fingerprint)
+        self.succession.note_claim(person.fingerprint, number, epoch)
         if self.is_admin():
             self.admission.consider(person, now)
         self.review(now)
@@ -2182,7 +2373,7 @@ class RoomKeeper:
         if self.is_admin() and now >= self.rekeyed_at + REKEY_SECONDS:
             self.schedule(now)
         if self.rekey_at is not None and now >= self.rekey_at:
-            self._announce(now)
+            self.announce(now)
         self._report_strange(now)
         self.review(now)
 
@@ -2195,17 +2386,17 @@ class RoomKeeper:
         if self.id is None:
             return
         if self.epoch is not None:
-            if self.stale and self._is_next(self.last.fingerprints()):
+            if self.stale and self.is_next(self.last.fingerprints()):
                 self.schedule(now)
         elif self.last is None:
             if self._may_found(now):
-                self._announce(now)
+                self.announce(now)
         else:
-            self._review_return(now)
+            self.succession.review(now)
         if self.rekey_at is not None and self.rekey_at <= now:
-            self._announce(now)
+            self.announce(now)
 
-    def _is_next(self, fingerprints: list) -> bool:
+    def is_next(self, fingerprints: list) -> bool:
         return is_next_admin(fingerprints, self.own, self.present())
 
     def _may_found(self, now: float) -> bool:
@@ -2213,50 +2404,27 @@ class RoomKeeper:
         if next(iter(self.members.values())) is not None:
             return False
         alone = len(self.members) == 1
-        nobody_knows = all(number == 0 for number, _ in self.claims.values())
+        nobody_knows = all(number == 0 for number, _ in self.succession.claims.values())
         settled = self.changed_at == self.since or now >= self.changed_at + SETTLE_SECONDS
         return alone and settled or nobody_knows and now >= self.changed_at + SETTLE_SECONDS
 
-    def _review_return(self, now: float) -> None:
-        """Back after a lost connection: the last admin resumes, unless the room has moved on."""
-        if self.held:
-            self._review_held(now)
-            return
-        strays = [claim for f, claim in self.claims.items() if self._is_stray(f)]
-        if strays and now < self.since + TAKEOVER_SECONDS:
-            ours = (self.last.number, self.last_id)
-            if now < self.since + SETTLE_SECONDS or max(strays) > ours:
-                return  # their admin will tell us
-        ranks = self.last.fingerprints()
-        if not self._is_next(ranks):
-            return
-        greeted = all(f in self.claims or f == self.own for f in self.present())
-        before = ranks[: ranks.index(self.own)]
-        excused = all(f in self.gone_on_purpose for f in before)
-        patient = greeted or now >= self.since + SETTLE_SECONDS
-        if patient and (excused or now >= self.since + TAKEOVER_SECONDS):
-            self._announce(now)
-
-    def _is_stray(self, fingerprint: bytes) -> bool:
-        """Whether somebody knows an epoch that we do not: the room moved on, or split."""
-        number, epoch = self.claims.get(fingerprint, (0, NO_EPOCH))
-        return number > 0 and epoch not in self.history and fingerprint not in self.refused
-
-    def _announce(self, now: float) -> None:
+    def announce(self, now: float) -> None:
         """Makes the next epoch and hands it to all who are in it."""
-        if self.epoch is not None and not self._is_next(self.last.fingerprints()):
+        if self.epoch is not None and not self.is_next(self.last.fingerprints()):
             self.rekey_at = None
             return
         said = self._next_announcement()
         encoded, signature, key = create_announcement(said, self.machine.keys.signer)
         recipients = [p for p in self.present().values() if p and self._is_in(said, p)]
-        self.claims.update({p.fingerprint: (said.number, epoch_id(encoded)) for p in recipients})
+        self.succession.claims.update(
+            {p.fingerprint: (said.number, epoch_id(encoded)) for p in recipients}
+        )
         self.admission.joining.clear()
-        self._install(said, encoded, key, now)
+        self.install(said, encoded, key, now)
         for person in recipients:
             self.machine.directory.send(person, EPOCH, encoded, signature, key)
         for person in list(self.present().values()):
-            if person is not None and person.fingerprint in self.claims:
+            if person is not None and person.fingerprint in self.succession.claims:
                 self.admission.consider(person, now)
 
     def _is_in(self, said: Announcement, person) -> bool:
@@ -2270,141 +2438,21 @@ class RoomKeeper:
             person = present.get(fingerprint)
             if person is None or not person.confirmed or person.hash in self.admission.removed:
                 continue
-            if fingerprint in self.claims and all(fingerprint != m.fingerprint for m in roster):
+            if fingerprint in self.succession.claims and all(
+                fingerprint != m.fingerprint for m in roster
+            ):
                 roster.append(Member(fingerprint, person.hash, person.name))
         newest = self.last.number if self.last else 0
-        claimed = [n for n, _ in self.claims.values() if n < newest + CLAIM_MOST]
+        claimed = [n for n, _ in self.succession.claims.values() if n < newest + CLAIM_MOST]
         number = max([newest, *claimed]) + 1
         lists = (sorted(self.admission.bans), sorted(self.admission.mutes), self.admission.locked)
         return Announcement(self.name, number, self.last_id, roster, *lists)
 
-    def receive_epoch(
-        self, person, encoded: bytes, signature: bytes, key: bytes, now: float
-    ) -> None:
-        """An announcement came from `person`; it is installed if that person may make it."""
-        said = consume_announcement(encoded, signature, key, person.bundle)
-        if said.room != self.name or all(
-            m.bundle != self.machine.keys.bundle.hash for m in said.roster
-        ):
-            raise RemoteProtocolError(f"{person.name} announced #{said.room} without us in it.")
-        if not all(self.machine.directory.agrees(member) for member in said.roster):
-            raise RemoteProtocolError(f"{person.name}'s roster of #{said.room} is not true.")
-        if self.last is not None and said.number <= self.last.number:
-            known = any(person.fingerprint in roster for roster in self.history.values())
-            if known and epoch_id(encoded) not in self.history:
-                self._disregard(person)  # two announcements crossed after a split
-            else:
-                self._refuse_epoch(person, "an epoch that is not newer than ours")
-        elif self.epoch is not None:
-            self._continue_epoch(person, said, encoded, key, now)
-        elif self.last is not None:
-            self.held = (person, said, encoded, key)
-            self._review_held(now)
-        else:
-            self._install(said, encoded, key, now)
-
-    def _refuse_epoch(self, person, why: str) -> None:
-        self._disregard(person)
-        text = f"{person.name} announced {why} for #{self.name}: refused."
-        self.machine.alarm(text, "The server, or that person, may be trying to take the room over.")
-
-    def _disregard(self, person) -> None:
-        """Does not follow an announcement, and says which epoch we know instead."""
-        times = self.refused.get(person.fingerprint, 0)
-        self.refused[person.fingerprint] = times + 1
-        if times < REFUSED_MOST:
-            self.machine.directory.greet(person, again=True)
-
-    def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
-        in_turn = is_next_admin(self.last.fingerprints(), person.fingerprint, self.present())
-        resumes = not in_turn and self._outranks_admin(person)
-        if not in_turn and not resumes:
-            self._refuse_out_of_turn(person)
-            return
-        if resumes:
-            text = f"{person.name} is admin of #{self.name} again."
-            self.machine.emit("notice", text=text, room=self.name)
-        elif said.previous != self.last_id:
-            text = f"{person.name} continued #{self.name} from another past than ours (a fork)."
-            self.machine.alarm(text, "Compare /names with the others.")
-        self._install(said, encoded, key, now)
-
-    def _refuse_out_of_turn(self, person) -> None:
-        if person.fingerprint not in self.strayed:
-            self._refuse_epoch(person, "an epoch out of turn")
-        else:  # it had told us of its own branch: a split that is about to heal
-            self._disregard(person)
-            text = f"{person.name} has another #{self.name} than ours; it was not followed."
-            self.machine.emit("notice", text=text, room=self.name, warning=True)
-
-    def _outranks_admin(self, person) -> bool:
-        """Whether somebody comes back who was ranked before the present admin, and not put out."""
-        admin = self.last.roster[0].fingerprint
-        rosters = (r[: r.index(admin)] for r in self.history.values() if admin in r)
-        return self._never_put_out(person) and any(person.fingerprint in r for r in rosters)
-
-    def _never_put_out(self, person) -> bool:
-        return person.fingerprint in self.admission.earlier
-
-    def _review_held(self, now: float) -> None:
-        """Whether an announcement made while we were away is to be believed yet.
-
-        Members ranked before its maker come first: if they are back and know no more than we do,
-        they (or we) resume; if they follow it, so do we; those who are gone have had their time.
-        """
-        person, said, encoded, key = self.held
-        ranks, present = self.last.fingerprints(), self.present()
-        rank = ranks.index(person.fingerprint) if person.fingerprint in ranks else len(ranks)
-        seniors = [f for f in ranks[:rank] if f != self.own]
-        loyal = [f for f in seniors if f in present and not self._is_stray(f)]
-        stranger = not self._never_put_out(person)
-        if self._succeeded(person.fingerprint):
-            self._follow(person, said, encoded, key, rank, now)
-            return
-        witnesses = [f for f in ranks if f != person.fingerprint and self._is_stray(f)]
-        if loyal and not witnesses and now < self.since + TAKEOVER_SECONDS:
-            ours = self._is_next(ranks) and all(f in self.claims for f in loyal)
-            if not ours:
-                return
-        if loyal and not witnesses or stranger and self.admission.locked:
-            self._resume_instead(person, now)
-            return
-        settled = bool(witnesses) or all(
-            self._is_stray(f) or f in self.gone_on_purpose for f in seniors
-        )
-        if settled or now >= self.since + SETTLE_SECONDS:
-            self._follow(person, said, encoded, key, rank, now)
-
-    def _resume_instead(self, person, now: float) -> None:
-        self.held = ()
-        self._disregard(person)
-        text = f"{person.name} claims to be admin of #{self.name}, which nobody else here confirms."
-        self.machine.emit("notice", text=text, room=self.name, warning=True)
-        self.review(now)
-
-    def _succeeded(self, fingerprint: bytes) -> bool:
-        """Whether that person, never put out, was once ranked before us: the last admin resumes."""
-        before = (roster[: roster.index(self.own)] for roster in self.history.values())
-        return fingerprint in self.admission.earlier and any(fingerprint in b for b in before)
-
-    def _follow(self, person, said, encoded: bytes, key: bytes, rank: int, now: float) -> None:
-        self.held = ()
-        if rank > 0:
-            text = f"{person.name} became admin of #{self.name} while you were away."
-            self.machine.emit("notice", text=text, room=self.name)
-        self._install(said, encoded, key, now)
-        for other in self.members.values() if rank > 0 else []:
-            if other is not None:
-                self.machine.directory.greet(other, again=True)  # they may wait for our word
-
-    def _install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
+    def install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
         before = self.last
         early = self.keyring.install(RoomEpoch(said, encoded, key), now)
         self.last, self.last_id = said, self.epoch.id
-        self.history[self.last_id] = said.fingerprints()
-        while len(self.history) > HISTORY_MOST:
-            del self.history[next(iter(self.history))]
-        self.held = ()
+        self.succession.note_epoch(self.last_id, said)
         self.rekey_at, self.rekeyed_at = None, now
         self.admission.adopt(said)
         self._note_put_out(before, said)
@@ -2473,16 +2521,9 @@ class RoomKeeper:
             hint = "You may have been shown different members: compare /names."
             self.machine.alarm(text, hint)
 
-    def heal(self, person, now: float) -> None:
-        """A member knows an epoch that we do not: go beyond it, so that all can follow."""
-        number, epoch = self.claims[person.fingerprint]
-        newer = self.last.number <= number < self.last.number + CLAIM_MOST
-        if newer and epoch not in self.history and not self._outranks_admin(person):
-            self.schedule(now)
-
 
 # ==================================================================================================
-# Part 11. Messages | pure | uses 1-3, 7
+# Part 12. Messages | pure | uses 1-3, 7
 #
 # What a client says and hears, and what it remembers of it beyond one connection: which messages
 # somebody has not confirmed, which it has shown.
@@ -2952,7 +2993,7 @@ class Messages:
 
 
 # ==================================================================================================
-# Part 12. People and sessions | pure | uses 1, 2, 4-7
+# Part 13. People and sessions | pure | uses 1, 2, 4-7
 #
 # Everybody whom the server shows, checked by their bundle, and the pairwise session with each: a
 # person counts as present only after an answer inside it.
@@ -3092,7 +3133,7 @@ class Directory:
                 if room.is_admin() and person.id in room.members:
                     room.greeted(
                         person,
-                        *room.claims.get(person.fingerprint, (0, NO_EPOCH)),
+                        *room.succession.claims.get(person.fingerprint, (0, NO_EPOCH)),
                         self.machine.now,
                     )
         self.machine.emit("notice", text=f"The key of {person.name} is accepted.", name=person.name)
@@ -3205,7 +3246,7 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 13. Client machine | pure | uses 1-4, 6, 7, 10-12
+# Part 14. Client machine | pure | uses 1-4, 6, 7, 10-13
 #
 # The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
@@ -3516,7 +3557,7 @@ class ClientMachine:
     def _content_epoch(self, person: Person, encoded, signature, key) -> None:
         name = decode_announcement(encoded).room
         if name in self.rooms and person.id in self.rooms[name].members:
-            self.rooms[name].receive_epoch(person, encoded, signature, key, self.now)
+            self.rooms[name].succession.receive_epoch(person, encoded, signature, key, self.now)
 
     def _content_farewell(self, person: Person, names: list) -> None:
         for name in names:
@@ -3636,7 +3677,7 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 14. Keys and widths | pure | uses 2
+# Part 15. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -3891,7 +3932,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 15. Line editor and screen | pure | uses 2, 14
+# Part 16. Line editor and screen | pure | uses 2, 15
 #
 # The line being typed, and its picture. Every character carries a mark, because pasted text must
 # never be a command. Rows are broken here and automatic wrapping is off while they are painted, so
@@ -4262,7 +4303,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 16. Settings and paths | uses 1, 2, 4
+# Part 17. Settings and paths | uses 1, 2, 4
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -4533,7 +4574,7 @@ class People:
 
 
 # ==================================================================================================
-# Part 17. Dependencies | uses 1, 16
+# Part 18. Dependencies | uses 1, 17
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -4894,7 +4935,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 18. Vault | uses 1-4, 16
+# Part 19. Vault | uses 1-4, 17
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -5088,7 +5129,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 19. Network | uses 1-4, 16, 18
+# Part 20. Network | uses 1-4, 17, 19
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -5325,7 +5366,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 20. Events and threads | uses 2, 16
+# Part 21. Events and threads | uses 2, 17
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -5437,7 +5478,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 21. Relay server | uses 1, 2, 7, 16, 18-20
+# Part 22. Relay server | uses 1, 2, 7, 17, 19-21
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -5900,7 +5941,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 22. Chat client | uses 1-3, 16, 19-21
+# Part 23. Chat client | uses 1-3, 17, 20-22
 #
 # One owner thread has the client machine and its socket. Faces hand it lines and read its events;
 # connecting again, and waiting for the last acknowledgements before leaving, happen here.
@@ -6227,7 +6268,7 @@ class ChatClient:
 
 
 # ==================================================================================================
-# Part 23. Commands | uses 1, 2, 4, 7, 16, 21
+# Part 24. Commands | uses 1, 2, 4, 7, 17, 22
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -6663,7 +6704,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 24. Terminal | uses 2, 14-16
+# Part 25. Terminal | uses 2, 15-17
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold. Inputs come in three kinds:
@@ -7151,7 +7192,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 25. Faces: terminal and JSON lines | uses 2, 7, 14, 16, 20, 23, 24
+# Part 26. Faces: terminal and JSON lines | uses 2, 7, 15, 17, 21, 24, 25
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -7457,7 +7498,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 26. Activities | uses 1-4, 8, 9, 13, 16, 18-23, 25
+# Part 27. Activities | uses 1-4, 8, 9, 14, 17, 19-24, 26
 #
 # What a person starts: a server, a chat, the demonstration. Each takes its options and a face.
 # ==================================================================================================
@@ -7733,7 +7774,7 @@ def _remember_server(servers: ServerList, client: ChatClient) -> None:
 
 
 # ==================================================================================================
-# Part 27. Demonstration | uses 1, 3, 4, 7-9, 13, 18, 19, 21-23
+# Part 28. Demonstration | uses 1, 3, 4, 7-9, 14, 19, 20, 22-24
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -7915,7 +7956,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 28. Command line | uses 1, 2, 4, 7, 16-18, 20, 23-27
+# Part 29. Command line | uses 1, 2, 4, 7, 17-19, 21, 24-28
 #
 # The door: options, the numbered menu, exit codes. Errors end here as one line on stderr.
 # ==================================================================================================

@@ -41,7 +41,8 @@ or thread: bytes in, events out) and each uses only parts above itself:
  26. Faces: terminal and JSON lines
  27. Activities
  28. Demonstration
- 29. Command line
+ 29. Shell commands
+ 30. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -7956,9 +7957,9 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 29. Command line | uses 1, 2, 4, 7, 17-19, 21, 24-28
+# Part 29. Shell commands | uses 1, 2, 7, 17-19, 24-28, 30
 #
-# The door: options, the numbered menu, exit codes. Errors end here as one line on stderr.
+# What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
 
 
@@ -8274,7 +8275,11 @@ def _common_options(parser, top: bool) -> None:
         parser.add_argument(option, action="store_true", help=text, **unset)
 
 
-# The menu
+# ==================================================================================================
+# Part 30. Menu and door | uses 1, 2, 4, 17, 21, 24, 26, 27, 29
+#
+# The numbered menu for people, and `main`: errors end here as one line on stderr, with an exit code.
+# ==================================================================================================
 
 
 def run_menu(session: Session) -> int:
@@ -8363,9 +8368,6 @@ def _menu_servers(session: Session) -> list:
         raise ChatError("There is no such number.", "Choose one of the list.")
     server = servers[int(answer) - 1]
     return _connect_words(session, server["name"], server.get("nickname", ""))
-
-
-# The door
 
 
 def say_error(error: ChatError) -> None:

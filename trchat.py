@@ -7957,7 +7957,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 29. Shell commands | uses 1, 2, 7, 17-19, 24-28, 30
+# Part 29. Shell commands | uses 1, 2, 7, 17-19, 24-28
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -8030,6 +8030,21 @@ class Session:
 def say_aside(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def say_error(error: ChatError) -> None:
+    say_aside("trchat: " + printable(str(error)))
+
+
+def _end_on_signals() -> None:
+    """SIGTERM and SIGHUP leave as cleanly as Ctrl-C."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
 
 
 # Shell commands: (session) -> exit code
@@ -8278,7 +8293,7 @@ def _common_options(parser, top: bool) -> None:
 # ==================================================================================================
 # Part 30. Menu and door | uses 1, 2, 4, 17, 21, 24, 26, 27, 29
 #
-# The numbered menu for people, and `main`: errors end here as one line on stderr, with an exit code.
+# The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
 
 
@@ -8370,10 +8385,6 @@ def _menu_servers(session: Session) -> list:
     return _connect_words(session, server["name"], server.get("nickname", ""))
 
 
-def say_error(error: ChatError) -> None:
-    say_aside("trchat: " + printable(str(error)))
-
-
 def main(words: list | None = None) -> int:
     """Runs one command, or the menu; returns the exit code."""
     words = sys.argv[1:] if words is None else words
@@ -8450,17 +8461,6 @@ def _use_utf8() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-
-
-def _end_on_signals() -> None:
-    """SIGTERM and SIGHUP leave as cleanly as Ctrl-C."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
 
 
 if __name__ == "__main__":

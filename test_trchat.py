@@ -10318,9 +10318,9 @@ class TerminalFaceTest(EndToEnd):
         for title in ("1  Start a server", "2  Connect to a server", "0  Exit"):
             self.assertIn(title, window.text())
         window.line("9")
-        window.see("Type one of the numbers.")
+        window.see("Type one of the numbers,")
         window.line("zzz")
-        window.see("Type one of the numbers.", 2)
+        window.see("Type one of the numbers,", 2)
         window.line("")  # Enter takes the default
         window.see("Token or host:port (Enter goes back):")
         window.line("")

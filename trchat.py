@@ -1309,7 +1309,7 @@ def encode_frame(kind: int, *values) -> bytes:
 def encode_data(destination: int, source: int, payload: bytes) -> bytes:
     size = len(payload) + 9
     if size > MAX_FRAME:
-        raise ChatError("This is too large for one message.", "Send it as a file.", "too-large")
+        raise ChatError("This is too large for one message.", "Send it in parts.", "too-large")
     return DATA_HEAD.pack(size, DATA, destination, source) + payload
 
 
@@ -2724,7 +2724,7 @@ class Messages:
     def _new_message(self, room: str, text: str, kind: int) -> Outgoing:
         if len(text.encode("utf-8")) > MAX_TEXT:
             most = f"{MAX_TEXT >> 10} KiB"
-            raise ChatError(f"A message holds at most {most}.", "Send it as a file.", "too-large")
+            raise ChatError(f"A message holds at most {most}.", "Send it in parts.", "too-large")
         if not text:
             raise ChatError("There is nothing to send.", "Write a text.")
         created = self.machine.wall_clock()
@@ -4315,6 +4315,7 @@ argparse = Lazy("argparse")
 ctypes = Lazy("ctypes")
 difflib = Lazy("difflib")
 fcntl = Lazy("fcntl")
+getpass = Lazy("getpass")
 json = Lazy("json")
 metadata = Lazy("importlib.metadata")
 msvcrt = Lazy("msvcrt")
@@ -5344,7 +5345,8 @@ def listen(host: str, port: int):
     try:
         sock = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else error
         text = f"Listening on {join_address(host, port)} failed: {reason}."
         raise ChatError(
             text, "Choose another with --port (0 takes any free one).", "unreachable"
@@ -6322,7 +6324,7 @@ def find_command(word: str, place: str):
 
 def nearest(word: str, words) -> str:
     """A hint that names the closest of `words`."""
-    close = difflib.get_close_matches(word, list(words), 1)
+    close = difflib.get_close_matches(word, list(words), 1, 0.6 if len(word) > 4 else 0.8)
     return f"Did you mean /{close[0]}? " if close else ""
 
 
@@ -6364,6 +6366,12 @@ def help_lines(place: str) -> list:
     return [(found.usage, found.help) for found in places if found]
 
 
+def help_table(place: str) -> list:
+    rows = help_lines(place)
+    width = max(len(usage) for usage, _ in rows)
+    return [f"{usage:<{width}}  {text}" for usage, text in rows]
+
+
 def _words(rest: str, most: int) -> list:
     return rest.split(None, most - 1)
 
@@ -6392,9 +6400,13 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 def _chat_help(client, rest: str) -> None:
-    lines = [f"{usage:<28} {text}" for usage, text in help_lines("chat")]
+    lines = help_table("chat")
     rows = [{"usage": usage, "help": text} for usage, text in help_lines("chat")]
-    lines.append("Anything else is said to " + client.current + "; exactly BYE leaves.")
+    lines += [
+        f"Anything else is said to {client.current}; exactly BYE leaves.",
+        "In the prompt: ✓ all has arrived, …2 two lines have not yet been confirmed.",
+        "bob~4f2a is somebody whom you have not verified yet (/code, /verify).",
+    ]
     client.machine.emit("notice", text="\n".join(lines), commands=rows)
 
 
@@ -6403,7 +6415,9 @@ def _chat_msg(client, rest: str) -> None:
     if len(words) == 1:
         name = check_name(words[0].lstrip("@").partition("~")[0])
         client.current = name
-        client.machine.emit("notice", text=f"You now talk to {name} alone.", current=name)
+        back = f"/join {client.target.room} goes back."
+        text = f"You now talk to {name} alone; {back}"
+        client.machine.emit("notice", text=text, current=name)
     else:
         client.machine.tell(words[0], words[1])
 
@@ -6604,8 +6618,7 @@ class ServerConsole(Record):
 
 
 def _console_help(console, rest: str) -> None:
-    lines = [f"{usage:<34} {text}" for usage, text in help_lines("console")]
-    console.emit(notice("\n".join(lines)))
+    console.emit(notice("\n".join(help_table("console"))))
 
 
 def _console_invite(console, rest: str) -> None:
@@ -7398,7 +7411,10 @@ class ChatDescriber:
 
     def _on_closed(self, event: dict) -> str:
         words = {"BYE": "Bye.", "eof": "Bye.", "interrupted": "Interrupted."}
-        return words.get(event["reason"], f"The session has ended: {event['reason']}.")
+        said_before = event["reason"] in ("error", "denied")
+        return words.get(
+            event["reason"], None if said_before else f"The session has ended: {event['reason']}."
+        )
 
 
 def local_clock(moment: str) -> str:
@@ -7645,7 +7661,7 @@ def describe_server(event: dict):
     if event["event"] == "listening":
         return (
             f"The server listens on {join_address(event['host'], event['port'])}.\n"
-            f"Its key is {event['fingerprint']}.\n"
+            f"Its key is {event['fingerprint']}\n"
             "Give this token to those whom you invite (for 50 people, 24 hours):\n\n"
             f"{event['token']}\n\n"
             "They run: python3 trchat.py connect TOKEN\n"
@@ -7722,9 +7738,11 @@ def _confirm_server(face, ask, target: Target, link: Link, servers: ServerList) 
 
 def login_name() -> str:
     """The name of whoever is logged in, as far as it can be a nickname."""
-    user = next((os.environ[v] for v in ("USER", "LOGNAME", "USERNAME") if os.environ.get(v)), "")
-    clean = "".join(c for c in user if c.isalnum() or c in NAME_EXTRA)[:NAME_MOST]
-    return check_name(clean or "guest")
+    try:
+        user = getpass.getuser()
+        return check_name("".join(c for c in user if c.isalnum() or c in NAME_EXTRA)[:NAME_MOST])
+    except (ImportError, KeyError, OSError, ChatError):
+        return "guest"
 
 
 def run_connect(paths: Paths, options: ConnectOptions, make_face, ask, ask_passphrase) -> int:
@@ -7957,7 +7975,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 29. Shell commands | uses 1, 2, 7, 17-19, 24-28
+# Part 29. Shell commands | uses 1, 2, 7, 15, 17-19, 21, 24-28
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -7998,6 +8016,7 @@ class Session:
             answer = self.ask_text(question).strip().casefold()
             if answer in answers:
                 return answers[answer]
+            sys.stdout.write("Type y or n.\n")
 
     def ask_text(self, question: str) -> str:
         with Terminal(sys.stdin, sys.stdout) as terminal:
@@ -8033,7 +8052,10 @@ def say_aside(text: str) -> None:
 
 
 def say_error(error: ChatError) -> None:
-    say_aside("trchat: " + printable(str(error)))
+    text = "trchat: " + printable(str(error))
+    if sys.stderr.isatty():
+        text = wrap_text(text, os.get_terminal_size(sys.stderr.fileno()).columns)
+    say_aside(text)
 
 
 def _end_on_signals() -> None:
@@ -8056,14 +8078,17 @@ def _streaming(activity):
     def run(session: Session) -> int:
         try:
             return activity(session)
-        except ChatError as error:
-            if session.json:
-                face = JSONFace(sys.stdin, sys.stdout)
-                face.show({"event": "error", "code": error.code, "text": str(error)})
-                face.show({"event": "closed", "reason": "error"})
-                say_error(error)
-                return 1
-            raise
+        except (ChatError, RuntimeError, OSError, ValueError) as error:
+            if not session.json or isinstance(error, BrokenPipeError):
+                raise
+            shown = ChatError(internal_error(error), code="protocol")
+            if isinstance(error, ChatError):
+                shown = error
+            face = JSONFace(sys.stdin, sys.stdout)
+            face.show({"event": "error", "code": shown.code, "text": str(shown)})
+            face.show({"event": "closed", "reason": "error"})
+            say_error(shown)
+            return 1
 
     return run
 
@@ -8291,7 +8316,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 30. Menu and door | uses 1, 2, 4, 17, 21, 24, 26, 27, 29
+# Part 30. Menu and door | uses 1, 2, 4, 17, 20, 21, 24, 26, 27, 29
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -8326,7 +8351,7 @@ def _menu_choice() -> str:
         for number, name, title in menu_rows():
             if answer in (number, name) or title.casefold().startswith(answer):
                 return name
-        sys.stdout.write("Type one of the numbers.\n")
+        sys.stdout.write("Type one of the numbers, or the first letters of a line.\n")
 
 
 def _menu_answer() -> str:
@@ -8343,16 +8368,23 @@ def _menu_answer() -> str:
 
 
 def _menu_activity(session: Session, choice: str) -> None:
-    words = {"server": ["server"], "servers": ["servers"]}.get(choice)
-    if choice == "connect":
-        words = _menu_connect(session)
-    if choice == "servers":
-        words = _menu_servers(session)
+    makers = {"server": _menu_server, "connect": _menu_connect, "servers": _menu_servers}
+    words = makers[choice](session)
     if words:
         top = ["--home", session.paths.home, "--profile", session.paths.profile]
         arguments = make_parser().parse_args([*top, *words])
         arguments.yes, arguments.no_install = session.arguments.yes, session.arguments.no_install
         COMMANDS[words[0]].shell.run(Session(arguments))
+
+
+def _menu_server(session: Session) -> list:
+    try:
+        listen("0.0.0.0", DEFAULT_PORT).close()
+    except ChatError as error:
+        say_error(error)
+        free = session.ask("Take any free port instead? [Y/n] ")
+        return ["server", "--port", "0"] if free else []
+    return ["server"]
 
 
 def _menu_connect(session: Session) -> list:

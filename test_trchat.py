@@ -8553,8 +8553,9 @@ class Part21RelayServerTest(NetTest):
     # Slow receivers
 
     def flood(self, sender, pieces, size=60_000):
-        for number in range(pieces):
-            sender.send(sender.data(struct.pack(">I", number).ljust(size, b"x")))
+        with contextlib.suppress(OSError):  # the test has ended
+            for number in range(pieces):
+                sender.send(sender.data(struct.pack(">I", number).ljust(size, b"x")))
 
     def test_a_client_that_stops_reading_is_ended_while_the_others_go_on(self):
         self.patch(QUEUE_HIGH=256 << 10, QUEUE_LOW=64 << 10, HOLD_SECONDS=0.5)
@@ -11074,18 +11075,20 @@ BENCH_ROUND = 256  # messages after which a sender begins again
 BENCH_GIVE_UP = 30.0
 
 
-def bench_environment(folder):
+def bench_environment(folder, path=None):
+    """For a trchat.py: no more than where `cryptography` is; for this file: `path`, all it has."""
     packages = os.path.dirname(os.path.dirname(os.path.abspath(cryptography.__file__)))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRCHAT", "PYTHON"))}
-    return {**kept, "HOME": folder, "PYTHONPATH": packages}
+    kept.update({k: os.environ[k] for k in ("TRCHAT_DEPS",) if k in os.environ})
+    return {**kept, "HOME": folder, "PYTHONPATH": os.pathsep.join(path or [packages])}
 
 
 class BenchServer:
     """A server that was started for the benchmark; its CPU seconds and memory."""
 
-    def __init__(self, words, read_listening, folder):
+    def __init__(self, words, read_listening, environment):
         self.child = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=bench_environment(folder)
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         self.pid, self.port = self.child.pid, read_listening(self.child.stdout)
         threading.Thread(target=self._drain, daemon=True).start()
@@ -11124,12 +11127,14 @@ def start_trchat(folder):
     words = [sys.executable, os.path.abspath(trchat.__file__), "--home", folder, "--json",
              "--no-install", "server", "--host", "127.0.0.1", "--port", "0", "--auth", "open",
              "--limits", "off"]  # fmt: skip
-    return BenchServer(words, lambda out: json.loads(out.readline())["port"], folder)
+    return BenchServer(
+        words, lambda out: json.loads(out.readline())["port"], bench_environment(folder)
+    )
 
 
 def start_textbook(folder):
     words = [sys.executable, os.path.abspath(__file__), "bench", "--textbook"]
-    return BenchServer(words, lambda out: int(out.readline()), folder)
+    return BenchServer(words, lambda out: int(out.readline()), bench_environment(folder, sys.path))
 
 
 class TextbookRelay:
@@ -11153,9 +11158,11 @@ class TextbookRelay:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             with self._context.wrap_socket(sock, server_side=True) as tls:
-                with self._lock:
-                    self._clients[tls] = threading.Lock()
-                tls.sendall(struct.pack(">I", 1) + b"R")  # ready
+                lock = threading.Lock()
+                with lock:
+                    with self._lock:
+                        self._clients[tls] = lock
+                    tls.sendall(struct.pack(">I", 1) + b"R")  # ready
                 self._relay(tls)
         except OSError as error:
             print(f"textbook relay: {error}", file=sys.stderr, flush=True)
@@ -11490,6 +11497,8 @@ def measured(name, **task):
                 server.stop()
         if result is not None:
             return result
+        if name == "trchat":
+            break
         print(f"  ({name} broke a connection; once more)", flush=True)
     raise SystemExit(f"bench: {name} cannot be measured")
 
@@ -11499,7 +11508,7 @@ def run_load(server, name, **task):
     after = task.pop("after", None)
     task.update(server=name, port=server.port, pid=server.pid)
     words = [sys.executable, os.path.abspath(__file__), "bench", "--load", json.dumps(task)]
-    environment = bench_environment(tempfile.gettempdir())
+    environment = bench_environment(tempfile.gettempdir(), sys.path)
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, encoding="utf-8"
     ) as child:
@@ -11736,7 +11745,11 @@ def bench_main(words):
     if words[:1] == ["--textbook"]:
         TextbookRelay().serve()
     if words[:1] == ["--load"]:
-        load_main(words[1:])
+        try:
+            load_main(words[1:])
+        except (OSError, EOFError, ValueError) as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
         return 0
     trchat.raise_file_limit()
     idle = 5000

@@ -2706,7 +2706,7 @@ class Messages:
         if room.can_send(self.machine.now) and not room.waiting:
             self._seal_room(room, message)
             self._answer(message, "sent")
-        elif room.epoch is None and room.last is not None:
+        elif room.last is not None and (room.epoch is None or not room.recipients()):
             self._send_singly(room, message)
         else:
             room.waiting.append(message)

@@ -11789,7 +11789,15 @@ class CountingResult(unittest.TextTestResult):
         self.passed += 1
 
 
+def heed_signals() -> None:
+    """A job in the background may have been told to ignore them; its children would as well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def run_tests(words: list) -> int:
+    heed_signals()
     program = unittest.main(
         module="__main__",
         argv=[sys.argv[0], *words],

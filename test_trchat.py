@@ -6666,8 +6666,6 @@ with Terminal(sys.stdin, sys.stdout) as face:
         face.print("closed " + str(error))
     face.interrupt_read(("result", True))
     face.print(repr(face.read_line("> ", keep=False)))
-    face.interrupt_read(Closed)
-    face.discard_interruptions()
     face.print(repr(face.read_line("> ", keep=False)))
 """
 

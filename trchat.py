@@ -7058,10 +7058,6 @@ class Terminal:
             if not self._closed:
                 self._input.wake()
 
-    def discard_interruptions(self) -> None:
-        """Forget the interruptions that no read has met yet."""
-        self._interruptions.clear()
-
     # -- for the one thread that reads
 
     def forget(self) -> None:

@@ -350,6 +350,15 @@ def parse_duration(text: str) -> float:
     return float(count * units[unit])
 
 
+def short_duration(seconds: float) -> str:
+    """The way parse_duration reads it, in the largest unit that fits: 1h, 90m, 7d."""
+    whole = max(int(seconds), 0)
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if whole and whole % size == 0:
+            return f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
 def rfc3339(seconds: float) -> str:
     """A time as RFC 3339 in UTC, to the millisecond."""
     milliseconds = min(max(int(seconds * 1000), 0), 253402300799999)
@@ -396,6 +405,12 @@ def check_peer_name(name: str) -> None:
         usual = False
     if not usual:
         raise RemoteProtocolError("A name is not in its usual form.")
+
+
+def split_mark(text: str) -> tuple:
+    """(nickname, mark) of a person as somebody types it: `@bob~4f2a` gives bob and 4f2a."""
+    name, _, mark = text.strip().lstrip("@").partition("~")
+    return name, mark.casefold()
 
 
 def check_room(name: str) -> str:
@@ -972,8 +987,11 @@ class DoubleRatchet:
 ROOM_HEAD = 32 + 8 + 64  # epoch id, counter, signature
 ANNOUNCE_LABEL = PROTOCOL + b" announcement"
 MESSAGE_LABEL = PROTOCOL + b" room message"
-NO_EPOCH = bytes(32)
+NO_EPOCH = NO_ONE = bytes(32)
 MAX_EPOCH = 1 << 63
+TOPIC_MOST = 300  # characters
+LIFETIME_MOST = 366 * 86400  # seconds after which a message disappears
+OPEN, ASK, CONTACTS_ONLY = LOCKS = range(3)  # whom of the newcomers a room lets in
 EARLY_MOST = 4 << 20  # bytes of messages kept until their epoch's announcement comes
 
 
@@ -985,27 +1003,74 @@ class Member(Record):
     name: str
 
 
+class RoomRules(Record):
+    """What an admin has decided for a room, by themselves or from the admins before.
+
+    `bans` and `mutes`: identity fingerprint -> until when (Unix seconds, 0 for good); `lifetime`:
+    seconds after which messages disappear, 0 for never.
+    """
+
+    bans: dict
+    mutes: dict
+    lock: int
+    topic: str
+    lifetime: int
+
+    def encode(self) -> bytes:
+        lists = [[f + u64(until) for f, until in d.items()] for d in (self.bans, self.mutes)]
+        counted = b"".join(u16(len(entries)) + b"".join(entries) for entries in lists)
+        return counted + u8(self.lock) + text_block(self.topic) + u32(self.lifetime)
+
+    def copy(self, now: float) -> RoomRules:
+        """The same without the bans and mutes that are over."""
+        bans, mutes = (
+            {f: until for f, until in sorted(d.items()) if until == 0 or until > now}
+            for d in (self.bans, self.mutes)
+        )
+        return RoomRules(bans, mutes, self.lock, self.topic, self.lifetime)
+
+
+def decode_rules(reader: Reader) -> RoomRules:
+    bans, mutes = (
+        {reader.take(32): reader.number(8) for _ in range(reader.count(MAX_ROSTER))} for _ in "bm"
+    )
+    rules = RoomRules(bans, mutes, reader.number(1), reader.text(4 * TOPIC_MOST), reader.number(4))
+    fit = rules.lock in LOCKS and rules.lifetime <= LIFETIME_MOST
+    if not fit or len(rules.topic) > TOPIC_MOST or one_line(rules.topic) != rules.topic:
+        raise RemoteProtocolError("A room's rules are not in their usual form.")
+    return rules
+
+
 class Announcement(Record):
-    """What the admin says of one epoch. `bans` and `mutes` are lists of identity fingerprints."""
+    """What the admin says of one epoch; `successor` (or NO_ONE) is to be admin from the next on."""
 
     room: str
     number: int
     previous: bytes
     roster: list
-    bans: list
-    mutes: list
-    locked: bool
+    rules: RoomRules
+    successor: bytes
     key_hash: bytes
 
     def encode(self) -> bytes:
         roster = [m.fingerprint + m.bundle + text_block(m.name) for m in self.roster]
-        lists = [roster, self.bans, self.mutes]
-        counted = b"".join(u16(len(entries)) + b"".join(entries) for entries in lists)
         head = text_block(self.room) + u64(self.number) + self.previous
-        return head + counted + u8(bool(self.locked)) + self.key_hash
+        body = u16(len(roster)) + b"".join(roster) + self.rules.encode()
+        return head + body + self.successor + self.key_hash
 
     def fingerprints(self) -> list:
         return [member.fingerprint for member in self.roster]
+
+    def ranks(self) -> list:
+        """The identities in the order in which they may make the next epoch."""
+        return promoted(self.fingerprints(), self.successor)
+
+
+def promoted(ranks: list, successor: bytes) -> list:
+    """`ranks` with the successor, if there is one, at its head."""
+    if successor not in ranks:
+        return ranks
+    return [successor, *(f for f in ranks if f != successor)]
 
 
 def decode_announcement(encoded: bytes) -> Announcement:
@@ -1014,12 +1079,13 @@ def decode_announcement(encoded: bytes) -> Announcement:
     roster = []
     for _ in range(reader.count(MAX_ROSTER)):
         roster.append(Member(reader.take(32), reader.take(32), reader.text(256)))
-    bans, mutes = ([reader.take(32) for _ in range(reader.count(MAX_ROSTER))] for _ in "bm")
-    said = Announcement(room, number, previous, roster, bans, mutes, reader.number(1) == 1)
-    said.key_hash = reader.take(32)
+    rules = decode_rules(reader)
+    said = Announcement(room, number, previous, roster, rules, reader.take(32), reader.take(32))
     reader.done()
     if said.encode() != encoded or not roster or not 1 <= number < MAX_EPOCH:
         raise RemoteProtocolError("A room's announcement is not in its usual form.")
+    if said.successor != NO_ONE and said.successor not in said.fingerprints():
+        raise RemoteProtocolError("A room's announcement hands it to somebody outside.")
     for member in roster:
         check_peer_name(member.name)
     for values in (said.fingerprints(), [m.bundle for m in roster], [m.name for m in roster]):
@@ -1231,16 +1297,19 @@ AUTH_MODES = ("invite", "keys", "certs", "open")
 FRAME_HEAD = struct.Struct(">IB")
 DATA_HEAD = struct.Struct(">IBII")  # length, kind, destination id, source id
 
-HELLO, TEXT, ACK, EPOCH, FAREWELL, REMOVED, VOUCH = range(1, 8)
+HELLO, TEXT, ACK, EPOCH, FAREWELL, REMOVED, VOUCH, TIMER, AWAY = range(1, 10)
 
 CONTENT_FIELDS = {
     HELLO: "u8 [h] n8 n32",  # answer wanted?, rooms, invitation id and proof (zeros: none)
-    TEXT: "n16 u64 u64 u8 s t",  # id, sequence, Unix ms, kind, room ("" = direct), text
+    # id, sequence, Unix ms, kind, room ("" = direct), seconds it may be kept (0 = any), text
+    TEXT: "n16 u64 u64 u8 s u32 t",
     ACK: "[a]",
     EPOCH: "b n64 n32",  # announcement, signature, room key
     FAREWELL: "[s]",  # rooms left on purpose
     REMOVED: "s u8",  # room, why
     VOUCH: "s n8 n32 u32 u64",  # room, invitation id, proof key, uses, expiry
+    TIMER: "u32",  # from now on direct messages disappear after so many seconds (0 = never)
+    AWAY: "s",  # why the sender is away, "" when back
 }
 # Acknowledged: all of a stream below the count but those missing; a stream is an epoch id, or
 # zeros for what came through the pairwise session.
@@ -1938,7 +2007,7 @@ class Admission:
         self.earlier: set = set()  # identities that were members before
         self.admitted: set = set()  # identities let in by hand
         self.vouchers: dict = {}  # invitation id -> Voucher
-        self.locked, self.bans, self.mutes = False, set(), set()
+        self.rules = RoomRules({}, {}, OPEN, "", 0)
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -1949,46 +2018,61 @@ class Admission:
 
     def adopt(self, said: Announcement) -> None:
         """Takes over what the newest announcement says."""
-        self.locked, self.bans, self.mutes = said.locked, set(said.bans), set(said.mutes)
+        self.rules = said.rules.copy(0)
         self.earlier.update(said.fingerprints())
-        self.earlier -= self.bans
+        self.earlier -= self.rules.bans.keys()
 
-    def put_out(self, fingerprint: bytes, ban: bool, person) -> None:
-        """Lets a member in no more: until they come again, or with `ban` for good."""
+    def put_out(self, fingerprint: bytes, person) -> None:
+        """Lets a member in no more, until they come again."""
         self.earlier.discard(fingerprint)
         self.admitted.discard(fingerprint)
         self.joining.pop(fingerprint, None)
-        if ban:
-            self.bans.add(fingerprint)
         if person is not None:
             self.removed.add(person.hash)
+
+    def is_banned(self, fingerprint: bytes) -> bool:
+        return self._holds(self.rules.bans.get(fingerprint))
+
+    def is_muted(self, fingerprint: bytes) -> bool:
+        return self._holds(self.rules.mutes.get(fingerprint))
+
+    def _holds(self, until) -> bool:
+        return until is not None and (until == 0 or until > self.room.machine.wall_clock())
 
     def consider(self, person, now: float) -> None:
         key = person.fingerprint
         if person.hash in self.room.epoch.members:
             self.room.succession.heal(person, now)
-        elif key in self.bans:
-            self.room.machine.directory.send(person, REMOVED, self.room.name, BANNED)
+        elif self.is_banned(key):
+            self._tell(person, BANNED)
         elif person.hash not in self.removed and self._may_enter(person, now):
             self.requests.pop(key, None)
             self.joining[key] = person
             self.room.schedule(now)
         elif key not in self.requests and person.hash not in self.removed:
-            self.requests[key] = person
-            self.room.machine.directory.send(person, REMOVED, self.room.name, ASKED)
-            self.room.machine.emit(
-                "request",
-                **{"from": person.name},
-                fingerprint=fingerprint_text(key),
-                room=self.room.name,
-            )
+            self._ask_for(person)
+
+    def _tell(self, person, why: int) -> None:
+        self.room.machine.directory.send(person, REMOVED, self.room.name, why)
+
+    def _ask_for(self, person) -> None:
+        """A newcomer to a locked room: one is asked, or, with contacts only, they are denied."""
+        if self.rules.lock == CONTACTS_ONLY and not person.key_changed:
+            self.removed.add(person.hash)
+            self._tell(person, DENIED)
+            return
+        self.requests[person.fingerprint] = person
+        self._tell(person, ASKED)
+        shown = {"from": person.name, "fingerprint": fingerprint_text(person.fingerprint)}
+        self.room.machine.emit("request", **shown, room=self.room.name)
 
     def _may_enter(self, person, now: float) -> bool:
-        if person.key_changed:
+        directory = self.room.machine.directory
+        if person.key_changed or person.fingerprint in directory.trust.blocked:
             return False
-        if not self.locked or person.fingerprint in self.admitted | self.earlier:
+        if self.rules.lock == OPEN or person.fingerprint in self.admitted | self.earlier:
             return True
-        return self.room.machine.directory.is_contact(person) or self._has_proof(person, now)
+        return directory.is_contact(person.fingerprint) or self._has_proof(person, now)
 
     def _has_proof(self, person, now: float) -> bool:
         voucher = self.vouchers.get(person.invitation)
@@ -2047,6 +2131,9 @@ class Succession:
         self.history[epoch] = said.fingerprints()
         while len(self.history) > HISTORY_MOST:
             del self.history[next(iter(self.history))]
+        if said.successor != NO_ONE:  # whoever handed the room over does not come before them
+            for known, ranks in self.history.items():
+                self.history[known] = promoted(ranks, said.successor)
         self.held = ()
 
     def review(self, now: float) -> None:
@@ -2059,7 +2146,7 @@ class Succession:
             ours = (self.room.last.number, self.room.last_id)
             if now < self.room.since + SETTLE_SECONDS or max(strays) > ours:
                 return  # their admin will tell us
-        ranks = self.room.last.fingerprints()
+        ranks = self.room.last.ranks()
         if not self.room.is_next(ranks):
             return
         greeted = all(f in self.claims or f == self.room.own for f in self.room.present())
@@ -2114,9 +2201,7 @@ class Succession:
             self.room.machine.directory.greet(person, again=True)
 
     def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
-        in_turn = is_next_admin(
-            self.room.last.fingerprints(), person.fingerprint, self.room.present()
-        )
+        in_turn = is_next_admin(self.room.last.ranks(), person.fingerprint, self.room.present())
         resumes = not in_turn and self._outranks_admin(person)
         if not in_turn and not resumes:
             self._refuse_out_of_turn(person)
@@ -2141,7 +2226,7 @@ class Succession:
 
     def _outranks_admin(self, person) -> bool:
         """Whether somebody comes back who was ranked before the present admin, and not put out."""
-        admin = self.room.last.roster[0].fingerprint
+        admin = self.room.last.ranks()[0]
         rosters = (r[: r.index(admin)] for r in self.history.values() if admin in r)
         return self._never_put_out(person) and any(person.fingerprint in r for r in rosters)
 
@@ -2155,7 +2240,7 @@ class Succession:
         they (or we) resume; if they follow it, so do we; those who are gone have had their time.
         """
         person, said, encoded, key = self.held
-        ranks, present = self.room.last.fingerprints(), self.room.present()
+        ranks, present = self.room.last.ranks(), self.room.present()
         rank = ranks.index(person.fingerprint) if person.fingerprint in ranks else len(ranks)
         seniors = [f for f in ranks[:rank] if f != self.room.own]
         loyal = [f for f in seniors if f in present and not self._is_stray(f)]
@@ -2168,7 +2253,7 @@ class Succession:
             ours = self.room.is_next(ranks) and all(f in self.claims for f in loyal)
             if not ours:
                 return
-        if loyal and not witnesses or stranger and self.room.admission.locked:
+        if loyal and not witnesses or stranger and self.room.admission.rules.lock != OPEN:
             self._resume_instead(person, now)
             return
         settled = bool(witnesses) or all(
@@ -2243,6 +2328,7 @@ class RoomKeeper:
         self.keyring = RoomKeyring()
         self.stale = False
         self.gone_on_purpose: set = set()
+        self.successor = NO_ONE  # to whom the next announcement hands the room
         self.since = self.changed_at = 0.0
         self.rekey_at: float | None = None
         self.rekeyed_at = float("-inf")
@@ -2272,11 +2358,16 @@ class RoomKeeper:
     def roster(self) -> list:
         return self.last.roster if self.last else []
 
+    def admin(self) -> bytes:
+        """The identity of whoever is to make the next epoch."""
+        return self.last.ranks()[0] if self.last else NO_ONE
+
     def admin_name(self) -> str:
-        return self.roster()[0].name if self.last else ""
+        names = {member.fingerprint: member.name for member in self.roster()}
+        return names.get(self.admin(), "")
 
     def is_admin(self) -> bool:
-        return self.epoch is not None and self.roster()[0].fingerprint == self.own
+        return self.epoch is not None and self.admin() == self.own
 
     def is_member(self, fingerprint: bytes) -> bool:
         return any(member.fingerprint == fingerprint for member in self.roster())
@@ -2329,21 +2420,30 @@ class RoomKeeper:
             hint = f"Ask {self.admin_name()}, who is." if self.last else ""
             raise ChatError(f"You are not the admin of #{self.name}.", hint, "denied")
 
-    def remove(self, fingerprint: bytes, ban: bool, now: float) -> None:
-        """Puts a member out; with `ban` for good."""
+    def remove(self, fingerprint: bytes, ban: bool, now: float, until: int = 0) -> None:
+        """Puts a member out; with `ban` until then (Unix seconds), or with 0 for good."""
         self.require_admin()
         person = self.present().get(fingerprint)
-        self.admission.put_out(fingerprint, ban, person)
+        self.admission.put_out(fingerprint, person)
+        if ban:
+            self.admission.rules.bans[fingerprint] = until
         if person is not None:
             self.machine.directory.send(person, REMOVED, self.name, BANNED if ban else KICKED)
         self.stale = True
         self.schedule(now)
 
-    def set_lock(self, locked: bool, now: float) -> None:
+    def set_rule(self, name: str, value, now: float) -> None:
+        """Changes one field of the room's rules, for all from the next epoch on."""
         self.require_admin()
-        self.admission.locked = locked
+        setattr(self.admission.rules, name, value)
         for person in list(self.admission.requests.values()):
             self.admission.consider(person, now)
+        self.schedule(now)
+
+    def hand_over(self, fingerprint: bytes, now: float) -> None:
+        """Makes another member the admin."""
+        self.require_admin()
+        self.successor = fingerprint
         self.schedule(now)
 
     def schedule(self, now: float) -> None:
@@ -2387,7 +2487,7 @@ class RoomKeeper:
         if self.id is None:
             return
         if self.epoch is not None:
-            if self.stale and self.is_next(self.last.fingerprints()):
+            if self.stale and self.is_next(self.last.ranks()):
                 self.schedule(now)
         elif self.last is None:
             if self._may_found(now):
@@ -2411,7 +2511,7 @@ class RoomKeeper:
 
     def announce(self, now: float) -> None:
         """Makes the next epoch and hands it to all who are in it."""
-        if self.epoch is not None and not self.is_next(self.last.fingerprints()):
+        if self.epoch is not None and not self.is_next(self.last.ranks()):
             self.rekey_at = None
             return
         said = self._next_announcement()
@@ -2434,7 +2534,7 @@ class RoomKeeper:
     def _next_announcement(self) -> Announcement:
         present = self.present()
         roster = [Member(self.own, self.machine.keys.bundle.hash, self.machine.name)]
-        order = self.last.fingerprints() if self.last else []
+        order = self.last.ranks() if self.last else []
         for fingerprint in [*order, *self.admission.joining]:
             person = present.get(fingerprint)
             if person is None or not person.confirmed or person.hash in self.admission.removed:
@@ -2446,19 +2546,23 @@ class RoomKeeper:
         newest = self.last.number if self.last else 0
         claimed = [n for n, _ in self.succession.claims.values() if n < newest + CLAIM_MOST]
         number = max([newest, *claimed]) + 1
-        lists = (sorted(self.admission.bans), sorted(self.admission.mutes), self.admission.locked)
-        return Announcement(self.name, number, self.last_id, roster, *lists)
+        rules = self.admission.rules.copy(self.machine.wall_clock())
+        heirs = [m.fingerprint for m in roster[1:] if m.fingerprint == self.successor]
+        successor = heirs[0] if heirs else NO_ONE
+        return Announcement(self.name, number, self.last_id, roster, rules, successor)
 
     def install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
         before = self.last
         early = self.keyring.install(RoomEpoch(said, encoded, key), now)
         self.last, self.last_id = said, self.epoch.id
         self.succession.note_epoch(self.last_id, said)
-        self.rekey_at, self.rekeyed_at = None, now
+        self.rekey_at, self.rekeyed_at, self.successor = None, now, NO_ONE
         self.admission.adopt(said)
         self._note_put_out(before, said)
         self.stale = not self._all_here(said)
         self._emit_changes(before, said)
+        if said.successor == self.own:
+            self.schedule(now)  # the first epoch of our own makes it so
         for person, payload in early:
             self.machine.receive_payload(person, self, payload)
         self.machine.room_rekeyed(self, now)
@@ -2472,6 +2576,9 @@ class RoomKeeper:
         for member in before.roster if before else []:
             if member.bundle in here and member.fingerprint not in stayed:
                 self.admission.earlier.discard(member.fingerprint)
+                if member.fingerprint not in said.rules.bans:
+                    text = f"{said.roster[0].name} put {member.name} out of #{self.name}."
+                    self.machine.emit("notice", text=text, room=self.name, name=member.name)
 
     def _all_here(self, said: Announcement) -> bool:
         present = self.present()
@@ -2485,6 +2592,7 @@ class RoomKeeper:
             self.is_ready = True
             emit("ready", **self.machine.ready_fields(self))
             self.machine.check_inviter(self)
+            self._emit_news(RoomRules(said.rules.bans, said.rules.mutes, OPEN, "", 0), said)
             return
         for fingerprint, member in was.items():
             if fingerprint not in now_in and fingerprint not in self.awaited:
@@ -2494,8 +2602,36 @@ class RoomKeeper:
             if (fingerprint not in was or fingerprint in self.left) and not back:
                 self._emit_person("joined", member)
             self.left.discard(fingerprint)
+        self._emit_news(before.rules, said)
         members = self.machine.member_fields(said.roster)
         emit("rekeyed", room=self.name, epoch=said.number, admin=self.admin_name(), members=members)
+
+    def _emit_news(self, old: RoomRules, said: Announcement) -> None:
+        """What the admin has changed, for all to see."""
+        admin, names = said.roster[0].name, {m.fingerprint: m.name for m in said.roster}
+        news = [*_rule_news(old, said.rules, admin, f"#{self.name}"), *self._sanctions(old, said)]
+        if said.successor != NO_ONE:
+            heir = names[said.successor]
+            news.append((f"{admin} made {heir} the admin of #{self.name}.", {"admin": heir}))
+        for text, fields in news:
+            self.machine.emit("notice", text=text, room=self.name, **fields)
+
+    def _sanctions(self, old: RoomRules, said: Announcement) -> list:
+        """(sentence, fields) for each ban and mute that was made or taken back."""
+        news, wall = [], self.machine.wall_clock()
+        for before, after, done, undone in (
+            (old.bans, said.rules.bans, "banned", "lifted the ban of"),
+            (old.mutes, said.rules.mutes, "muted", "lifted the mute of"),
+        ):
+            for fingerprint in [*before, *(f for f in after if f not in before)]:
+                name, until = self.machine.directory.name_of(fingerprint), after.get(fingerprint)
+                if before.get(fingerprint) == until:
+                    continue
+                act = undone if until is None else done
+                span = f" for {short_duration(round((until - wall) / 60) * 60)}" if until else ""
+                text = f"{said.roster[0].name} {act} {name}{span} in #{self.name}."
+                news.append((text, {"name": name, "until": until}))
+        return news
 
     def recipients(self) -> dict:
         """Fingerprint -> name of all whom a message typed now is meant for."""
@@ -2514,6 +2650,12 @@ class RoomKeeper:
             self.machine.messages.delivery.owed.get(m.fingerprint) for m in self.roster()
         )
 
+    def require_voice(self) -> None:
+        """ChatError if the admin has muted us; the others would not show what we say."""
+        if self.admission.is_muted(self.own):
+            text = f"You are muted in #{self.name}."
+            raise ChatError(text, f"Ask {self.admin_name()}, its admin.", "denied")
+
     def _report_strange(self, now: float) -> None:
         for person in self.keyring.take_strange(now) if self.is_ready else []:
             if person.id not in self.members:
@@ -2521,6 +2663,32 @@ class RoomKeeper:
             text = f"{person.name} wrote to #{self.name} with a key we were not given."
             hint = "You may have been shown different members: compare /names."
             self.machine.alarm(text, hint)
+
+
+LOCK_NAMES = ("off", "ask", "contacts")
+LOCK_WORDS = (
+    "open to everybody whom the server lets in",
+    "locked: its admin is asked for each newcomer",
+    "locked: of newcomers only contacts of its admin can enter",
+)
+
+
+def _rule_news(old: RoomRules, new: RoomRules, who: str, where: str) -> list:
+    """(sentence, fields) for each difference in topic, lock and lifetime."""
+    news: list = []
+    if new.topic != old.topic:
+        said = f"set the topic of {where}: {new.topic}" if new.topic else f"took {where}'s topic away."
+        news.append((f"{who} {said}", {"topic": new.topic}))
+    if new.lock != old.lock:
+        news.append((f"{where} is {LOCK_WORDS[new.lock]}.", {"lock": LOCK_NAMES[new.lock]}))
+    if new.lifetime != old.lifetime:
+        text = f"{who} set what is said in {where} to {lifetime_words(new.lifetime)}."
+        news.append((text, {"disappear": new.lifetime}))
+    return news
+
+
+def lifetime_words(seconds: int) -> str:
+    return f"disappear after {short_duration(seconds)}" if seconds else "stay"
 
 
 # ==================================================================================================
@@ -2531,12 +2699,16 @@ class RoomKeeper:
 # ==================================================================================================
 
 DIRECT_STREAM = bytes(32)  # in acknowledgements: what came through the pairwise session
+OUTBOX_SECONDS = 30 * 86400.0  # how long a direct message waits for a contact who is away
 STREAMS_MOST = 64  # streams remembered at a time
 SHOWN_MOST = 65536  # remembered ids of messages that were shown
 
 
 class Outgoing(Record):
-    """One message of one's own. `pending` and `done` map fingerprints to names."""
+    """One message of one's own. `pending` and `done` map fingerprints to names.
+
+    `lifetime`: seconds it may be kept, 0 for any; `kept`: it waits in the outbox for a contact.
+    """
 
     id: bytes
     room: str
@@ -2547,6 +2719,8 @@ class Outgoing(Record):
     pending: dict
     done: dict
     answered: bool
+    lifetime: int
+    kept: bool
 
 
 class Delivery:
@@ -2559,12 +2733,38 @@ class Delivery:
     def __init__(self, emit):
         self._emit = emit
         self.open: dict = {}  # id -> Outgoing, oldest first
+        self.kept: dict = {}  # the same for the outbox: what waits for contacts, over restarts
         self.owed: dict = {}  # fingerprint -> {id: Outgoing}
         self._streams: dict = {}  # stream key -> {counter: Outgoing}
         self._acked: dict = {}  # (fingerprint, stream) -> count
 
     def add(self, message: Outgoing) -> None:
-        self.open[message.id] = message
+        (self.kept if message.kept else self.open)[message.id] = message
+
+    def _all(self) -> list:
+        return [*self.open.values(), *self.kept.values()]
+
+    def _holds(self, message: Outgoing) -> bool:
+        return message.id in (self.kept if message.kept else self.open)
+
+    def release(self, message: Outgoing) -> bool:
+        """Forgets a message; False if it was settled or reported before."""
+        if not self._holds(message):
+            return False
+        del (self.kept if message.kept else self.open)[message.id]
+        for fingerprint in message.pending:
+            self.owed.get(fingerprint, {}).pop(message.id, None)
+        if message.kept:
+            self._emit("_unkept", id=message.id)
+        return True
+
+    def in_flight(self) -> bool:
+        """Whether something of the outbox has gone out and may be confirmed any moment."""
+        return any(
+            message.id not in self.owed.get(fingerprint, ())
+            for message in self.kept.values()
+            for fingerprint in message.pending
+        )
 
     def owe(self, message: Outgoing, fingerprint: bytes) -> None:
         self.owed.setdefault(fingerprint, {})[message.id] = message
@@ -2593,7 +2793,7 @@ class Delivery:
             message = sent.get(counter)
             if message is not None and counter not in absent:
                 self.settle(message, fingerprint)
-            if message is not None and message.id not in self.open:
+            if message is not None and not self._holds(message):
                 del sent[counter]
         if count > already:
             self._acked[fingerprint, stream] = count
@@ -2601,19 +2801,19 @@ class Delivery:
     def settle(self, message: Outgoing, fingerprint: bytes) -> None:
         if fingerprint in message.pending:
             message.done[fingerprint] = message.pending.pop(fingerprint)
-        if not message.pending and self.open.pop(message.id, None):
+        if not message.pending and self.release(message):
             self._emit("delivered", id=message.id.hex(), by=sorted(message.done.values()))
 
     def person_gone(self, fingerprint: bytes) -> None:
         """That person's connection ended: what is unconfirmed is owed to the next one."""
-        for message in self.open.values():
+        for message in self._all():
             if fingerprint in message.pending:
                 self.owe(message, fingerprint)
 
     def connection_lost(self) -> None:
         self._streams.clear()
         self._acked.clear()
-        for message in self.open.values():
+        for message in self._all():
             for fingerprint in message.pending:
                 self.owe(message, fingerprint)
 
@@ -2623,18 +2823,19 @@ class Delivery:
             message.deadline += seconds
 
     def next_deadline(self):
-        return next(iter(self.open.values())).deadline if self.open else None
+        times = [m.deadline for m in self.kept.values()]
+        if self.open:
+            times.append(next(iter(self.open.values())).deadline)
+        return min(times, default=None)
 
     def expire(self, now: float) -> None:
         """Reports what was not confirmed in time."""
-        for message in [m for m in self.open.values() if m.deadline <= now]:
+        for message in [m for m in self._all() if m.deadline <= now]:
             self.give_up(message)
 
     def give_up(self, message: Outgoing) -> None:
-        if self.open.pop(message.id, None) is None:
-            return  # settled or reported before
-        for fingerprint in message.pending:
-            self.owed.get(fingerprint, {}).pop(message.id, None)
+        if not self.release(message):
+            return
         if message.done:
             self._emit("delivered", id=message.id.hex(), by=sorted(message.done.values()))
         self._emit("undelivered", id=message.id.hex(), to=sorted(message.pending.values()))
@@ -2649,6 +2850,9 @@ class Messages:
         self._shown: dict = {}  # (fingerprint, id) -> hash of the content
         self._lookups: dict = {}  # name -> [Outgoing] for somebody not yet looked up
         self._answers: dict = {}  # id -> answer, None while a look-up decides on it
+        self.lifetimes: dict = {}  # fingerprint -> seconds that direct messages may be kept
+        self.outbox_seconds = OUTBOX_SECONDS
+        self.seen_before: Any = None  # (fingerprint, id) -> whether an earlier run showed it
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -2667,8 +2871,9 @@ class Messages:
 
     def wanted_names(self) -> list:
         """Whom the server should look up after a reconnect: those who are owed something."""
-        owed = {self.machine.directory.name_of(f) for f in self.delivery.owed}
-        return sorted(owed | set(self._lookups))
+        directory = self.machine.directory
+        names = {n for f, owed in self.delivery.owed.items() if owed for n in directory.names_of(f)}
+        return sorted(names | set(self._lookups))
 
     def next_deadlines(self) -> list:
         times = [self.delivery.next_deadline(), self._acknowledge_at]
@@ -2688,7 +2893,8 @@ class Messages:
         for other in self.machine.directory.people.values():
             if other.fingerprint == person.fingerprint:
                 self.flush_owed(other)  # already back on another connection
-        if self.delivery.owed.get(person.fingerprint):
+        contact = self.machine.directory.is_contact(person.fingerprint)
+        if contact or self.delivery.owed.get(person.fingerprint):
             self.machine.send_frame(LOOKUP, person.name)
 
     def person_found(self, person) -> None:
@@ -2699,6 +2905,7 @@ class Messages:
     def say(self, room_name: str, text: str, kind: int = SAID) -> None:
         """Sends text to a room; answered by `sent` or `queued`."""
         room = self.machine.require_room(room_name)
+        room.require_voice()
         for person in room.members.values():
             if person is not None and room.is_member(person.fingerprint):
                 self._check_key(person)
@@ -2729,7 +2936,9 @@ class Messages:
             raise ChatError("There is nothing to send.", "Write a text.")
         created = self.machine.wall_clock()
         deadline = self.machine.now + CONFIRM_SECONDS
-        return Outgoing(random_bytes(16), room, kind, text, created, deadline, {}, {}, False)
+        lifetime = self.machine.rooms[room].admission.rules.lifetime if room else 0
+        number = random_bytes(16)
+        return Outgoing(number, room, kind, text, created, deadline, {}, {}, False, lifetime, False)
 
     def _answer(self, message: Outgoing, event: str) -> None:
         """Says once what became of a line: sent, or queued."""
@@ -2785,25 +2994,58 @@ class Messages:
 
     def _text_content(self, message: Outgoing, sequence: int) -> bytes:
         moment = int(message.created * 1000)
-        fields = (message.id, sequence, moment, message.kind, message.room or "", message.text)
-        return encode_content(TEXT, *fields)
+        head = (message.id, sequence, moment, message.kind, message.room or "")
+        return encode_content(TEXT, *head, message.lifetime, message.text)
 
     def tell(self, name: str, text: str, kind: int = SAID) -> None:
         """Sends text to one person; answered by `sent` or `queued`, or an error."""
         message = self._new_message("", text, kind)
-        person = self.machine.directory.find(name)
-        wanted = name.lstrip("@").partition("~")[0]
+        directory, (wanted, _) = self.machine.directory, split_mark(name)
+        person, contact = directory.find(name), directory.find_contact(name)
         if wanted == self.machine.name:
             raise ChatError("That is you.", "/names shows who else is here.", "no-such-person")
         if person is not None:
             self._check_key(person)
-            message.pending = {person.fingerprint: person.name}
-            self.delivery.add(message)
-            self._send_or_owe(message, person.fingerprint)
-            self._answer(message, "queued")
+            self._send_direct(message, person.fingerprint, person.name)
+        elif contact is not None:
+            directory.names.setdefault(contact, wanted)
+            self._send_direct(message, contact, wanted)
+            self._ask_for(contact)
         else:
             self._look_up(check_name(wanted), message)
         self.machine.settle()
+
+    def _send_direct(self, message: Outgoing, fingerprint: bytes, name: str) -> None:
+        """To one whose key is known; for a contact it waits in the outbox as long as it takes."""
+        trust = self.machine.directory.trust
+        if fingerprint in trust.blocked:
+            raise ChatError(f"You have blocked {name}.", f"/unblock {name} ends that.", "denied")
+        message.pending = {fingerprint: name}
+        message.lifetime = self.lifetimes.get(fingerprint, 0)
+        if fingerprint in trust.contacts:
+            message.kept, message.deadline = True, self.machine.now + self.outbox_seconds
+            self.machine.emit("_kept", message=message)
+        self.delivery.add(message)
+        self._send_or_owe(message, fingerprint)
+        self._answer(message, "queued")
+
+    def restore(self, message: Outgoing) -> None:
+        """Takes in a message of the outbox, from an earlier run or another connection."""
+        ((fingerprint, name),) = message.pending.items()
+        age = self.machine.wall_clock() - message.created
+        message.deadline = self.machine.now + self.outbox_seconds - age
+        message.kept = message.answered = True
+        self.machine.directory.names.setdefault(fingerprint, name)
+        self.delivery.add(message)
+        self._send_or_owe(message, fingerprint)
+        self._ask_for(fingerprint)
+
+    def _ask_for(self, fingerprint: bytes) -> None:
+        """Has the server say when somebody comes, if they are not here."""
+        here = any(p.fingerprint == fingerprint for p in self.machine.directory.people.values())
+        if self.machine.phase == "online" and not here:
+            for name in self.machine.directory.names_of(fingerprint):
+                self.machine.send_frame(LOOKUP, name)
 
     def _look_up(self, name: str, message: Outgoing) -> None:
         """For somebody not met on this connection: the server is asked for the name."""
@@ -2822,6 +3064,7 @@ class Messages:
 
     def _owe_found(self, message: Outgoing, fingerprint: bytes, name: str) -> None:
         message.pending = {fingerprint: name}
+        message.lifetime = self.lifetimes.get(fingerprint, 0)
         self.delivery.add(message)
         self.delivery.owe(message, fingerprint)
         self._answer(message, "queued")
@@ -2886,8 +3129,17 @@ class Messages:
             raise RemoteProtocolError("A message came out of order.")
         if room and not self._was_member(room, person):
             raise RemoteProtocolError("A message is for a room that its sender is not in.")
+        if not room and person.fingerprint in self.machine.directory.trust.blocked:
+            self._pass_over(person, sequence)
+            return
         self._note_received(person, DIRECT_STREAM, sequence, sequence - count)
         self._show(person, values)
+
+    def _pass_over(self, person, sequence: int) -> None:
+        """A direct message of somebody blocked: not shown, and not confirmed either."""
+        state = person.streams.setdefault(DIRECT_STREAM, [0, []])
+        state[1] = [*state[1], *range(state[0], sequence + 1)][-MAX_SKIPPED_KEYS:]
+        state[0] = sequence + 1
 
     def _was_member(self, room: str, person) -> bool:
         """Lines sent again may be older than the newest roster; not for those put out."""
@@ -2895,7 +3147,7 @@ class Messages:
         return keeper is not None and person.fingerprint in keeper.admission.earlier
 
     def _show(self, person, values: tuple) -> None:
-        number, _, moment, kind, room, text = values
+        number, _, _, _, room, _, _ = values
         digest = sha256(encode_content(TEXT, number, 0, *values[2:]))
         seen = self._shown.get((person.fingerprint, number))
         if seen is not None:
@@ -2905,13 +3157,16 @@ class Messages:
         self._shown[person.fingerprint, number] = digest
         while len(self._shown) > SHOWN_MOST:
             del self._shown[next(iter(self._shown))]
-        if room and person.fingerprint in self.machine.rooms[room].admission.mutes:
+        if self.seen_before is not None and self.seen_before(person.fingerprint, number.hex()):
             return
-        self.machine.emit(
-            "message", **self._message_fields(person, number, room, text, moment, kind)
-        )
+        trust = self.machine.directory.trust
+        if person.fingerprint in trust.ignored or person.fingerprint in trust.blocked:
+            return
+        if room and self.machine.rooms[room].admission.is_muted(person.fingerprint):
+            return
+        self.machine.emit("message", **self._message_fields(person, *values))
 
-    def _message_fields(self, person, number, room, text, moment, kind) -> dict:
+    def _message_fields(self, person, number, _, moment, kind, room, lifetime, text) -> dict:
         fields = {
             "id": number.hex(),
             "room": room or None,
@@ -2924,9 +3179,34 @@ class Messages:
         }
         if kind == ACTION:
             fields["action"] = True
+        if lifetime:
+            fields["disappear"] = min(lifetime, LIFETIME_MOST)
         if person.key_changed:
             fields["key_changed"] = True
         return fields
+
+    def set_timer(self, name: str, seconds: int) -> None:
+        """Agrees with somebody who is here that direct messages disappear after so long."""
+        person = self.machine.directory.require(name)
+        self._check_key(person)
+        self.machine.directory.send(person, TIMER, seconds)
+        self._note_timer(person, seconds, "You")
+        self.machine.settle()
+
+    def content_timer(self, person, seconds: int) -> None:
+        if seconds > LIFETIME_MOST:
+            raise RemoteProtocolError("Messages were to disappear after too long a time.")
+        if person.fingerprint not in self.machine.directory.trust.blocked:
+            self._note_timer(person, seconds, person.name)
+
+    def _note_timer(self, person, seconds: int, who: str) -> None:
+        if self.lifetimes.get(person.fingerprint, 0) == seconds:
+            return
+        self.lifetimes[person.fingerprint] = seconds
+        self.machine.emit("_timer", fingerprint=person.fingerprint, seconds=seconds)
+        other = "with " + person.name if who == "You" else "with you"
+        text = f"{who} set the messages {other} to {lifetime_words(seconds)}."
+        self.machine.emit("notice", text=text, name=person.name, disappear=seconds)
 
     def _note_received(self, person, stream: bytes, counter: int, missing: int) -> None:
         while len(person.streams) >= STREAMS_MOST and stream not in person.streams:
@@ -2968,8 +3248,9 @@ class Messages:
         """The server knows nobody of this name."""
         for message in self._lookups.pop(name, ()):
             self._answers.pop(message.id, None)
-            text = f"{one_line(name)[:40]} is not on this server. /names shows who is."
-            self.machine.emit("error", code="no-such-person", text=text)
+            shown = one_line(name)[:40]
+            text = f"{shown} is not on this server, and no contact for whom it could wait."
+            self.machine.emit("error", code="no-such-person", text=f"{text} /names shows who is.")
             if message.answered:
                 self.machine.emit("undelivered", id=message.id.hex(), to=[name])
         self._give_answers()
@@ -2983,7 +3264,7 @@ class Messages:
 
     def unfinished(self) -> bool:
         """Whether something typed has neither arrived nor been reported."""
-        return bool(self.delivery.open or self._lookups)
+        return bool(self.delivery.open or self._lookups or self.delivery.in_flight())
 
     def give_up(self) -> None:
         """Reports all that is not confirmed, before leaving."""
@@ -3001,13 +3282,37 @@ class Messages:
 # ==================================================================================================
 
 FLIGHT, MESSAGE = b"\x01", b"\x02"  # what a direct payload begins with
+AWAY_MOST = 200  # characters of why somebody is away
+LOOKUPS_MOST = 200  # names that the server is asked for after each login
+
+
+class Trust:
+    """Whom the owner of this profile knows, for all connections: sets of identities.
+
+    `names` gives those of contacts, each of which may wait in the outbox and pass a lock.
+    """
+
+    def __init__(self):
+        self.verified: set = set()  # compared by safety number
+        self.contacts: set = set()
+        self.blocked: set = set()
+        self.ignored: set = set()  # until the end of this session
+        self.names: dict = {}  # contact's name -> fingerprint
+
+    def lookalike(self, name: str, fingerprint: bytes) -> str:
+        """The contact whom a stranger of this name would be taken for, or ""."""
+        skeleton = name_skeleton(name)
+        for known, owner in self.names.items():
+            if owner != fingerprint and name_skeleton(known) == skeleton:
+                return known
+        return ""
 
 
 class Person:
     """Somebody present on the server, as their bundle says."""
 
     __slots__ = (
-        "id", "bundle", "session", "confirmed", "backlog", "invitation", "proof",
+        "id", "bundle", "session", "confirmed", "backlog", "invitation", "proof", "away",
         "key_changed", "told", "texts_sent", "held", "streams", "unacknowledged", "acked_at",
     )  # fmt: skip
 
@@ -3018,6 +3323,7 @@ class Person:
         self.backlog: list = []  # contents that wait for the session to be confirmed
         self.invitation, self.proof = bytes(8), bytes(32)
         self.key_changed = False
+        self.away = ""  # why they are, as they say
         self.told: list = []  # the rooms in our last HELLO
         self.texts_sent = 0
         self.held: list = []  # texts for a room whose members we do not know yet
@@ -3043,10 +3349,16 @@ class Directory:
 
     def __init__(self, machine):
         self.machine = machine
-        self.known: dict = {}  # name -> fingerprint, as met on this server
-        self.verified: set = set()  # fingerprints compared by safety number
+        self.meet({})
+        self.trust = Trust()
         self.names: dict = {}  # fingerprint -> name
+        self.away = ""  # why we are, for all to see
         self.disconnect()
+
+    def meet(self, known: dict) -> None:
+        """Who was met on this server before: name -> fingerprint."""
+        self.known = known
+        self._skeletons = {name_skeleton(name): name for name in known}
 
     def disconnect(self) -> None:
         """Forgets whatever belonged to the connection."""
@@ -3081,18 +3393,41 @@ class Directory:
         self._send_payload(person, MESSAGE + person.session.encrypt(pad(content)))
 
     def is_verified(self, fingerprint: bytes) -> bool:
-        return fingerprint in self.verified or fingerprint == self.machine.identity.fingerprint
+        known = fingerprint in self.trust.verified
+        return known or fingerprint == self.machine.identity.fingerprint
+
+    def is_contact(self, fingerprint: bytes) -> bool:
+        return fingerprint in self.trust.verified or fingerprint in self.trust.contacts
 
     def name_of(self, fingerprint: bytes) -> str:
         return self.names.get(fingerprint, fingerprint.hex()[:8])
 
-    def find(self, name: str) -> Person | None:
-        wanted = name.lstrip("@").partition("~")[0]
-        found = [p for p in self.people.values() if p.name == wanted]
+    def names_of(self, fingerprint: bytes) -> list:
+        """Under which names somebody may be found on this server."""
+        met = [name for name, known in self.known.items() if known == fingerprint]
+        return met or ([self.names[fingerprint]] if fingerprint in self.names else [])
+
+    def contact_names(self) -> list:
+        """Contacts who were met on this server: it is asked for them, and for nobody else."""
+        return [name for name, known in self.known.items() if known in self.trust.contacts]
+
+    def find(self, text: str) -> Person | None:
+        """Somebody who is here, by nickname, `name~mark` or a contact's name."""
+        wanted, mark = split_mark(text)
+        people = [p for p in self.people.values() if p.fingerprint.hex().startswith(mark)]
+        contact = self.trust.names.get(wanted)
+        found = [p for p in people if p.name == wanted]
+        found = found or [p for p in people if p.fingerprint == contact]
         return found[-1] if found else None
 
-    def is_contact(self, person: Person) -> bool:
-        return person.fingerprint in self.verified
+    def find_contact(self, text: str) -> bytes | None:
+        """A contact's fingerprint, by the name in our list or the nickname on this server."""
+        wanted, mark = split_mark(text)
+        for names in (self.known, self.trust.names):
+            found = names.get(wanted)
+            if found in self.trust.contacts and found.hex().startswith(mark):
+                return found
+        return None
 
     def on_present(self, number: int, encoded: bytes) -> None:
         try:
@@ -3115,7 +3450,9 @@ class Directory:
     def _check_known(self, person: Person) -> None:
         old = self.known.get(person.name)
         if old is None:
+            self._flag_lookalike(person)
             self.known[person.name] = person.fingerprint
+            self._skeletons.setdefault(name_skeleton(person.name), person.name)
             self.machine.emit("_known", name=person.name, fingerprint=person.fingerprint)
         elif old != person.fingerprint:
             person.key_changed = True
@@ -3123,12 +3460,27 @@ class Directory:
             self.machine.emit("key-changed", name=person.name, old=fingerprint_text(old), new=new)
         self.names[person.fingerprint] = person.name
 
+    def _flag_lookalike(self, person: Person) -> None:
+        """A newcomer who may be taken for somebody else: the server may not have refused it."""
+        skeleton = name_skeleton(person.name)
+        met = self._skeletons.get(skeleton, "")
+        like = "" if self.known.get(met) == person.fingerprint else met
+        like = like or self.trust.lookalike(person.name, person.fingerprint)
+        if skeleton == name_skeleton(self.machine.name):
+            like = self.machine.name
+        if like:
+            mark = person.fingerprint.hex()[:4]
+            whom = "you" if like == self.machine.name else f"the {like} whom you know"
+            text = f"{person.name}~{mark} is not {whom}, only alike in name."
+            self.machine.emit("notice", text=text, name=person.name, warning=True)
+
     def accept_key(self, name: str) -> None:
         person = self.require(name)
         if person.key_changed:
             person.key_changed = False
-            self.known[person.name] = person.fingerprint
-            self.machine.emit("_known", name=person.name, fingerprint=person.fingerprint)
+            old, self.known[person.name] = self.known[person.name], person.fingerprint
+            fields = {"name": person.name, "fingerprint": person.fingerprint}
+            self.machine.emit("_known", **fields, old=old, key=person.bundle.spki)
             self.machine.messages.flush_owed(person)
             for room in self.machine.rooms.values():
                 if room.is_admin() and person.id in room.members:
@@ -3218,7 +3570,46 @@ class Directory:
         backlog, person.backlog = person.backlog, []
         for kind, values in backlog:
             self.send(person, kind, *values)
+        if self.away:
+            self.send(person, AWAY, self.away)
+        self.machine.emit("_seen", fingerprint=person.fingerprint)
         self.machine.messages.flush_owed(person)
+
+    def set_away(self, why: str) -> None:
+        """Tells everybody here that we are away, or with "" that we are back."""
+        self.away = why
+        for person in self.people.values():
+            self.send(person, AWAY, why)
+
+    def content_away(self, person: Person, why: str) -> None:
+        why, before = one_line(why)[:AWAY_MOST], person.away
+        person.away = why
+        if why != before and person.fingerprint not in self.trust.ignored | self.trust.blocked:
+            text = f"{person.name} is away: {why}" if why else f"{person.name} is back."
+            self.machine.emit("notice", text=text, name=person.name, away=why, _presence=True)
+
+    def whois(self, name: str) -> None:
+        """All that we know of somebody who is here."""
+        person = self.require(name)
+        rooms = [r.name for r in self.machine.rooms.values() if r.is_member(person.fingerprint)]
+        fields = {
+            "name": person.name,
+            "fingerprint": fingerprint_text(person.fingerprint),
+            "verified": person.fingerprint in self.trust.verified,
+            "contact": person.fingerprint in self.trust.contacts,
+            "blocked": person.fingerprint in self.trust.blocked,
+            "ignored": person.fingerprint in self.trust.ignored,
+            "away": person.away,
+            "rooms": rooms,
+        }
+        marks = [word for word in ("verified", "contact", "blocked", "ignored") if fields[word]]
+        lines = [
+            f"{person.name}: {', '.join(marks) or 'not verified'}",
+            f"key    {fields['fingerprint']}",
+            f"rooms  {' '.join('#' + room for room in rooms) or 'none that you are in'}",
+            *([f"away   {person.away}"] if person.away else []),
+        ]
+        self.machine.emit("notice", text="\n".join(lines), **fields)
 
     def content_hello(self, person: Person, answer, states, invitation, proof) -> None:
         person.invitation, person.proof = invitation, proof
@@ -3230,9 +3621,8 @@ class Directory:
     def code(self, name: str) -> None:
         person = self.require(name)
         digits = safety_number(self.machine.identity.spki, person.bundle.spki)
-        self.machine.emit(
-            "code", name=person.name, digits=digits, verified=person.fingerprint in self.verified
-        )
+        verified = person.fingerprint in self.trust.verified
+        self.machine.emit("code", name=person.name, digits=digits, verified=verified)
 
     def verify(self, name: str, digits: str) -> None:
         """Marks a person as verified if the 60 digits are the right ones."""
@@ -3241,8 +3631,9 @@ class Directory:
         if "".join(digits.split()) != right.replace(" ", ""):
             text = f"These are not the digits that belong to {person.name} and you."
             raise ChatError(text, "Compare them by voice; do not trust this person yet.")
-        self.verified.add(person.fingerprint)
-        self.machine.emit("_verified", name=person.name, fingerprint=person.fingerprint)
+        self.trust.verified.add(person.fingerprint)
+        fields = {"name": person.name, "fingerprint": person.fingerprint}
+        self.machine.emit("_verified", **fields, key=person.bundle.spki)
         self.code(name)
 
 
@@ -3418,7 +3809,7 @@ class ClientMachine:
         self.emit("_online")
         for name in self.rooms:
             self.send_frame(JOIN, name)
-        for name in self.messages.wanted_names():
+        for name in [*self.messages.wanted_names(), *self.directory.contact_names()][:LOOKUPS_MOST]:
             self.send_frame(LOOKUP, name)
 
     def _on_refused(self, code: str, text: str) -> None:
@@ -3572,7 +3963,7 @@ class ClientMachine:
         if why == ASKED:
             text = f"#{name} is locked: {person.name} was asked to let you in."
             self.emit("notice", text=text, room=name)
-        elif room.epoch is not None and room.roster()[0].fingerprint != person.fingerprint:
+        elif room.epoch is not None and room.admin() != person.fingerprint:
             raise RemoteProtocolError(f"{person.name} tried to remove us from #{name}.")
         else:
             self._put_out(room, person, why)
@@ -3674,6 +4065,8 @@ _CONTENT_HANDLERS: dict = {
     FAREWELL: ClientMachine._content_farewell,
     REMOVED: ClientMachine._content_removed,
     VOUCH: ClientMachine._content_vouch,
+    TIMER: lambda machine, *values: machine.messages.content_timer(*values),
+    AWAY: lambda machine, *values: machine.directory.content_away(*values),
 }
 
 
@@ -6040,8 +6433,8 @@ class ChatClient:
         """Goes on with a connection that stands and whose server is the right one."""
         self.target.pin = link.fingerprint
         if self._people is not None:
-            self.machine.directory.known = self._people.known(link.fingerprint)
-            self.machine.directory.verified = self._people.verified()
+            self.machine.directory.meet(self._people.known(link.fingerprint))
+            self.machine.directory.trust.verified = self._people.verified()
         self.machine.join(self.target.room)
         self._selector.register(self.inbox.wake_socket, READ)
         self._attach(link)
@@ -6550,26 +6943,24 @@ def _chat_unban(client, rest: str) -> None:
     room = _current_room(client)
     room.require_admin()
     name = _need(rest, "/unban NAME")
-    found = [
-        f
-        for f in room.admission.bans
-        if name in (client.machine.directory.name_of(f), fingerprint_text(f))
-    ]
-    if not found:
-        raise ChatError(f"{one_line(name)[:40]} is not banned here.", code="no-such-person")
-    room.admission.bans.difference_update(found)
-    room.schedule(time.monotonic())
+    bans = room.admission.rules.bans
+    found = _sanctioned(client, bans, name, "banned")
+    room.set_rule("bans", {f: until for f, until in bans.items() if f != found}, time.monotonic())
+
+
+def _sanctioned(client: ChatClient, sanctions: dict, name: str, word: str) -> bytes:
+    """Which of the banned or muted somebody means, by name or fingerprint."""
+    for fingerprint in sanctions:
+        if name in (client.machine.directory.name_of(fingerprint), fingerprint_text(fingerprint)):
+            return fingerprint
+    raise ChatError(f"{one_line(name)[:40]} is not {word} here.", code="no-such-person")
 
 
 def _chat_lock(client, rest: str) -> None:
-    if rest not in ("", "on", "off"):
-        raise ChatError("A room is locked or open.", "Write /lock or /lock off.")
-    room = _current_room(client)
-    room.set_lock(rest != "off", time.monotonic())
-    state = (
-        "open again" if rest == "off" else "locked: you are asked for each newcomer (/admit NAME)"
-    )
-    client.machine.emit("notice", text=f"#{room.name} is {state}.", room=room.name)
+    word = {"": "ask", "on": "ask"}.get(rest, rest)
+    if word not in LOCK_NAMES:
+        raise ChatError("A room is locked or open.", "Write /lock, /lock contacts or /lock off.")
+    _current_room(client).set_rule("lock", LOCK_NAMES.index(word), time.monotonic())
 
 
 def _chat_rekey(client, rest: str) -> None:
@@ -7949,7 +8340,7 @@ class Demonstration:
         closed = self._carol.wait_for("closed")
         self._check(closed["reason"] == "kicked", "carol's session is closed: kicked")
         content = encode_content(
-            TEXT, random_bytes(16), 0, 0, SAID, DEFAULT_ROOM, "Now without carol."
+            TEXT, random_bytes(16), 0, 0, SAID, DEFAULT_ROOM, 0, "Now without carol."
         )
         own = self._bob.client.machine
         _, payload = own.rooms[DEFAULT_ROOM].epoch.seal(own.keys, content)

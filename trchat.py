@@ -24,25 +24,34 @@ or thread: bytes in, events out) and each uses only parts above itself:
   9. Relay machine *
  10. Who is in a room *
  11. Rooms *
- 12. Messages *
- 13. People and sessions *
- 14. Client machine *
- 15. Keys and widths *
- 16. Line editor and screen *
- 17. Settings and paths
- 18. Dependencies
- 19. Vault
- 20. Network
- 21. Events and threads
- 22. Relay server
- 23. Chat client
- 24. Commands
- 25. Terminal
- 26. Faces: terminal and JSON lines
- 27. Activities
- 28. Demonstration
- 29. Shell commands
- 30. Menu and door
+ 12. Delivery *
+ 13. Messages *
+ 14. People and sessions *
+ 15. Client machine *
+ 16. Conversations *
+ 17. Keys and widths *
+ 18. Line editor and screen *
+ 19. Settings and paths
+ 20. Dependencies
+ 21. Vault
+ 22. Network
+ 23. Events and threads
+ 24. Relay server
+ 25. Where to connect
+ 26. Connections
+ 27. Records of a chat
+ 28. Chat client
+ 29. Commands
+ 30. Chat commands: talking and rooms
+ 31. Chat commands: people and records
+ 32. Console commands
+ 33. Terminal
+ 34. Words for events
+ 35. Faces: terminal and JSON lines
+ 36. Activities
+ 37. Demonstration
+ 38. Shell commands
+ 39. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -176,6 +185,7 @@ collections = Lazy("collections")
 datetime = Lazy("datetime")
 functools = Lazy("functools")
 hashlib = Lazy("hashlib")
+heapq = Lazy("heapq")
 hmac = Lazy("hmac")
 re = Lazy("re")
 
@@ -2692,10 +2702,10 @@ def lifetime_words(seconds: int) -> str:
 
 
 # ==================================================================================================
-# Part 12. Messages | pure | uses 1-3, 7
+# Part 12. Delivery | pure | uses 2
 #
-# What a client says and hears, and what it remembers of it beyond one connection: which messages
-# somebody has not confirmed, which it has shown.
+# Own messages beyond one connection: who has not confirmed them yet, what still has to go to
+# whom alone, and what waits in the outbox for a contact who is away.
 # ==================================================================================================
 
 DIRECT_STREAM = bytes(32)  # in acknowledgements: what came through the pairwise session
@@ -2841,6 +2851,13 @@ class Delivery:
         self._emit("undelivered", id=message.id.hex(), to=sorted(message.pending.values()))
 
 
+# ==================================================================================================
+# Part 13. Messages | pure | uses 1-3, 6, 7, 11, 12
+#
+# What a client says and hears: texts, their order, and what became of them.
+# ==================================================================================================
+
+
 class Messages:
     """What this client says and hears: texts, their order, and their acknowledgements."""
 
@@ -2852,7 +2869,7 @@ class Messages:
         self._answers: dict = {}  # id -> answer, None while a look-up decides on it
         self.lifetimes: dict = {}  # fingerprint -> seconds that direct messages may be kept
         self.outbox_seconds = OUTBOX_SECONDS
-        self.seen_before: Any = None  # (fingerprint, id) -> whether an earlier run showed it
+        self.seen_before: Any = None  # whether an earlier run of ours showed a message
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -3147,7 +3164,7 @@ class Messages:
         return keeper is not None and person.fingerprint in keeper.admission.earlier
 
     def _show(self, person, values: tuple) -> None:
-        number, _, _, _, room, _, _ = values
+        number, _, moment, _, room, _, _ = values
         digest = sha256(encode_content(TEXT, number, 0, *values[2:]))
         seen = self._shown.get((person.fingerprint, number))
         if seen is not None:
@@ -3157,7 +3174,8 @@ class Messages:
         self._shown[person.fingerprint, number] = digest
         while len(self._shown) > SHOWN_MOST:
             del self._shown[next(iter(self._shown))]
-        if self.seen_before is not None and self.seen_before(person.fingerprint, number.hex()):
+        earlier = (person.fingerprint, room, number.hex(), moment)
+        if self.seen_before is not None and self.seen_before(*earlier):
             return
         trust = self.machine.directory.trust
         if person.fingerprint in trust.ignored or person.fingerprint in trust.blocked:
@@ -3275,7 +3293,7 @@ class Messages:
 
 
 # ==================================================================================================
-# Part 13. People and sessions | pure | uses 1, 2, 4-7
+# Part 14. People and sessions | pure | uses 1, 2, 4-7
 #
 # Everybody whom the server shows, checked by their bundle, and the pairwise session with each: a
 # person counts as present only after an answer inside it.
@@ -3638,7 +3656,7 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 14. Client machine | pure | uses 1-4, 6, 7, 10-13
+# Part 15. Client machine | pure | uses 1-4, 6, 7, 10, 11, 13, 14
 #
 # The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
@@ -4071,7 +4089,118 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 15. Keys and widths | pure | uses 2
+# Part 16. Conversations | pure | uses 1, 2
+#
+# Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
+# is unread elsewhere, and which messages are to disappear when.
+# ==================================================================================================
+
+
+class Conversation:
+    """A room or a person on one connection. `number` names it for faces and is never used again."""
+
+    def __init__(self, number: int, connection, target: str):
+        self.number, self.connection, self.target = number, connection, target
+        self.unread = 0
+        self.called = False  # whether we were written to alone, or named, since the last visit
+
+    @property
+    def is_room(self) -> bool:
+        return self.target.startswith("#")
+
+    @property
+    def title(self) -> str:
+        return self.target if self.is_room else "@" + self.target
+
+
+class Conversations:
+    """All open conversations in the order they were opened, and the current one."""
+
+    def __init__(self):
+        self.all: list = []
+        self.current: Any = None
+        self._made = 0
+
+    def open(self, connection, target: str) -> Conversation:
+        """The conversation with a target, made if there is none yet."""
+        for conversation in self.all:
+            if conversation.connection is connection and conversation.target == target:
+                return conversation
+        self._made += 1
+        self.all.append(Conversation(self._made, connection, target))
+        return self.all[-1]
+
+    def of(self, connection) -> list:
+        return [c for c in self.all if c.connection is connection]
+
+    def visit(self, conversation: Conversation) -> None:
+        self.current = conversation
+        conversation.unread, conversation.called = 0, False
+
+    def close(self, conversation: Conversation) -> None:
+        """Takes one away; if it was the current one, its neighbour is now."""
+        place = self.all.index(conversation)
+        self.all.remove(conversation)
+        if conversation is self.current and self.all:
+            self.visit(self.all[max(0, place - 1)])
+
+    def neighbour(self, step: int) -> Conversation:
+        """The one so many places on, around the ends."""
+        return self.all[(self.all.index(self.current) + step) % len(self.all)]
+
+    def find(self, text: str) -> Conversation:
+        """By place (1 is the first), title or name; ChatError if there is none."""
+        if text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= len(self.all):
+            return self.all[int(text) - 1]
+        for conversation in self.all:
+            if text.lstrip("#@").casefold() == conversation.target.lstrip("#").casefold():
+                return conversation
+        raise ChatError(f"There is no conversation {one_line(text)[:40]}.", "/win lists them.")
+
+
+def mentions(text: str, name: str) -> bool:
+    """Whether a text names somebody, as a word of its own."""
+    text, name = text.casefold(), name.casefold()
+    start = text.find(name)
+    while start >= 0:
+        around = text[start - 1 : start] + text[start + len(name) : start + len(name) + 1]
+        if not any(c.isalnum() for c in around):
+            return True
+        start = text.find(name, start + 1)
+    return False
+
+
+class Vanishing:
+    """Messages that are to disappear, and when (Unix seconds)."""
+
+    def __init__(self):
+        self._due: list = []  # a heap of (when, id)
+
+    def note(self, event: dict, now: float) -> None:
+        """Takes in an event that shows a message; its time runs from here on."""
+        own = event.get("_message")
+        lifetime = own.lifetime if own is not None else event.get("disappear", 0)
+        if event["event"] in ("message", "sent", "queued") and lifetime and not event.get("history"):
+            heapq.heappush(self._due, (vanishing_time(now, lifetime), event["id"]))
+
+    def next_due(self):
+        return self._due[0][0] if self._due else None
+
+    def take_due(self, now: float) -> list:
+        numbers = []
+        while self._due and self._due[0][0] <= now:
+            numbers.append(heapq.heappop(self._due)[1])
+        return numbers
+
+
+def vanishing_time(now: float, lifetime: int) -> int:
+    """When what came now disappears, up to a sixtieth late: many then go at once."""
+    step = max(1, lifetime // 60)
+    return -int(-(now + lifetime) // step) * step
+
+
+# ==================================================================================================
+# Part 17. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -4326,7 +4455,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 16. Line editor and screen | pure | uses 2, 15
+# Part 18. Line editor and screen | pure | uses 2, 17
 #
 # The line being typed, and its picture. Every character carries a mark, because pasted text must
 # never be a command. Rows are broken here and automatic wrapping is off while they are painted, so
@@ -4697,7 +4826,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 17. Settings and paths | uses 1, 2, 4
+# Part 19. Settings and paths | uses 1, 2, 4
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -4970,7 +5099,7 @@ class People:
 
 
 # ==================================================================================================
-# Part 18. Dependencies | uses 1, 17
+# Part 20. Dependencies | uses 1, 19
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -5331,7 +5460,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 19. Vault | uses 1-4, 17
+# Part 21. Vault | uses 1-4, 19
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -5525,7 +5654,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 20. Network | uses 1-4, 17, 19
+# Part 22. Network | uses 1-4, 19, 21
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -5763,7 +5892,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 21. Events and threads | uses 2, 17
+# Part 23. Events and threads | uses 2, 19
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -5875,7 +6004,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 22. Relay server | uses 1, 2, 7, 17, 19-21
+# Part 24. Relay server | uses 1, 2, 7, 19, 21-23
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -6349,15 +6478,13 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 23. Chat client | uses 1-3, 17, 20-22
+# Part 25. Where to connect | uses 1, 2, 4, 19, 22, 23
 #
-# One owner thread has the client machine and its socket. Faces hand it lines and read its events;
-# connecting again, and waiting for the last acknowledgements before leaving, happen here.
+# What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
+# addresses, each against that pin.
 # ==================================================================================================
 
 DIAL_SECONDS = 10.0
-UNCONFIRMED_MOST = 1000  # lines on their way before a pipe must wait
-LEAVE_SECONDS = {"BYE": 10.0, "eof": CONFIRM_SECONDS, "interrupted": 0.5, "error": 0.5}
 
 
 class Target(Record):
@@ -6369,6 +6496,69 @@ class Target(Record):
     room: str
     source_port: int
     chain: tuple | None
+
+
+class ConnectOptions(Record):
+    target: str
+    name: str | None
+    room: str | None
+    pin: str | None
+    trust_new: bool
+    source_port: int
+
+
+def resolve_target(options: ConnectOptions, servers: ServerList) -> Target:
+    """What `connect` was given: a token, a saved server's name, or an address."""
+    text = options.target
+    pin = parse_fingerprint(options.pin) if options.pin else b""
+    target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None)
+    if text.startswith(TOKEN_PREFIX):
+        _use_token(target, consume_token(text), servers)
+    else:
+        saved = servers.find(text)
+        target.addresses = [saved["address"] if saved else _full_address(text)]
+        saved = saved or servers.find(target.addresses[0])
+        if saved:
+            target.pin = pin or parse_fingerprint(saved["fingerprint"])
+            target.room = saved.get("room") or DEFAULT_ROOM
+    if options.room:
+        target.room = check_room(options.room)
+    return target
+
+
+def _use_token(target: Target, token: Token, servers: ServerList) -> None:
+    if token.expires and time.time() > token.expires:
+        if servers.find_fingerprint(fingerprint_text(token.fingerprint)) is None:
+            shown = rfc3339(token.expires)[:16].replace("T", " ")
+            raise ChatError(f"This token expired on {shown} UTC.", "Ask for a new one.")
+        token.secret = b""  # we were inside before: our key alone will do
+    if target.pin and target.pin != token.fingerprint:
+        text = "--pin and the token name different servers."
+        raise ChatError(text, "Leave --pin out, or ask for a new token.", "pin-mismatch")
+    target.addresses, target.pin = token.addresses, token.fingerprint
+    target.token, target.room = token, token.room
+
+
+def _full_address(text: str) -> str:
+    return join_address(*split_address(text, DEFAULT_PORT))
+
+
+def login_name() -> str:
+    """The name of whoever is logged in, as far as it can be a nickname."""
+    try:
+        user = getpass.getuser()
+        return check_name("".join(c for c in user if c.isalnum() or c in NAME_EXTRA)[:NAME_MOST])
+    except (ImportError, KeyError, OSError, ChatError):
+        return "guest"
+
+
+def choose_name(machine: ClientMachine, wanted: str, preferred: str, saved) -> None:
+    """The name given, else the last one on this server, the settings' or the login name; only
+    the latter make way for one like it."""
+    last = saved.get("nickname") if saved else ""
+    machine.name = check_name(wanted or last or preferred or login_name())
+    if not wanted:
+        machine.spare_names = [f"{machine.name[:28]}{i}" for i in range(2, 10)]
 
 
 def dial_any(target: Target, timeout: float = DIAL_SECONDS) -> Link:
@@ -6400,124 +6590,85 @@ def _routine_dial(target: Target, address: str, timeout: float, won, answers) ->
     answers.put((link, None))
 
 
-class ChatClient:
-    """A conversation that outlives its connections.
+# ==================================================================================================
+# Part 26. Connections | uses 1, 3, 19, 22-25
+#
+# One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
+# it runs in the chat's owner thread, but for dialling.
+# ==================================================================================================
 
-    `events` publishes dicts, as JSON lines show them. `current` is where plain text goes: "#room"
-    or a person's name. Everything marked "owner" runs in the owner thread only.
-    """
 
-    def __init__(self, machine: ClientMachine, target: Target, people: People | None = None):
-        self.machine, self.target = machine, target
-        self.events = Publisher()
-        self.current = "#" + target.room
-        self.reply_to = ""
-        self.reason = ""  # why it ended
-        self.undelivered = 0
-        self.inbox = Inbox()
-        self._people = people
-        self._selector = selectors.DefaultSelector()
+class Connection:
+    """One server that a chat is on. `reason` says, once it is over, why."""
+
+    def __init__(self, chat, machine: ClientMachine, target: Target, chain: tuple | None = None):
+        self.chat, self.machine, self.target = chat, machine, target
+        self.chain = chain  # (key, certificate), for a server that asks for one
+        self.reason = ""
+        self.on_ready: Any = None  # called once in a room
         self._link: Link | None = None
         self._pending = b""
         self._attempt, self._delay = 0, 0.0
         self._retry_at: float | None = None
-        self._leaving, self._leave_by = "", 0.0
-        self.ended = threading.Event()
-        self.settled = threading.Event()  # in the room, or known to have to wait, or ended
-        self.has_capacity = threading.Event()  # few lines are on their way: more may come
-        self.has_capacity.set()
-        self.on_ready: Any = None  # called once in a room
-        self.chain: tuple | None = None  # (key, certificate), for a server that asks for one
+
+    @property
+    def is_online(self) -> bool:
+        return self.machine.phase == "online"
 
     def start(self, link: Link) -> None:
         """Goes on with a connection that stands and whose server is the right one."""
         self.target.pin = link.fingerprint
-        if self._people is not None:
-            self.machine.directory.meet(self._people.known(link.fingerprint))
-            self.machine.directory.trust.verified = self._people.verified()
         self.machine.join(self.target.room)
-        self._selector.register(self.inbox.wake_socket, READ)
         self._attach(link)
-        spawn("chat", self._routine_chat)
 
-    @property
-    def leaving(self) -> bool:
-        return bool(self._leaving)
-
-    # For faces, from any thread
-
-    def call(self, function, *args) -> None:
-        """Has the owner run a function; a ChatError becomes an `error` event."""
-        self.inbox.post(self._guarded, function, *args)
-
-    def leave(self, reason: str) -> None:
-        """Ends the session once all is delivered, or its patience is over."""
-        self.inbox.post(self.begin_leaving, reason)
-
-    # Owner
-
-    def _guarded(self, function, *args) -> None:
-        try:
-            self.machine.now = time.monotonic()
-            function(*args)
-        except ChatError as error:
-            self.machine.emit("error", code=error.code, text=str(error))
-        except Exception as error:  # a bug of ours must not end the session
-            self.machine.emit("error", code="protocol", text=internal_error(error))
-
-    def _routine_chat(self) -> None:
-        try:
-            while not self.reason:
-                self._turn()
-        finally:
-            self._detach()
-            self._selector.close()
-            self.inbox.close()
-            self.events.publish({"event": "closed", "reason": self.reason or "error"})
-            self.events.publish(None)
-            self.settled.set()
-            self.has_capacity.set()
-            self.ended.set()
-
-    def _turn(self) -> None:
-        for key, mask in self._selector.select(self._timeout()):
-            if key.fileobj is self.inbox.wake_socket:
-                self.inbox.run_all()
-            elif self._link is not None and mask & READ:
-                self._read()
-        now = time.monotonic()
+    def turn(self, now: float) -> None:
+        """After any input: what is due, and what can be sent and told."""
         self.machine.tick(now)
         self._write()
         if self.machine.broken and self._link is not None:
             self._lose(self.machine.broken)
-        self._publish()
-        busy = len(self.machine.messages.delivery.open) >= UNCONFIRMED_MOST
-        (self.has_capacity.clear if busy else self.has_capacity.set)()
-        self._maybe_reconnect(now)
-        self._maybe_leave(now)
+        self.publish()
+        if self._retry_at is not None and now >= self._retry_at and not self.reason:
+            self._retry_at = None
+            spawn("redial", self._routine_redial)
 
-    def _timeout(self):
+    def next_deadline(self):
         times = [self.machine.next_deadline(), self._retry_at]
-        if self._leaving:
-            times.append(self._leave_by)
-        soonest = min((t for t in times if t is not None), default=None)
-        return None if soonest is None else max(0.0, soonest - time.monotonic())
+        return min((t for t in times if t is not None), default=None)
+
+    def publish(self) -> None:
+        """Hands the machine's events on; handling one may make another."""
+        while self.machine.events:
+            for event in self.machine.take_events():
+                if event["event"] == "_online":
+                    self._report_back()
+                else:
+                    self.chat.handle_event(self, event)
+
+    def _report_back(self) -> None:
+        if self._attempt:
+            fields = {"attempt": self._attempt, "delay": self._delay}
+            self.chat.handle_event(self, {"event": "reconnected", **fields})
+        self._attempt = 0
 
     def _attach(self, link: Link) -> None:
         self._link, self._pending = link, b""
         link.sock.setblocking(False)
-        self._selector.register(link.sock, READ)
+        self.chat.selector.register(link.sock, READ, self)
         now = time.monotonic()
         self.machine.connection_made(link.fingerprint, link.address, now)
         self._take(link.tls.receive(b""), now)
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
         if self._link is not None:
-            self._selector.unregister(self._link.sock)
+            self.chat.selector.unregister(self._link.sock)
             self._link.sock.close()
             self._link = None
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """The socket has something."""
+        if self._link is None:
+            return
         try:
             data = self._link.sock.recv(READ_SIZE)
             if not data:
@@ -6550,52 +6701,17 @@ class ChatClient:
         except OSError as error:
             self._lose(_end_reason(error), error)
             return
-        self._selector.modify(self._link.sock, READ | WRITE if self._pending else READ)
+        self.chat.selector.modify(self._link.sock, READ | WRITE if self._pending else READ, self)
 
-    def _publish(self) -> None:
-        while self.machine.events:  # handling one may make another
-            for event in self.machine.take_events():
-                self._publish_one(event)
-
-    def _publish_one(self, event: dict) -> None:
-        kind = event["event"]
-        if kind.startswith("_"):
-            self._handle_internal(kind, event)
-            return
-        if kind == "message" and event["direct"]:
-            self.reply_to = event["from"]
-        self.undelivered += kind == "undelivered"
-        if kind == "ready" and self.on_ready is not None:
-            self._guarded(self.on_ready)
-        self.events.publish(event)
-        if kind in ("ready", "request") or kind == "notice" and event.get("room"):
-            self.settled.set()
-
-    def _handle_internal(self, kind: str, event: dict) -> None:
-        if kind == "_online":
-            if self._attempt:
-                fields = {"attempt": self._attempt, "delay": self._delay}
-                self.events.publish({"event": "reconnected", **fields})
-            self._attempt = 0
-        elif self._people is not None:
-            try:
-                if kind == "_known":
-                    server = self.machine.server
-                    self._people.remember(server, event["name"], event["fingerprint"])
-                else:
-                    self._people.mark_verified(event["fingerprint"])
-            except ChatError as error:
-                self.machine.emit("error", code=error.code, text=str(error))
-
-    # Owner: losing and finding the server
+    # Losing and finding the server
 
     def _lose(self, why: str, error: Exception | None = None) -> None:
         tls_failed = isinstance(error, ssl.SSLError) and not self.machine.was_online
-        self._detach()
+        self.detach()
         self.machine.connection_lost(time.monotonic())
-        self._publish()
+        self.publish()
         if self.machine.fatal:
-            self._finish(self.machine.fatal)
+            self.finish(self.machine.fatal)
         elif tls_failed and self.target.chain is None and self.chain is not None:
             self.target.chain = self.chain  # shown only to a pinned server that asked
             self._retry_at = 0.0
@@ -6603,11 +6719,11 @@ class ChatClient:
             text = "This server lets in only the certificates on its list."
             hint = "Send your cert/client_cert.pem to its operator."
             self.machine.emit("error", code="not-invited", text=f"{text} {hint}")
-            self._finish("denied")
+            self.finish("denied")
         elif self.machine.renamed:
             self.machine.renamed, self._retry_at = False, 0.0
-        elif self._leaving in ("interrupted", "error"):
-            self._finish(self._leaving)
+        elif self.chat.leaving in ("interrupted", "error"):
+            self.finish(self.chat.leaving)
         else:
             self._plan_retry(why)
 
@@ -6617,22 +6733,16 @@ class ChatClient:
         delay = most * (0.75 + 0.25 * random_fraction())
         self._retry_at = time.monotonic() + delay
         shown = self._delay = round(delay, 1)
-        self.events.publish(
-            {"event": "reconnecting", "attempt": self._attempt, "delay": shown, "_why": why}
-        )
-
-    def _maybe_reconnect(self, now: float) -> None:
-        if self._retry_at is not None and now >= self._retry_at and not self.reason:
-            self._retry_at = None
-            spawn("redial", self._routine_redial)
+        fields = {"attempt": self._attempt, "delay": shown, "_why": why}
+        self.chat.handle_event(self, {"event": "reconnecting", **fields})
 
     def _routine_redial(self) -> None:
         try:
             link = dial_any(self.target)
         except ChatError as error:
-            self.inbox.post(self._redial_failed, error)
+            self.chat.inbox.post(self._redial_failed, error)
             return
-        self.inbox.post(self._redialled, link)
+        self.chat.inbox.post(self._redialled, link)
 
     def _redial_failed(self, error: ChatError) -> None:
         if error.code != "unreachable":
@@ -6645,24 +6755,16 @@ class ChatClient:
         else:
             self._attach(link)
 
-    # Owner: leaving
+    # Leaving
 
-    def begin_leaving(self, reason: str) -> None:
-        if not self._leaving or reason in ("interrupted", "error"):
-            self._leaving = reason
-            self._leave_by = time.monotonic() + LEAVE_SECONDS[reason]
-
-    def _maybe_leave(self, now: float) -> None:
-        if not self._leaving or self.reason:
-            return
-        if self.machine.messages.unfinished() and now < self._leave_by:
-            return
+    def say_goodbye(self, reason: str) -> None:
+        """Tells everybody that we leave, and ends."""
         self.machine.messages.give_up()
         if self._link is not None:
             self.machine.goodbye()
             self._link.sock.settimeout(1.0)
             self._write_last()
-        self._finish(self._leaving)
+        self.finish(reason)
 
     def _write_last(self) -> None:
         try:
@@ -6670,14 +6772,592 @@ class ChatClient:
         except OSError:
             pass  # the server is gone: it will notice by itself
 
-    def _finish(self, reason: str) -> None:
+    def finish(self, reason: str) -> None:
         self.machine.messages.give_up()
-        self._publish()
+        self.publish()
+        self.detach()
         self.reason = reason
 
 
 # ==================================================================================================
-# Part 24. Commands | uses 1, 2, 4, 7, 17, 22
+# Part 27. Records of a chat | uses 1, 2, 7, 12, 16, 19
+#
+# What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
+# outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
+# ==================================================================================================
+
+
+class Profile:
+    """The files of one person that a chat works with, opened with that person's key."""
+
+    def __init__(self, paths: Paths, settings: Settings, identity: Identity):
+        self.paths, self.settings = paths, settings
+        self.settings_file = SettingsFile(paths)
+        self.servers = ServerList(paths)
+        key = load_vault_key(paths, identity)
+        self.keeper = Storekeeper()
+        self.contacts = open_contacts(paths, key, self.save)
+        self.history = History(paths.file("history"), key)
+        self.outbox = Outbox(paths.file("outbox"), key)
+        self.failed: Any = None  # called with a ChatError when something could not be written
+
+    def save(self, function, *args) -> None:
+        """Has the storekeeper do something with a file."""
+        self.keeper.post(function, *args, failed=lambda error: self.failed(error))
+
+
+class NoRecords:
+    """Nothing is kept."""
+
+    def attach(self, chat) -> None:
+        """A chat begins."""
+
+    prepare = note = note_internal = expire = close = attach
+
+    def require(self) -> Profile:
+        raise ChatError("This chat keeps nothing on disk.", "Use `connect`.", "usage")
+
+
+class ChatRecords(NoRecords):
+    """The records of one chat, from the files of one profile."""
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+        self.waiting: dict = {}  # id -> entry of the outbox
+        self._unfiled: dict = {}  # id -> own message to somebody whose key is not known yet
+        self._shown: dict = {}  # conversation -> ids that its history holds
+        self._started = time.time()
+        self._failures: dict = {}  # text -> when it was last said
+        self._internal = {
+            "_known": self._on_known, "_verified": self._on_verified, "_seen": self._on_seen,
+            "_kept": self._on_kept, "_unkept": self._on_unkept, "_timer": self._on_timer,
+        }  # fmt: skip
+
+    def require(self) -> Profile:
+        return self.profile
+
+    def attach(self, chat) -> None:
+        self._chat = chat
+        self.profile.failed = lambda error: chat.inbox.post(self._report, error)
+        self.refresh_trust()
+        self.waiting = {entry["id"]: entry for entry in self.profile.outbox.entries()}
+        self.expire()
+
+    def prepare(self, connection, server: bytes) -> None:
+        """A server is about to be entered: what we know of the people there, and owe them."""
+        machine = connection.machine
+        machine.directory.meet(self.profile.contacts.known(server))
+        machine.messages.lifetimes = self.profile.contacts.timers
+        machine.messages.outbox_seconds = self.profile.settings.outbox
+        machine.messages.seen_before = functools.partial(self._seen_before, server)
+        for entry in self.waiting.values():
+            machine.messages.restore(_waiting_message(entry))
+
+    def close(self) -> None:
+        self.profile.keeper.close(STORE_SECONDS)
+
+    def _report(self, error: ChatError) -> None:
+        """Something could not be written: said once in a while, not at each line."""
+        now = time.monotonic()
+        if now - self._failures.get(error.text, float("-inf")) > 60:
+            self._failures[error.text] = now
+            self._chat.show_error(error)
+
+    def refresh_trust(self) -> None:
+        """After a change of the contacts."""
+        trust, everybody = self._chat.trust, self.profile.contacts.all()
+        saved = [contact for contact in everybody if contact.saved]
+        trust.verified.clear()
+        trust.verified.update(c.fingerprint for c in everybody if c.verified)
+        trust.contacts = {c.fingerprint for c in saved}
+        trust.blocked = {c.fingerprint for c in everybody if c.blocked}
+        trust.names = {c.name: c.fingerprint for c in saved}
+
+    # What the machines tell
+
+    def note_internal(self, connection, event: dict) -> None:
+        self._internal[event["event"]](connection, event)
+
+    def _on_known(self, connection, event: dict) -> None:
+        contacts = self.profile.contacts
+        if event.get("old") and contacts.by_fingerprint(event["old"]) is not None:
+            contacts.replace_key(event["old"], event["fingerprint"], event["key"])
+        contacts.remember(connection.machine.server, event["name"], event["fingerprint"])
+        self.refresh_trust()
+
+    def _on_verified(self, connection, event: dict) -> None:
+        self.profile.contacts.mark_verified(event["fingerprint"], event["name"], event["key"])
+        self.refresh_trust()
+
+    def _on_seen(self, connection, event: dict) -> None:
+        machine = connection.machine
+        where = (machine.server, machine.server_address, time.time())
+        self.profile.contacts.seen(event["fingerprint"], *where)
+
+    def _on_timer(self, connection, event: dict) -> None:
+        self.profile.contacts.set_timer(event["fingerprint"], event["seconds"])
+
+    def _on_kept(self, connection, event: dict) -> None:
+        """A message for the outbox: it waits on the other servers, too."""
+        entry = _waiting_entry(event["message"])
+        self.waiting[entry["id"]] = entry
+        self.profile.save(self.profile.outbox.add, entry)
+        for other in self._chat.connections:
+            if other is not connection:
+                other.machine.messages.restore(_waiting_message(entry))
+
+    def _on_unkept(self, connection, event: dict) -> None:
+        number = event["id"]
+        if self.waiting.pop(number.hex(), None) is not None:
+            self.profile.save(self.profile.outbox.remove, number.hex())
+            self.drop(number)
+
+    def drop(self, number: bytes) -> bool:
+        """Takes a message out of the outbox, everywhere; whether it was there."""
+        found = False
+        for connection in self._chat.connections:
+            delivery = connection.machine.messages.delivery
+            message = delivery.kept.get(number)
+            found = message is not None and delivery.release(message) or found
+        return found
+
+    # History
+
+    def note(self, connection, event: dict) -> None:
+        """Keeps what was said, if the owner wants that."""
+        kind = event["event"]
+        if kind == "delivered":
+            message = self._unfiled.pop(event["id"], None)
+            if message is not None:
+                self._file_own(connection, message)
+        elif self.profile.settings.history and kind == "message":
+            self._file_message(connection, event)
+        elif self.profile.settings.history and kind in ("sent", "queued"):
+            self._file_own(connection, event["_message"])
+
+    def _file_message(self, connection, event: dict) -> None:
+        server = connection.machine.server
+        if event["direct"]:
+            key, title = direct_key(parse_fingerprint(event["fingerprint"])), "@" + event["from"]
+        else:
+            key, title = room_key(server, event["room"]), "#" + event["room"]
+        self._file(key, title, {**event, "own": False, "to": []}, event.get("disappear", 0))
+
+    def _file_own(self, connection, message: Outgoing) -> None:
+        machine = connection.machine
+        readers = {**message.pending, **message.done}
+        if message.room:
+            key, title = room_key(machine.server, message.room), "#" + message.room
+        elif b"" in readers:
+            self._unfiled[message.id.hex()] = message
+            return
+        else:
+            ((fingerprint, name),) = readers.items()
+            key, title = direct_key(fingerprint), "@" + name
+        entry = {
+            "id": message.id.hex(), "room": message.room or None, "direct": not message.room,
+            "from": machine.name, "fingerprint": fingerprint_text(machine.identity.fingerprint),
+            "verified": True, "text": message.text, "time": rfc3339(message.created),
+            "own": True, "to": sorted(readers.values()), "action": message.kind == ACTION,
+        }  # fmt: skip
+        self._file(key, title, entry, message.lifetime)
+
+    def _file(self, key: str, title: str, entry: dict, lifetime: int) -> None:
+        if key in self._shown:
+            self._shown[key].add(entry["id"])
+        expires = vanishing_time(time.time(), lifetime) if lifetime else 0
+        self.profile.save(self.profile.history.append, key, title, entry, expires)
+
+    def _seen_before(self, server: bytes, fingerprint: bytes, room: str, number: str, moment: int):
+        """Whether an earlier run showed a message that is sent again; asked for old ones only."""
+        if moment / 1000 > self._started + CLOCK_SKEW:
+            return False
+        key = room_key(server, room) if room else direct_key(fingerprint)
+        if key not in self._shown:
+            self._shown[key] = self.profile.history.ids(key)
+        return number in self._shown[key]
+
+    def expire(self) -> None:
+        """Erases what is due on disk."""
+        self.profile.save(self.profile.history.expire, time.time())
+
+    def conversation_key(self, conversation: Conversation) -> str:
+        """How the history names a conversation; ChatError for somebody whose key is not known."""
+        machine = conversation.connection.machine
+        if conversation.is_room:
+            return room_key(machine.server, conversation.target[1:])
+        person = machine.directory.find(conversation.target)
+        if person is not None:
+            return direct_key(person.fingerprint)
+        contact = machine.directory.find_contact(conversation.target)
+        contact = contact or machine.directory.known.get(conversation.target)
+        if contact is None:
+            text = f"{conversation.title} was never here, so there is no history with them."
+            raise ChatError(text, "/contacts shows whom you know.", "no-such-person")
+        return direct_key(contact)
+
+    def ask(self, then, function, *args) -> None:
+        """Has the storekeeper look something up; `then(result)` runs in the owner thread."""
+        post = self._chat.inbox.post
+        answer = functools.partial(post, self._chat.guarded, then)
+        self.profile.keeper.post(function, *args, then=answer, failed=self.profile.failed)
+
+
+STORE_SECONDS = 5.0  # how long the end of a chat waits for a slow disk
+CLOCK_SKEW = 120.0  # seconds that somebody's clock may be off
+
+
+def room_key(server: bytes, room: str) -> str:
+    return f"room:{server.hex()}:{room}"
+
+
+def direct_key(fingerprint: bytes) -> str:
+    return f"direct:{fingerprint.hex()}"
+
+
+def _waiting_entry(message: Outgoing) -> dict:
+    """A message of the outbox as it lies on disk."""
+    ((fingerprint, name),) = message.pending.items()
+    return {
+        "id": message.id.hex(), "to": fingerprint.hex(), "name": name, "kind": message.kind,
+        "text": message.text, "created": message.created, "lifetime": message.lifetime,
+    }  # fmt: skip
+
+
+def _waiting_message(entry: dict) -> Outgoing:
+    number, pending = bytes.fromhex(entry["id"]), {bytes.fromhex(entry["to"]): entry["name"]}
+    fields = (number, "", entry["kind"], entry["text"], entry["created"], 0.0)
+    return Outgoing(*fields, pending, {}, True, entry["lifetime"], True)
+
+
+# ==================================================================================================
+# Part 28. Chat client | uses 1, 2, 14, 16, 19, 23, 24, 26, 27
+#
+# One owner thread has all connections of a chat. Faces hand it lines and read its events; which
+# conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
+# ==================================================================================================
+
+UNCONFIRMED_MOST = 1000  # lines on their way before a pipe must wait
+LEAVE_SECONDS = {"BYE": 10.0, "eof": CONFIRM_SECONDS, "interrupted": 0.5, "error": 0.5}
+ROOM_EVENTS = ("ready", "joined", "left", "rekeyed", "request", "notice")
+
+
+class ChatClient:
+    """A chat on any number of servers, which outlives their connections.
+
+    `events` publishes dicts, as JSON lines show them; fields with an underscore are for faces in
+    this process. What takes `records` keeps things on disk. Everything but `call`, `leave` and the
+    three events of `threading` runs in the owner thread only.
+    """
+
+    def __init__(self, machine: ClientMachine, target: Target, records=None, chain=None):
+        self.events = Publisher()
+        self.inbox = Inbox()
+        self.selector = selectors.DefaultSelector()
+        self.trust = Trust()
+        self.records = records or NoRecords()
+        self.connections: list = []
+        self.conversations = Conversations()
+        self.reply_to: tuple = ()  # (connection, name)
+        self.reason = ""  # why it ended
+        self.leaving = ""
+        self.undelivered = 0
+        self.wipe = False  # whether the profile is to be destroyed when all is over
+        self.wants_status = False  # whether a face shows what `_status` events carry
+        self._leave_by = 0.0
+        self._status: dict = {}
+        self._vanishing = Vanishing()
+        self.ended = threading.Event()
+        self.settled = threading.Event()  # in the room, or known to have to wait, or ended
+        self.has_capacity = threading.Event()  # few lines are on their way: more may come
+        self.has_capacity.set()
+        self.first = self.add(machine, target, chain)
+        self.conversations.visit(self.conversations.open(self.first, "#" + target.room))
+
+    def add(self, machine: ClientMachine, target: Target, chain=None) -> Connection:
+        """One more server, not dialled yet."""
+        connection = Connection(self, machine, target, chain)
+        machine.directory.trust = self.trust
+        self.connections.append(connection)
+        return connection
+
+    def start(self, link: Link) -> None:
+        """Starts the owner with the first server's link."""
+        self.selector.register(self.inbox.wake_socket, READ)
+        self.records.attach(self)
+        self.begin(self.first, link)
+        spawn("chat", self._routine_chat)
+
+    def begin(self, connection: Connection, link: Link) -> None:
+        """A server has been dialled and is the right one."""
+        self.records.prepare(connection, link.fingerprint)
+        connection.start(link)
+
+    # Where one is
+
+    @property
+    def here(self) -> Conversation:
+        return self.conversations.current
+
+    @property
+    def connection(self) -> Connection:
+        return self.here.connection
+
+    @property
+    def machine(self) -> ClientMachine:
+        return self.connection.machine
+
+    @property
+    def target(self) -> Target:
+        return self.connection.target
+
+    @property
+    def current(self) -> str:
+        """Where plain text goes: "#room" or a person's name."""
+        return self.here.target
+
+    def visit(self, conversation: Conversation) -> None:
+        """Switches to a conversation."""
+        self.conversations.visit(conversation)
+        fields = {"window": conversation.number, "title": conversation.title}
+        self.events.publish({"event": "_switched", **fields, **self._server_field()})
+
+    def _server_field(self) -> dict:
+        several = len(self.connections) > 1
+        return {"server": self.machine.server_address} if several else {}
+
+    # For faces, from any thread
+
+    def call(self, function, *args) -> None:
+        """Has the owner run a function; a ChatError becomes an `error` event."""
+        self.inbox.post(self.guarded, function, *args)
+
+    def leave(self, reason: str) -> None:
+        """Ends the session once all is delivered, or its patience is over."""
+        self.inbox.post(self.begin_leaving, reason)
+
+    # Owner
+
+    def guarded(self, function, *args) -> None:
+        now = time.monotonic()
+        for connection in self.connections:
+            connection.machine.now = now
+        try:
+            function(*args)
+        except ChatError as error:
+            self.show_error(error)
+        except Exception as error:  # a bug of ours must not end the session
+            self.show_error(ChatError(internal_error(error), code="protocol"))
+
+    def show_error(self, error: ChatError) -> None:
+        self.events.publish({"event": "error", "code": error.code, "text": str(error)})
+
+    def show_notice(self, text: str, **fields) -> None:
+        """An answer of the chat itself, in the order of what its machines have said."""
+        for connection in self.connections:
+            connection.publish()
+        self.events.publish({"event": "notice", "text": text, **fields})
+
+    def _routine_chat(self) -> None:
+        try:
+            while not self.reason:
+                self._turn()
+        finally:
+            for connection in self.connections:
+                connection.detach()
+            self.records.close()
+            self.selector.close()
+            self.inbox.close()
+            self.events.publish({"event": "closed", "reason": self.reason or "error"})
+            self.events.publish(None)
+            self.settled.set()
+            self.has_capacity.set()
+            self.ended.set()
+
+    def _turn(self) -> None:
+        for key, mask in self.selector.select(self._timeout()):
+            if key.fileobj is self.inbox.wake_socket:
+                self.inbox.run_all()
+            elif mask & READ:
+                key.data.read()
+        now = time.monotonic()
+        for connection in list(self.connections):
+            connection.turn(now)
+        self._vanish()
+        open_lines = sum(len(c.machine.messages.delivery.open) for c in self.connections)
+        (self.has_capacity.clear if open_lines >= UNCONFIRMED_MOST else self.has_capacity.set)()
+        self._drop_ended()
+        self._maybe_leave(now)
+        self._publish_status()
+
+    def _timeout(self):
+        now = time.monotonic()
+        times = [connection.next_deadline() for connection in self.connections]
+        if self.leaving:
+            times.append(self._leave_by)
+        due = self._vanishing.next_due()
+        if due is not None:
+            times.append(now + due - time.time())
+        soonest = min((t for t in times if t is not None), default=None)
+        return None if soonest is None else max(0.0, soonest - now)
+
+    def _drop_ended(self) -> None:
+        """The end of the last connection is the end of the chat; of another, it is told."""
+        for connection in [c for c in self.connections if c.reason]:
+            if len(self.connections) == 1:
+                self.reason = self.reason or connection.reason
+                return
+            self.connections.remove(connection)
+            self._close_conversations(connection)
+            text = f"You are no longer on {connection.machine.server_address}."
+            self.events.publish({"event": "notice", "text": text, "reason": connection.reason})
+
+    def _close_conversations(self, connection: Connection) -> None:
+        before = self.here
+        for conversation in self.conversations.of(connection):
+            self.conversations.close(conversation)
+        if not self.conversations.all:
+            other = self.connections[0]
+            self.conversations.open(other, "#" + other.target.room)
+        if self.here is not before:
+            self.visit(self.here)
+
+    # Owner: events
+
+    def handle_event(self, connection: Connection, event: dict) -> None:
+        """One event of a connection: kept if it is to be, and handed to the faces."""
+        kind = event["event"]
+        if kind.startswith("_"):
+            self._guarded_records(self.records.note_internal, connection, event)
+            return
+        conversation = self._conversation_of(connection, event)
+        if conversation is not None:
+            event["_window"], event["_here"] = conversation.number, conversation is self.here
+        event["_own"] = connection.machine.name
+        if kind == "message":
+            self._note_message(connection, conversation, event)
+        self.undelivered += kind == "undelivered"
+        if kind == "ready" and connection.on_ready is not None:
+            self._guarded_records(connection.on_ready)
+        self._guarded_records(self.records.note, connection, event)
+        self._vanishing.note(event, time.time())
+        if connection is not self.connections[0]:
+            event["server"] = connection.machine.server_address
+        self.events.publish(event)
+        if kind in ("ready", "request") or kind == "notice" and event.get("room"):
+            self.settled.set()
+
+    def _guarded_records(self, function, *args) -> None:
+        """What cannot be written is said, and costs nothing else."""
+        try:
+            function(*args)
+        except ChatError as error:
+            self.show_error(error)
+
+    def _conversation_of(self, connection: Connection, event: dict):
+        """Where an event belongs, or None: it concerns all, or a room that was left."""
+        kind = event["event"]
+        if kind == "message":
+            target = event["from"] if event["direct"] else "#" + event["room"]
+        elif kind in ("sent", "queued"):
+            room = event["_message"].room
+            target = "#" + room if room else (event["to"] or [""])[0]
+        elif kind in ROOM_EVENTS and event.get("room") in connection.machine.rooms:
+            target = "#" + event["room"]
+        else:
+            return None
+        return self.conversations.open(connection, target)
+
+    def _note_message(self, connection, conversation: Conversation, event: dict) -> None:
+        if event["direct"]:
+            self.reply_to = (connection, event["from"])
+        called = event["direct"] or mentions(event["text"], connection.machine.name)
+        event["_called"] = called
+        if conversation is not self.here:
+            conversation.unread += 1
+            conversation.called = conversation.called or called
+
+    def _vanish(self) -> None:
+        """Messages whose time has come leave screen and disk."""
+        numbers = self._vanishing.take_due(time.time())
+        if numbers:
+            self.events.publish({"event": "_vanished", "ids": numbers})
+            self.records.expire()
+
+    def _publish_status(self) -> None:
+        if not self.wants_status:
+            return
+        status = describe_status(self)
+        if status != self._status:
+            self._status = status
+            self.events.publish({"event": "_status", **status})
+
+    # Owner: leaving
+
+    def begin_leaving(self, reason: str) -> None:
+        if not self.leaving or reason in ("interrupted", "error"):
+            self.leaving = reason
+            self._leave_by = time.monotonic() + LEAVE_SECONDS[reason]
+
+    def _maybe_leave(self, now: float) -> None:
+        if not self.leaving or self.reason:
+            return
+        unfinished = any(c.machine.messages.unfinished() for c in self.connections)
+        if unfinished and now < self._leave_by:
+            return
+        for connection in self.connections:
+            connection.say_goodbye(self.leaving)
+        self.reason = self.leaving
+
+
+def describe_status(chat: ChatClient) -> dict:
+    """What is true of the current conversation and of the others, for a status line."""
+    here, machine = chat.here, chat.machine
+    waiting = sum(
+        len(c.machine.messages.delivery.open) + len(c.machine.messages.delivery.kept)
+        for c in chat.connections
+    )
+    others = [
+        (place, c.title, c.unread, c.called)
+        for place, c in enumerate(chat.conversations.all, 1)
+        if c is not here and c.unread
+    ]
+    status = {"title": here.title, "queued": waiting, "others": others, "away": machine.directory.away}
+    status["online"] = machine.phase == "online"
+    status["server"] = machine.server_address if len(chat.connections) > 1 else ""
+    return {**status, **(_room_status if here.is_room else _direct_status)(machine, here.target)}
+
+
+def _room_status(machine: ClientMachine, target: str) -> dict:
+    """Whom a line typed now is encrypted to, and under which epoch; epoch 0: no key yet."""
+    room = machine.rooms.get(target[1:])
+    if room is None or room.last is None:
+        return {"people": 0, "readers": [], "epoch": 0}
+    readers = [
+        {
+            "name": name,
+            "fingerprint": fingerprint_text(fingerprint),
+            "verified": machine.directory.is_verified(fingerprint),
+        }
+        for fingerprint, name in room.recipients().items()
+    ]
+    return {"people": len(readers) + 1, "readers": readers, "epoch": room.last.number}
+
+
+def _direct_status(machine: ClientMachine, name: str) -> dict:
+    person = machine.directory.find(name)
+    if person is None:
+        return {"people": 0, "readers": [], "epoch": 0}
+    reader = {
+        "name": person.name,
+        "fingerprint": fingerprint_text(person.fingerprint),
+        "verified": machine.directory.is_verified(person.fingerprint),
+    }
+    return {"people": 2, "readers": [reader], "epoch": 0, "their_away": person.away}
+
+
+# ==================================================================================================
+# Part 29. Commands | uses 1, 2, 19
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -6755,15 +7435,23 @@ def execute(client: ChatClient, line: str, is_text: bool = False) -> None:
     elif not is_text and line.startswith("/") and not line.startswith("//"):
         run_line("chat", client, line)
     else:
-        text = line[1:] if line.startswith("//") and not is_text else line
-        send_text(client, client.current, text)
+        send_text(client, line[1:] if line.startswith("//") and not is_text else line)
 
 
-def send_text(client: ChatClient, target: str, text: str, kind: int = SAID) -> None:
-    if target.startswith("#"):
-        client.machine.say(target[1:], text, kind)
+def send_text(client: ChatClient, text: str, kind: int = SAID) -> None:
+    """Says something in the current conversation."""
+    if client.here.is_room:
+        client.machine.say(client.current[1:], text, kind)
     else:
-        client.machine.tell(target, text, kind)
+        client.machine.tell(client.current, text, kind)
+
+
+def press_key(client: ChatClient, key: str) -> None:
+    """What Alt-1 to Alt-9, Alt-Left and Alt-Right do: they change the conversation."""
+    if key in ("alt-left", "alt-right"):
+        client.visit(client.conversations.neighbour(1 if key == "alt-right" else -1))
+    elif key[-1:].isdigit() and 1 <= int(key[-1]) <= len(client.conversations.all):
+        client.visit(client.conversations.all[int(key[-1]) - 1])
 
 
 def help_lines(place: str) -> list:
@@ -6794,64 +7482,126 @@ def _current_room(client: ChatClient) -> RoomKeeper:
 
 
 def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
-    wanted = name.lstrip("@").partition("~")[0]
+    wanted, mark = split_mark(name)
     for member in room.roster():
-        if member.name == wanted:
+        if member.name == wanted and member.fingerprint.hex().startswith(mark):
             return member.fingerprint
     text = f"{one_line(name)[:40]} is not in #{room.name}."
     raise ChatError(text, "/names shows who is.", "no-such-person")
 
 
-# In the chat
+# ==================================================================================================
+# Part 30. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 29, 31
+#
+# What a person may type in the chat to talk, to move between conversations, and to run a room.
+# ==================================================================================================
+
+
+def _nickname(connection: Connection, text: str) -> str:
+    """The nickname on this server of whom somebody means."""
+    directory = connection.machine.directory
+    person, contact = directory.find(text), directory.find_contact(text)
+    if person is not None:
+        return person.name
+    return directory.names_of(contact)[0] if contact in directory.known.values() else (
+        check_name(split_mark(text)[0])
+    )  # fmt: skip
+
+
+def _connection_of(client, name: str) -> Connection:
+    """Where somebody is: on the current server, else on another, else nowhere yet."""
+    others = [c for c in client.connections if c is not client.connection]
+    for connection in [client.connection, *others]:
+        if connection.machine.directory.find(name) is not None:
+            return connection
+    return client.connection
 
 
 def _chat_help(client, rest: str) -> None:
+    if rest:
+        row = find_command(rest.lstrip("/").lower(), "chat")
+        if row is None:
+            raise ChatError(f"There is no /{one_line(rest)[:40]}.", "/help lists what there is.")
+        client.show_notice(f"{row.chat.usage}  {row.chat.help}")
+        return
     lines = help_table("chat")
     rows = [{"usage": usage, "help": text} for usage, text in help_lines("chat")]
     lines += [
-        f"Anything else is said to {client.current}; exactly BYE leaves.",
-        "In the prompt: ✓ all has arrived, …2 two lines have not yet been confirmed.",
+        f"Anything else is said to {client.here.title}; exactly BYE leaves.",
+        "Alt-1 to 9, Alt-Left and Alt-Right change the conversation; Alt-Enter begins a new line.",
         "bob~4f2a is somebody whom you have not verified yet (/code, /verify).",
     ]
-    client.machine.emit("notice", text="\n".join(lines), commands=rows)
+    client.show_notice("\n".join(lines), commands=rows)
 
 
 def _chat_msg(client, rest: str) -> None:
     words = _words(_need(rest, "/msg NAME TEXT"), 2)
+    connection = _connection_of(client, words[0])
     if len(words) == 1:
-        name = check_name(words[0].lstrip("@").partition("~")[0])
-        client.current = name
+        name = _nickname(connection, words[0])
+        client.visit(client.conversations.open(connection, name))
         back = f"/join {client.target.room} goes back."
-        text = f"You now talk to {name} alone; {back}"
-        client.machine.emit("notice", text=text, current=name)
+        client.show_notice(f"You now talk to {name} alone; {back}", current=name)
     else:
-        client.machine.tell(words[0], words[1])
+        connection.machine.tell(words[0], words[1])
 
 
 def _chat_reply(client, rest: str) -> None:
     if not client.reply_to:
         raise ChatError("Nobody has written to you alone yet.", "Use /msg NAME TEXT.")
-    client.machine.tell(client.reply_to, _need(rest, "/reply TEXT"))
+    connection, name = client.reply_to
+    connection.machine.tell(name, _need(rest, "/reply TEXT"))
 
 
 def _chat_me(client, rest: str) -> None:
-    send_text(client, client.current, _need(rest, "/me does something"), ACTION)
+    send_text(client, _need(rest, "/me does something"), ACTION)
 
 
 def _chat_join(client, rest: str) -> None:
     name = check_room(_need(rest, "/join ROOM"))
     client.machine.join(name)
-    client.current = "#" + name
-    client.machine.emit("notice", text=f"You now talk in #{name}.", current=client.current)
+    client.visit(client.conversations.open(client.connection, "#" + name))
+    client.show_notice(f"You now talk in #{name}.", current=client.current)
 
 
 def _chat_leave(client, rest: str) -> None:
     name = check_room(rest) if rest else _current_room(client).name
     client.machine.leave(name)
-    left = [f"#{room}" for room in client.machine.rooms]
-    if client.current == f"#{name}" and left:
-        client.current = left[0]
-    client.machine.emit("notice", text=f"You left #{name}.", current=client.current)
+    _close(client, client.conversations.open(client.connection, "#" + name))
+    client.show_notice(f"You left #{name}.", current=client.current)
+
+
+def _close(client, conversation: Conversation) -> None:
+    """Takes a conversation away; one always stays."""
+    if len(client.conversations.all) > 1:
+        was_here = conversation is client.here
+        client.conversations.close(conversation)
+        if was_here:
+            client.visit(client.here)
+
+
+def _chat_win(client, rest: str) -> None:
+    if rest == "close":
+        if client.here.is_room:
+            _chat_leave(client, "")
+        else:
+            _close(client, client.here)
+    elif rest:
+        client.visit(client.conversations.find(rest))
+    else:
+        _list_conversations(client)
+
+
+def _list_conversations(client) -> None:
+    rows, lines = [], []
+    for place, conversation in enumerate(client.conversations.all, 1):
+        server = conversation.connection.machine.server_address
+        row = {"place": place, "title": conversation.title, "server": server}
+        rows.append({**row, "unread": conversation.unread, "current": conversation is client.here})
+        mark = "*" if conversation is client.here else " "
+        unread = f"  {conversation.unread} unread" if conversation.unread else ""
+        lines.append(f"{mark}{place}  {conversation.title}  {server}{unread}")
+    client.show_notice("\n".join(lines), conversations=rows)
 
 
 def _chat_rooms(client, rest: str) -> None:
@@ -6861,9 +7611,15 @@ def _chat_rooms(client, rest: str) -> None:
 def _chat_names(client, rest: str) -> None:
     room = client.machine.require_room(check_room(rest)) if rest else _current_room(client)
     members = client.machine.member_fields(room.roster())
-    shown = ", ".join(shown_name(m) for m in members) or "nobody yet"
-    text = f"In #{room.name}: {shown}. Admin: {room.admin_name() or 'nobody yet'}."
-    client.machine.emit("notice", text=text, room=room.name, members=members)
+    people = {p.fingerprint: p for p in room.present().values() if p is not None}
+    shown = []
+    for member, fields in zip(room.roster(), members):
+        person = people.get(member.fingerprint)
+        away = " (away)" if person is not None and person.away else ""
+        shown.append(shown_name(fields) + away)
+    text = f"In #{room.name}: {', '.join(shown) or 'nobody yet'}. "
+    text += f"Admin: {room.admin_name() or 'nobody yet'}."
+    client.show_notice(text, room=room.name, members=members)
 
 
 def shown_name(fields: dict) -> str:
@@ -6872,45 +7628,44 @@ def shown_name(fields: dict) -> str:
     return name if fields["verified"] else f"{name}~{fields['fingerprint'][7:11]}"
 
 
+def _chat_topic(client, rest: str) -> None:
+    room = _current_room(client)
+    if rest:
+        topic = "" if rest == "off" else one_line(rest).strip()
+        if len(topic) > TOPIC_MOST:
+            raise ChatError(f"A topic has at most {TOPIC_MOST} characters.", "Shorten it.")
+        room.set_rule("topic", topic, time.monotonic())
+        return
+    topic = room.admission.rules.topic
+    text = f"The topic of #{room.name}: {topic}" if topic else f"#{room.name} has no topic."
+    client.show_notice(text, room=room.name, topic=topic)
+
+
+def _chat_nick(client, rest: str) -> None:
+    name = check_name(_need(rest, "/nick NAME"))
+    client.connection.rename(name)
+
+
+def _chat_away(client, rest: str) -> None:
+    why = one_line(rest)[:AWAY_MOST] or "away"
+    for connection in client.connections:
+        connection.machine.directory.set_away(why)
+    client.show_notice(f"The others see that you are away: {why}", away=why)
+
+
+def _chat_back(client, rest: str) -> None:
+    for connection in client.connections:
+        connection.machine.directory.set_away("")
+    client.show_notice("The others see that you are back.", away="")
+
+
 def _chat_invite(client, rest: str) -> None:
     uses, seconds = _invite_options(rest, 1)
     room = _current_room(client).name
     expires = int(client.machine.wall_clock() + seconds) if seconds else 0
-    token = Token(
-        list(client.target.addresses), client.machine.server, b"", b"", uses, expires, room
-    )
+    addresses = list(client.target.addresses)
+    token = Token(addresses, client.machine.server, b"", b"", uses, expires, room)
     client.machine.invite(token)
-
-
-def _invite_options(rest: str, uses: int) -> tuple:
-    """(uses, seconds) of `--uses N --expires 24h`; 0 means without end."""
-    words, seconds = rest.split(), float(INVITATION_SECONDS)
-    while words:
-        option = words.pop(0)
-        value = words.pop(0) if words else ""
-        if option == "--uses" and value.isascii() and value.isdigit() and int(value) < 1 << 31:
-            uses = int(value)
-        elif option == "--expires" and value:
-            seconds = 0.0 if value == "never" else parse_duration(value)
-        else:
-            raise ChatError("This is not how it is written.", "/invite [--uses N] [--expires 24h]")
-    return uses, seconds
-
-
-def _chat_code(client, rest: str) -> None:
-    client.machine.directory.code(_need(rest, "/code NAME"))
-
-
-def _chat_verify(client, rest: str) -> None:
-    words = _words(_need(rest, "/verify NAME and the 60 digits that NAME reads to you"), 2)
-    if len(words) == 1:
-        client.machine.directory.code(words[0])
-    else:
-        client.machine.directory.verify(*words)
-
-
-def _chat_accept_key(client, rest: str) -> None:
-    client.machine.directory.accept_key(_need(rest, "/accept-key NAME"))
 
 
 def _chat_admit(client, rest: str) -> None:
@@ -6924,36 +7679,64 @@ def _chat_deny(client, rest: str) -> None:
 def _chat_requests(client, rest: str) -> None:
     names = sorted(person.name for person in _current_room(client).admission.requests.values())
     text = "Waiting to enter: " + (", ".join(names) or "nobody") + "."
-    client.machine.emit("notice", text=text, names=names)
+    client.show_notice(text, names=names)
 
 
-def _chat_kick(client, rest: str, ban: bool = False) -> None:
+def _another_member(client, name: str) -> tuple:
+    """(room, identity) of somebody else in the current room."""
     room = _current_room(client)
-    fingerprint = _member_fingerprint(room, _need(rest, "/kick NAME"))
+    fingerprint = _member_fingerprint(room, name)
     if fingerprint == room.own:
-        raise ChatError("You cannot put yourself out.", "/leave leaves the room.")
-    room.remove(fingerprint, ban, time.monotonic())
+        raise ChatError("That is you.", "/leave leaves the room.")
+    return room, fingerprint
+
+
+def _chat_kick(client, rest: str) -> None:
+    room, fingerprint = _another_member(client, _need(rest, "/kick NAME"))
+    room.remove(fingerprint, False, time.monotonic())
+
+
+def _until(client, words: list) -> int:
+    """Until when (Unix seconds) a ban or mute holds; 0 for good."""
+    return int(client.machine.wall_clock() + parse_duration(words[1])) if len(words) > 1 else 0
 
 
 def _chat_ban(client, rest: str) -> None:
-    _chat_kick(client, rest, ban=True)
+    words = _words(_need(rest, "/ban NAME [1h]"), 2)
+    room, fingerprint = _another_member(client, words[0])
+    room.remove(fingerprint, True, time.monotonic(), _until(client, words))
 
 
 def _chat_unban(client, rest: str) -> None:
+    _lift(client, "bans", _need(rest, "/unban NAME"), "banned")
+
+
+def _chat_mute(client, rest: str) -> None:
+    words = _words(_need(rest, "/mute NAME [1h], or /mute NAME off"), 2)
+    if words[1:] == ["off"]:
+        _lift(client, "mutes", words[0], "muted")
+        return
+    room, fingerprint = _another_member(client, words[0])
+    mutes = {**room.admission.rules.mutes, fingerprint: _until(client, words)}
+    room.set_rule("mutes", mutes, time.monotonic())
+
+
+def _lift(client, rule: str, name: str, word: str) -> None:
+    """Takes a ban or a mute back, of a name or a fingerprint."""
     room = _current_room(client)
     room.require_admin()
-    name = _need(rest, "/unban NAME")
-    bans = room.admission.rules.bans
-    found = _sanctioned(client, bans, name, "banned")
-    room.set_rule("bans", {f: until for f, until in bans.items() if f != found}, time.monotonic())
+    sanctions = getattr(room.admission.rules, rule)
+    wanted, directory = split_mark(name)[0], client.machine.directory
+    found = [f for f in sanctions if wanted in (directory.name_of(f), fingerprint_text(f))]
+    if not found:
+        raise ChatError(f"{one_line(name)[:40]} is not {word} here.", code="no-such-person")
+    left = {f: until for f, until in sanctions.items() if f not in found}
+    room.set_rule(rule, left, time.monotonic())
 
 
-def _sanctioned(client: ChatClient, sanctions: dict, name: str, word: str) -> bytes:
-    """Which of the banned or muted somebody means, by name or fingerprint."""
-    for fingerprint in sanctions:
-        if name in (client.machine.directory.name_of(fingerprint), fingerprint_text(fingerprint)):
-            return fingerprint
-    raise ChatError(f"{one_line(name)[:40]} is not {word} here.", code="no-such-person")
+def _chat_op(client, rest: str) -> None:
+    room, fingerprint = _another_member(client, _need(rest, "/op NAME"))
+    room.hand_over(fingerprint, time.monotonic())
 
 
 def _chat_lock(client, rest: str) -> None:
@@ -6974,38 +7757,381 @@ def _chat_quit(client, rest: str) -> None:
 
 
 for _row in (
-    ("help", "/help", "this list", (), _chat_help),
-    (
-        "msg",
-        "/msg NAME [TEXT]",
-        "write to one person; without text, stay with them",
-        ("m",),
-        _chat_msg,
-    ),
+    ("help", "/help [COMMAND]", "this list", (), _chat_help),
+    ("msg", "/msg NAME [TEXT]", "write to one person; without text, stay with them", ("m",),
+     _chat_msg),
     ("reply", "/reply TEXT", "answer who wrote to you alone last", ("r",), _chat_reply),
     ("me", "/me TEXT", "say what you do", (), _chat_me),
+    ("win", "/win [N|NAME|close]", "the conversations; go to one", ("w",), _chat_win),
     ("join", "/join ROOM", "enter a room, or go back to it", ("j",), _chat_join),
     ("leave", "/leave [ROOM]", "leave a room", ("part",), _chat_leave),
     ("rooms", "/rooms", "the rooms on this server", (), _chat_rooms),
     ("names", "/names [ROOM]", "who is in a room", ("list", "who"), _chat_names),
+    ("topic", "/topic [TEXT|off]", "what a room is about; set it (admin)", (), _chat_topic),
+    ("nick", "/nick NAME", "take another nickname", (), _chat_nick),
+    ("away", "/away [WHY]", "tell the others that you are away", (), _chat_away),
+    ("back", "/back", "tell them that you are back", (), _chat_back),
     ("invite", "/invite [--uses N] [--expires 24h]", "make a token for somebody", (), _chat_invite),
+    ("lock", "/lock [ask|contacts|off]", "whom of the newcomers to let in (admin)", (), _chat_lock),
+    ("requests", "/requests", "who waits to be let in", (), _chat_requests),
+    ("admit", "/admit NAME", "let a newcomer in (admin)", ("accept",), _chat_admit),
+    ("deny", "/deny NAME", "do not let a newcomer in (admin)", ("reject",), _chat_deny),
+    ("kick", "/kick NAME", "put somebody out of the room (admin)", (), _chat_kick),
+    ("ban", "/ban NAME [1h]", "put somebody out for a time, or for good (admin)", (), _chat_ban),
+    ("unban", "/unban NAME", "take a ban back (admin)", (), _chat_unban),
+    ("mute", "/mute NAME [1h|off]", "nobody shows what they say (admin)", (), _chat_mute),
+    ("op", "/op NAME", "make somebody else the admin", (), _chat_op),
+    ("rekey", "/rekey", "make a new room key now (admin)", (), _chat_rekey),
+):  # fmt: skip
+    command("chat", *_row[:3], _row[4], _row[3])
+
+
+# ==================================================================================================
+# Part 31. Chat commands: people and records | uses 1, 2, 6, 15, 19, 23, 25, 29, 30
+#
+# What a person may type in the chat about people they know, other servers, and what is kept here.
+# ==================================================================================================
+
+
+def _chat_whois(client, rest: str) -> None:
+    name = _need(rest, "/whois NAME")
+    _connection_of(client, name).machine.directory.whois(name)
+
+
+def _chat_code(client, rest: str) -> None:
+    name = _need(rest, "/code NAME")
+    _connection_of(client, name).machine.directory.code(name)
+
+
+def _chat_verify(client, rest: str) -> None:
+    words = _words(_need(rest, "/verify NAME and the 60 digits that NAME reads to you"), 2)
+    directory = _connection_of(client, words[0]).machine.directory
+    if len(words) == 1:
+        directory.code(words[0])
+    else:
+        directory.verify(*words)
+
+
+def _chat_accept_key(client, rest: str) -> None:
+    name = _need(rest, "/accept-key NAME")
+    _connection_of(client, name).machine.directory.accept_key(name)
+
+
+def _chat_ignore(client, rest: str) -> None:
+    trust = client.trust
+    if not rest:
+        names = [client.machine.directory.name_of(f) for f in trust.ignored]
+        client.show_notice("Ignored: " + (", ".join(sorted(names)) or "nobody") + ".", names=names)
+        return
+    person = _connection_of(client, rest).machine.directory.require(rest)
+    if person.fingerprint in trust.ignored:
+        trust.ignored.discard(person.fingerprint)
+        client.show_notice(f"{person.name} is shown again.", name=person.name, ignored=False)
+    else:
+        trust.ignored.add(person.fingerprint)
+        text = f"{person.name} is not shown any more in this session; /ignore {person.name} again"
+        client.show_notice(f"{text} ends that.", name=person.name, ignored=True)
+
+
+def _identity_of(client, name: str) -> tuple:
+    """(fingerprint, nickname, SPKI or b"") of somebody here, or of a contact."""
+    person = _connection_of(client, name).machine.directory.find(name)
+    if person is not None:
+        return person.fingerprint, person.name, person.bundle.spki
+    contact = client.records.require().contacts.find(name)
+    if contact is None:
+        text = f"{one_line(name)[:40]} is neither here nor a contact."
+        raise ChatError(text, "/names and /contacts show who is.", "no-such-person")
+    return contact.fingerprint, contact.name, contact.key
+
+
+def _chat_block(client, rest: str, on: bool = True) -> None:
+    records = client.records
+    fingerprint, name, _ = _identity_of(client, _need(rest, "/block NAME"))
+    records.require().contacts.block(fingerprint, name, on)
+    records.refresh_trust()
+    text = f"{name} is blocked: nothing of them is shown, and nothing they send you is confirmed."
+    client.show_notice(text if on else f"{name} is no longer blocked.", name=name, blocked=on)
+
+
+def _chat_unblock(client, rest: str) -> None:
+    _chat_block(client, rest, on=False)
+
+
+def _presence(client, fingerprint: bytes) -> str:
+    """here, away or "" of somebody, on any server."""
+    for connection in client.connections:
+        for person in connection.machine.directory.people.values():
+            if person.fingerprint == fingerprint and person.confirmed:
+                return "away" if person.away else "here"
+    return ""
+
+
+def _chat_contacts(client, rest: str) -> None:
+    contacts = client.records.require().contacts
+    words = rest.split()
+    if words[:1] == ["add"] and len(words) in (2, 3):
+        fingerprint, name, key = _identity_of(client, words[1])
+        connection = _connection_of(client, words[1])
+        where = (connection.machine.server_address, connection.machine.server)
+        contacts.add(words[-1] if len(words) == 3 else name, fingerprint, key, *where)
+        client.show_notice(f"{words[-1]} is a contact now: what you write waits for them.")
+    elif words:
+        client.show_notice(change_contacts(contacts, words))
+    else:
+        rows = contact_rows(contacts, lambda fingerprint: _presence(client, fingerprint))
+        client.show_notice(contact_table(rows), contacts=rows)
+    client.records.refresh_trust()
+
+
+def _chat_connect(client, rest: str) -> None:
+    """Dials in a thread of its own; the rest happens when the link stands."""
+    profile = client.records.require()
+    words = rest.split()
+    options = ConnectOptions(_need(rest, "/connect TOKEN"), None, None, None, False, 0)
+    options.target = words.pop(0)
+    while words:
+        option = words.pop(0)
+        if option == "--trust-new":
+            options.trust_new = True
+        elif option in ("--name", "--room", "--pin") and words:
+            setattr(options, option[2:], words.pop(0))
+        else:
+            raise ChatError("This is not how it is written.", CONNECT_USAGE)
+    target = resolve_target(options, profile.servers)
+    client.show_notice(f"Connecting to {' or '.join(target.addresses)} ...")
+    spawn("connect", _routine_connect, client, options, target)
+
+
+CONNECT_USAGE = "/connect TARGET [--name NAME] [--room ROOM] [--pin sha256:...] [--trust-new]"
+
+
+def _routine_connect(client, options: ConnectOptions, target: Target) -> None:
+    try:
+        link = dial_any(target)
+    except ChatError as error:
+        client.inbox.post(client.show_error, error)
+        return
+    client.inbox.post(client.guarded, _enter_server, client, options, target, link)
+
+
+def _enter_server(client, options: ConnectOptions, target: Target, link: Link) -> None:
+    """The further server answers: it must be known, and not be one that we are on."""
+    profile, shown = client.records.require(), fingerprint_text(link.fingerprint)
+    saved = profile.servers.find_fingerprint(shown)
+    there = [c for c in client.connections if c.machine.server == link.fingerprint]
+    if client.leaving or there:
+        link.sock.close()
+        text = f"You are on {link.address} already."
+        raise ChatError(text, "/win shows the conversations there.", "usage")
+    if not (target.pin or saved or options.trust_new):
+        link.sock.close()
+        text = f"The server at {link.address} is not known; its key is {shown}."
+        hint = f"If that is what its operator says: /connect {options.target} --pin {shown}"
+        raise ChatError(text, hint, "unknown-server")
+    first = client.first.machine
+    machine = ClientMachine(first.identity, "", first.wall_clock, target.token)
+    choose_name(machine, options.name or "", first.name, saved)
+    connection = client.add(machine, target, client.first.chain)
+    connection.on_ready = functools.partial(profile.remember_server, connection)
+    client.begin(connection, link)
+    client.visit(client.conversations.open(connection, "#" + target.room))
+
+
+def _chat_disconnect(client, rest: str) -> None:
+    if len(client.connections) == 1:
+        raise ChatError("This is the only server.", "BYE leaves the chat.")
+    client.connection.say_goodbye("BYE")
+
+
+# Outbox
+
+
+def _chat_outbox(client, rest: str) -> None:
+    client.records.require()
+    entries = list(client.records.waiting.values())
+    rows = [
+        {"id": e["id"], "to": e["name"], "text": e["text"], "time": rfc3339(e["created"])}
+        for e in entries
+    ]
+    lines = [f"… {r['id'][:8]}  to {r['to']}: {one_line(r['text'])[:60]}" for r in rows]
+    lines.append("/cancel ID takes one back." if rows else "Nothing waits.")
+    client.show_notice("\n".join(lines), outbox=rows)
+
+
+def _chat_cancel(client, rest: str) -> None:
+    word = _need(rest, "/cancel ID").casefold()
+    client.records.require()
+    found = [number for number in client.records.waiting if number.startswith(word)]
+    if len(found) != 1:
+        raise ChatError(f"{one_line(rest)[:40]} is not one message.", "/outbox lists them.")
+    entry = client.records.waiting[found[0]]
+    client.records.drop(bytes.fromhex(found[0]))
+    text = f"✗ Not sent to {entry['name']}: {one_line(entry['text'])[:40]}"
+    client.show_notice(text, id=found[0], cancelled=True)
+
+
+# History
+
+
+def _chat_tail(client, rest: str) -> None:
+    count = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 6 else 20
+    history, here = client.records.require().history, client.here
+    key = client.records.conversation_key(here)
+    client.records.ask(_shower(client, here), history.tail, key, max(1, count))
+
+
+def _chat_search(client, rest: str) -> None:
+    words = _need(rest, "/search WORDS")
+    history, here = client.records.require().history, client.here
+    key = client.records.conversation_key(here)
+    client.records.ask(_shower(client, here, words), history.search, key, words)
+
+
+def _shower(client, conversation: Conversation, words: str = ""):
+    """Shows what the history gave, as messages of before."""
+
+    def show(entries: list) -> None:
+        for entry in entries:
+            fields = {name: entry[name] for name in HISTORY_FIELDS}
+            extra = {"action": True} if entry.get("action") else {}
+            where = {"_window": conversation.number, "_here": conversation is client.here}
+            client.events.publish({"event": "message", **fields, **extra, "history": True, **where})
+        found = f"{len(entries)} found for {one_line(words)[:40]}." if words else (
+            f"{len(entries)} of before." if entries else "Nothing is kept of this conversation."
+        )  # fmt: skip
+        client.show_notice(found, count=len(entries))
+
+    return show
+
+
+HISTORY_FIELDS = ("id", "room", "direct", "from", "fingerprint", "verified", "text", "time")
+
+
+def _chat_export(client, rest: str) -> None:
+    path = os.path.abspath(os.path.expanduser(_need(rest, "/export FILE (.txt or .json)")))
+    history = client.records.require().history
+    key = client.records.conversation_key(client.here)
+    title = client.here.title
+
+    def done(count: int) -> None:
+        text = f"{count} messages of {title} are in {path}, readable by whoever can read that file."
+        client.show_notice(text, path=path, count=count)
+
+    client.records.ask(done, _export_history, history, key, path)
+
+
+def _export_history(history: History, key: str, path: str) -> int:
+    """Writes a conversation as JSON or text; an existing file stays."""
+    entries = history.tail(key, 1 << 30)
+    if os.path.lexists(path):
+        raise ChatError(f"{path} exists already.", "Choose another name.", "storage")
+    if path.endswith(".json"):
+        write_json(path, entries)
+    else:
+        lines = [f"{e['time']} {e['from']}: {printable(e['text'])}\n" for e in entries]
+        write_file(path, "".join(lines).encode("utf-8"))
+    return len(entries)
+
+
+def _chat_clear(client, rest: str) -> None:
+    profile, number = client.records.require(), client.here.number
+    key, title = client.records.conversation_key(client.here), client.here.title
+
+    def done(_) -> None:
+        client.events.publish({"event": "_cleared", "window": number})
+        client.show_notice(f"{title} is cleared, here on this computer.")
+
+    client.records.ask(done, profile.history.clear, key)
+
+
+# Settings
+
+
+def _chat_set(client, rest: str) -> None:
+    words = _words(rest, 2)
+    profile = client.records.require()
+    if words[:1] == ["disappear"]:
+        _set_disappear(client, words[1:])
+    elif len(words) == 2:
+        profile.set(*words)
+        shown = profile.settings.public()
+        client.events.publish({"event": "_settings", **shown})
+        client.records.settings_changed()
+        client.show_notice(setting_line(profile.settings, words[0]), settings=shown)
+    else:
+        rows = [row for row in profile.settings.rows() if not words or row[0] == words[0]]
+        if not rows:
+            parse_setting(words[0], "")
+        shown = profile.settings.public()
+        client.show_notice("\n".join(map(setting_row, rows)), settings=shown)
+
+
+def _set_disappear(client, words: list) -> None:
+    if not words:
+        raise ChatError("A time is missing.", "Write /set disappear 10m, 1h, 1d or off.")
+    seconds = 0 if words[0] == "off" else int(parse_duration(words[0]))
+    if seconds > LIFETIME_MOST:
+        raise ChatError("That is longer than a year.", "Take 366d or less.")
+    if client.here.is_room:
+        _current_room(client).set_rule("lifetime", seconds, time.monotonic())
+    else:
+        client.machine.messages.set_timer(client.current, seconds)
+
+
+def _chat_bell(client, rest: str) -> None:
+    _chat_set(client, f"bell {_need(rest, '/bell off, dm, mention or all')}")
+
+
+def _chat_quiet(client, rest: str) -> None:
+    now = client.records.require().settings.quiet
+    _chat_set(client, f"quiet {rest or ('off' if now else 'on')}")
+
+
+def _chat_wipe(client, rest: str) -> None:
+    profile = client.records.require()
+    if rest != WIPE_WORD:
+        text = f"This destroys keys, contacts and history of the profile {profile.paths.profile!r}"
+        client.show_notice(f"{text} on this computer for good. To do it: /wipe {WIPE_WORD}")
+        return
+    client.wipe = True
+    client.begin_leaving("BYE")
+
+
+WIPE_WORD = "destroy"
+
+
+for _row in (
+    ("whois", "/whois NAME", "all you know of somebody", (), _chat_whois),
     ("code", "/code NAME", "the safety number you share with somebody", (), _chat_code),
     ("verify", "/verify NAME DIGITS", "mark somebody whose number is the same", (), _chat_verify),
     ("accept-key", "/accept-key NAME", "trust somebody's new key", (), _chat_accept_key),
-    ("kick", "/kick NAME", "put somebody out of the room (admin)", (), _chat_kick),
-    ("ban", "/ban NAME", "put somebody out for good (admin)", (), _chat_ban),
-    ("unban", "/unban NAME", "take a ban back (admin)", (), _chat_unban),
-    ("lock", "/lock [off]", "ask for each newcomer (admin)", (), _chat_lock),
-    ("admit", "/admit NAME", "let a newcomer in (admin)", ("accept",), _chat_admit),
-    ("deny", "/deny NAME", "do not let a newcomer in (admin)", ("reject",), _chat_deny),
-    ("requests", "/requests", "who waits to be let in", (), _chat_requests),
-    ("rekey", "/rekey", "make a new room key now (admin)", (), _chat_rekey),
+    ("contacts", "/contacts [add|rename|remove ...]", "people you know", (), _chat_contacts),
+    ("ignore", "/ignore [NAME]", "do not show somebody; again: show them", (), _chat_ignore),
+    ("block", "/block NAME", "nothing of somebody reaches you any more", (), _chat_block),
+    ("unblock", "/unblock NAME", "take that back", (), _chat_unblock),
+    ("connect", "/connect TARGET", "one more server in this chat", (), _chat_connect),
+    ("disconnect", "/disconnect", "leave the current one of several servers", (), _chat_disconnect),
+    ("outbox", "/outbox", "what waits for people who are away", (), _chat_outbox),
+    ("cancel", "/cancel ID", "take back what waits", (), _chat_cancel),
+    ("tail", "/tail [N]", "what was said before", ("history",), _chat_tail),
+    ("search", "/search WORDS", "find what was said", (), _chat_search),
+    ("export", "/export FILE", "write the conversation to a .txt or .json", (), _chat_export),
+    ("clear", "/clear", "forget the conversation on this computer", (), _chat_clear),
+    ("set", "/set [KEY VALUE]", "settings; disappear 10m|1h|1d|off for all here", (), _chat_set),
+    ("bell", "/bell off|dm|mention|all", "when it rings", (), _chat_bell),
+    ("quiet", "/quiet [on|off]", "do not show joins and leaves", (), _chat_quiet),
+    ("wipe", "/wipe", "destroy this profile's keys and files", (), _chat_wipe),
     ("quit", "/quit", "leave, like BYE", ("exit", "q"), _chat_quit),
 ):
     command("chat", *_row[:3], _row[4], _row[3])
 
 
-# On the server's console (in the relay's loop thread; answers with a notice's fields)
+# ==================================================================================================
+# Part 32. Console commands | uses 1, 2, 7, 24, 29
+#
+# What a server's operator may type (in the relay's loop thread; answers are notices).
+# ==================================================================================================
 
 
 class ServerConsole(Record):
@@ -7122,7 +8248,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 25. Terminal | uses 2, 15-17
+# Part 33. Terminal | uses 2, 17-19
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold. Inputs come in three kinds:
@@ -7606,7 +8732,220 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 26. Faces: terminal and JSON lines | uses 2, 7, 15, 17, 21, 24, 25
+# Part 34. Words for events | uses 2, 7, 29, 30
+#
+# The events of a chat as text for people: each kind has its words in one place. A colour only ever
+# repeats what the text says. Nothing here prints.
+# ==================================================================================================
+
+DIM, BOLD, ALARM = "\x1b[2m", "\x1b[1m", "\x1b[1;33m"
+READERS_SHOWN = 5  # names in a status line; above that they are counted
+
+
+class Said(Record):
+    """A text of somebody: `head` (when, where and who) before it, and its rows under each other."""
+
+    head: str
+    text: str
+
+
+class ChatWords:
+    """Words for a chat's events, and what of one's own lines is still on its way."""
+
+    def __init__(self, client: ChatClient, colours: bool = False):
+        self._client, self._colours = client, colours
+        self._open: dict = {}  # id -> text of own messages not confirmed yet
+        self._confirmed = False
+
+    def paint(self, text: str, code: str) -> str:
+        return painted(text, code) if self._colours else text
+
+    def _nick(self, shown: str, fingerprint: str) -> str:
+        return self.paint(shown, nick_colour(bytes.fromhex(fingerprint[7:]))) if self._colours else shown
+
+    def note(self, event: dict) -> None:
+        """Keeps count of what has not been confirmed."""
+        kind = event["event"]
+        if kind in ("sent", "queued"):
+            self._open[event["id"]] = event["_message"].text
+        elif kind == "delivered":
+            self._confirmed = True
+            self._open.pop(event["id"], None)
+
+    def prompt(self, title: str) -> str:
+        state = f" …{len(self._open)}" if self._open else " ✓" if self._confirmed else ""
+        return f"{title}{state} > "
+
+    def __call__(self, event: dict, here: bool = True):
+        """The text of an event, a Said, or None for nothing; `here`: it belongs to what is in view."""
+        handler = getattr(self, "_on_" + event["event"].replace("-", "_"), None)
+        return handler(event, here) if handler else None
+
+    def _on_ready(self, event: dict, here: bool) -> str:
+        own = event["fingerprint"]
+        others = [shown_name(m) for m in event["members"] if m["fingerprint"] != own]
+        company = "with " + ", ".join(others) if others else "nobody else is here yet"
+        return (
+            f"You are {event['name']} in #{event['room']}, {company}. End-to-end encrypted.\n"
+            "Type to talk; /help lists commands; BYE leaves."
+        )
+
+    def _on_message(self, event: dict, here: bool) -> Said:
+        who = self._nick(shown_name(event), event["fingerprint"])
+        if event.get("key_changed"):
+            who += " (KEY CHANGED)"
+        where = "" if here or event["room"] is None else f"#{event['room']} "
+        clock = local_clock(event["time"])
+        if event.get("action"):
+            return Said(f"{clock} {where}* {who} ", event["text"])
+        if event["direct"] and not here:
+            return Said(f"{clock} [{who} to you] ", event["text"])
+        return Said(f"{clock} {where}{who}: ", event["text"])
+
+    def _own_line(self, event: dict, here: bool, mark: str) -> Said:
+        message, machine = event["_message"], self._client.first.machine
+        clock = local_clock(rfc3339(message.created)) + " " + mark
+        own = self._nick(machine.name, fingerprint_text(machine.identity.fingerprint))
+        where = "" if here or not message.room else f"#{message.room} "
+        if message.kind == ACTION:
+            return Said(f"{clock}{where}* {own} ", message.text)
+        if not message.room and not here:
+            return Said(f"{clock}[you to {', '.join(event['to'])}] ", message.text)
+        return Said(f"{clock}{where}{own}: ", message.text)
+
+    def _on_sent(self, event: dict, here: bool) -> Said:
+        return self._own_line(event, here, "")
+
+    def _on_queued(self, event: dict, here: bool) -> Said:
+        return self._own_line(event, here, "(waiting) ")
+
+    def _on_undelivered(self, event: dict, here: bool) -> str:
+        start = one_line(self._open.pop(event["id"], ""))[:40]
+        whom = ", ".join(event["to"]) or "anybody"
+        return f'✗ Not confirmed by {whom}: "{start}". Send it again if it matters.'
+
+    def _on_joined(self, event: dict, here: bool) -> str:
+        mark = {"name": event["name"], "fingerprint": event["fingerprint"]}
+        mark["verified"] = parse_fingerprint(event["fingerprint"]) in self._client.trust.verified
+        return self.paint(f"* {shown_name(mark)} joined #{event['room']}", DIM)
+
+    def _on_left(self, event: dict, here: bool) -> str:
+        return self.paint(f"* {event['name']} left #{event['room']}", DIM)
+
+    def _on_request(self, event: dict, here: bool) -> str:
+        name = event["from"]
+        return f"? {name} wants to enter #{event['room']}: /admit {name} or /deny {name}"
+
+    def _on_code(self, event: dict, here: bool) -> str:
+        if event["verified"]:
+            return f"{event['name']} is verified: {event['digits']}"
+        return (
+            f"Read these digits to {event['name']} by voice; they must see the same:\n"
+            f"  {event['digits']}\nThen: /verify {event['name']} and the digits."
+        )
+
+    def _on_key_changed(self, event: dict, here: bool) -> str:
+        head = f"! THE KEY OF {event['name']} HAS CHANGED. A new device, or somebody else."
+        return (
+            f"{self.paint(head, ALARM)}\n"
+            f"  Nothing is sent to them until you compare /code {event['name']} "
+            f"and /accept-key {event['name']}."
+        )
+
+    def _on_reconnecting(self, event: dict, here: bool) -> str:
+        if event["attempt"] > 1:
+            return f"! No connection yet; trying again in {event['delay']:.0f} s."
+        why = f" ({event['_why'].rstrip('.')})" if event["_why"] else ""
+        return f"! The connection is lost{why}; trying again. You can go on typing."
+
+    def _on_reconnected(self, event: dict, here: bool) -> str:
+        return "* Connected again."
+
+    def _on_error(self, event: dict, here: bool) -> str:
+        return "! " + printable(event["text"])
+
+    def _on_notice(self, event: dict, here: bool) -> str:
+        text = printable(event["text"])
+        return "! " + text if event.get("warning") else text
+
+    def _on_closed(self, event: dict, here: bool):
+        words = {"BYE": "Bye.", "eof": "Bye.", "interrupted": "Interrupted."}
+        said_before = event["reason"] in ("error", "denied")
+        return words.get(
+            event["reason"], None if said_before else f"The session has ended: {event['reason']}."
+        )
+
+    def status(self, status: dict) -> str:
+        """What is true of the conversation in view, in one row; then what is unread elsewhere."""
+        pieces = [self.paint(status["title"], BOLD)]
+        if status["server"]:
+            pieces[0] += f" on {status['server']}"
+        pieces += _other_windows(status["others"])
+        pieces += self._readers(status)
+        if status["queued"]:
+            pieces.append(f"{status['queued']} queued")
+        if status["away"]:
+            pieces.append("you are away")
+        return " · ".join(pieces)
+
+    def _readers(self, status: dict) -> list:
+        if not status["online"]:
+            return ["no connection: what you type waits"]
+        if not status["people"]:
+            return ["no key yet" if status["title"].startswith("#") else "not here"]
+        readers = status["readers"]
+        if not readers:
+            return ["only you", f"epoch {status['epoch']}"]
+        room = [f"{status['people']} people"] if status["title"].startswith("#") else []
+        epoch = [f"epoch {status['epoch']}"] if status["epoch"] else []
+        away = [f"away: {status['their_away']}"] if status.get("their_away") else []
+        return [*room, *away, f"encrypted to {_reader_names(readers)}", *epoch, "PQ"]
+
+
+def _reader_names(readers: list) -> str:
+    if len(readers) > READERS_SHOWN:
+        verified = sum(reader["verified"] for reader in readers)
+        return f"{len(readers)}, {verified} of them verified"
+    return " ".join(shown_name(r) + (" ✓" if r["verified"] else "") for r in readers)
+
+
+def _other_windows(others: list) -> list:
+    """Unread conversations, those that call first: `2 #kitchen +3`, `3 @bob +1!`."""
+    calls = sorted(others, key=lambda other: not other[3])
+    return [f"[{place} {title} +{unread}{'!' if called else ''}]" for place, title, unread, called in calls]
+
+
+def local_clock(moment: str) -> str:
+    """The hour and minute here of an RFC 3339 time."""
+    return _local_time(moment).strftime("%H:%M")
+
+
+def _local_time(moment: str):
+    return datetime.datetime.fromisoformat(moment.replace("Z", "+00:00")).astimezone()
+
+
+def complete_chat(client: ChatClient):
+    """Tab completion: commands in column 0, else the names of people and rooms."""
+
+    def complete(before: str) -> tuple:
+        start = before.rfind(" ") + 1
+        word = before[start:]
+        if start == 0 and word.startswith("/"):
+            names = ["/" + row.name for row in COMMANDS.values() if row.chat]
+        else:
+            machine = client.machine
+            people = [person.name for person in list(machine.directory.people.values())]
+            people += list(client.trust.names)
+            rooms = ["#" + room for room in list(machine.rooms)]
+            names = [*people, *("@" + p for p in people), *rooms]
+        found = {n for n in names if word and n.casefold().startswith(word.casefold())}
+        return start, sorted(found)
+
+    return complete
+
+
+# ==================================================================================================
+# Part 35. Faces: terminal and JSON lines | uses 2, 17, 19, 23, 29, 33, 34
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -7622,11 +8961,13 @@ class JSONFace:
         self._stdin, self._stdout = stdin, stdout
 
     def show(self, event: dict) -> None:
+        if event["event"].startswith("_"):
+            return
         public = {key: value for key, value in event.items() if not key.startswith("_")}
         self._stdout.write(json.dumps(public, ensure_ascii=True) + "\n")
         self._stdout.flush()
 
-    def read(self, prompt: str = "") -> tuple:
+    def read(self) -> tuple:
         """(text, whether it is text in any case) of the next line; EOFError at the end."""
         line = self._stdin.readline()
         if not line:
@@ -7648,9 +8989,6 @@ class JSONFace:
     def interrupt(self) -> None:
         pass  # the reading thread is a daemon's
 
-    def set_prompt(self, prompt: str) -> None:
-        pass
-
     def __enter__(self):
         return self
 
@@ -7661,9 +8999,9 @@ class JSONFace:
 class TerminalFace:
     """For people. `describe(event)` gives the text of an event, or None for nothing."""
 
-    def __init__(self, stdin, stdout, describe, complete=None):
+    def __init__(self, stdin, stdout, describe, prompt: str = ""):
         self._terminal = Terminal(stdin, stdout)
-        self._describe, self._complete = describe, complete
+        self._describe, self._prompt = describe, prompt
         self.interactive = self._terminal.interactive
 
     def show(self, event: dict) -> None:
@@ -7671,16 +9009,18 @@ class TerminalFace:
         if text is not None:
             self.say(text)
 
-    def read(self, prompt: str = "") -> tuple:
-        text, pasted = self._terminal.read_line(prompt, self._complete, keep=False)
-        return text, pasted
+    def read(self) -> tuple:
+        return self._terminal.read_line(self._prompt, keep=False)
 
-    def say(self, text: str) -> None:
-        columns = self._terminal.columns
-        self._terminal.print(wrap_text(text, columns) if self.interactive else text)
+    def say(self, text) -> None:
+        self._terminal.print(self.lay_out(text))
 
-    def set_prompt(self, prompt: str) -> None:
-        self._terminal.set_prompt(prompt)
+    def lay_out(self, text) -> str:
+        """Rows for this terminal; `text` may be a Said."""
+        columns = self._terminal.columns if self.interactive else 1 << 20
+        if isinstance(text, Said):
+            return hang(text.head, printable(text.text), columns)
+        return wrap_text(text, columns) if self.interactive else text
 
     def interrupt(self) -> None:
         self._terminal.interrupt_read(EOFError())
@@ -7693,158 +9033,151 @@ class TerminalFace:
         self._terminal.__exit__(*exception)
 
 
-def indent(head: str, text: str) -> str:
-    """`head` and a peer's text, whose further lines stand under its first."""
-    return head + printable(text).replace("\n", "\n" + " " * display_width(head))
+ROLL_MOST, REDRAWN_MOST = 10_000, 1_000  # events of a conversation: kept, and painted again
+CONTEXT_LINES = 8  # of a conversation that one comes back to
 
 
-class ChatDescriber:
-    """Words for a chat's events, and a prompt that says what is still on its way."""
+class Roll:
+    """What belongs to one conversation, as far as this session has seen it."""
 
-    def __init__(self, client: ChatClient):
-        self._client = client
-        self._open: dict = {}  # id -> text of own messages not confirmed yet
-        self._confirmed = False
+    def __init__(self):
+        self.events = collections.deque(maxlen=ROLL_MOST)
+        self.unseen = 0
 
-    def prompt(self) -> str:
-        state = f" …{len(self._open)}" if self._open else " ✓" if self._confirmed else ""
-        current = self._client.current
-        return f"{current if current.startswith('#') else '@' + current}{state} > "
+    def add(self, event: dict, seen: bool) -> None:
+        self.events.append(event)
+        self.unseen = 0 if seen else min(self.unseen + 1, ROLL_MOST)
 
-    def __call__(self, event: dict):
-        handler = getattr(self, "_on_" + event["event"].replace("-", "_"), None)
-        return handler(event) if handler else None
+    def visit(self) -> list:
+        """What to show to somebody who comes here: the unseen, with a little before."""
+        count = max(self.unseen + 2, CONTEXT_LINES)
+        self.unseen = 0
+        return list(self.events)[-count:]
 
-    def _on_ready(self, event: dict) -> str:
-        own = event["fingerprint"]
-        others = [shown_name(m) for m in event["members"] if m["fingerprint"] != own]
-        company = "with " + ", ".join(others) if others else "nobody else is here yet"
-        return (
-            f"You are {event['name']} in #{event['room']}, {company}. End-to-end encrypted.\n"
-            "Type to talk; /help lists commands; BYE leaves."
-        )
-
-    def _on_message(self, event: dict) -> str:
-        who = shown_name(event)
-        if event.get("key_changed"):
-            who += " (KEY CHANGED)"
-        where = "" if event["room"] is None or self._is_current(event) else f"#{event['room']} "
-        clock = local_clock(event["time"])
-        if event.get("action"):
-            return indent(f"{clock} {where}* {who} ", event["text"])
-        head = f"{clock} [{who} to you] " if event["direct"] else f"{clock} {where}{who}: "
-        return indent(head, event["text"])
-
-    def _is_current(self, event: dict) -> bool:
-        return self._client.current == f"#{event['room']}"
-
-    def _own_line(self, event: dict, mark: str) -> str:
-        message = event["_message"]
-        self._open[event["id"]] = message.text
-        clock = local_clock(rfc3339(message.created))
-        own = self._client.machine.name
-        if message.kind == ACTION:
-            return indent(f"{clock} {mark}* {own} ", message.text)
-        if message.room:
-            where = "" if self._client.current == f"#{message.room}" else f"#{message.room} "
-            return indent(f"{clock} {mark}{where}{own}: ", message.text)
-        return indent(f"{clock} {mark}[you to {', '.join(event['to'])}] ", message.text)
-
-    def _on_sent(self, event: dict) -> str:
-        return self._own_line(event, "")
-
-    def _on_queued(self, event: dict) -> str:
-        return self._own_line(event, "(waiting) ")
-
-    def _on_delivered(self, event: dict) -> None:
-        self._confirmed = True
-        self._open.pop(event["id"], None)
-
-    def _on_undelivered(self, event: dict) -> str:
-        start = one_line(self._open.pop(event["id"], ""))[:40]
-        whom = ", ".join(event["to"]) or "anybody"
-        return f'! Not confirmed by {whom}: "{start}". Send it again if it matters.'
-
-    def _on_joined(self, event: dict) -> str:
-        mark = {"name": event["name"], "verified": False, "fingerprint": event["fingerprint"]}
-        return f"* {shown_name(mark)} joined #{event['room']}"
-
-    def _on_left(self, event: dict) -> str:
-        return f"* {event['name']} left #{event['room']}"
-
-    def _on_rekeyed(self, event: dict) -> None:
-        return None  # who came and went says it better
-
-    def _on_request(self, event: dict) -> str:
-        name = event["from"]
-        return f"? {name} wants to enter #{event['room']}: /admit {name} or /deny {name}"
-
-    def _on_code(self, event: dict) -> str:
-        if event["verified"]:
-            return f"{event['name']} is verified: {event['digits']}"
-        return (
-            f"Read these digits to {event['name']} by voice; they must see the same:\n"
-            f"  {event['digits']}\nThen: /verify {event['name']} and the digits."
-        )
-
-    def _on_key_changed(self, event: dict) -> str:
-        return (
-            f"! THE KEY OF {event['name']} HAS CHANGED. A new device, or somebody else.\n"
-            f"  Nothing is sent to them until you compare /code {event['name']} "
-            f"and /accept-key {event['name']}."
-        )
-
-    def _on_reconnecting(self, event: dict) -> str:
-        if event["attempt"] > 1:
-            return f"! No connection yet; trying again in {event['delay']:.0f} s."
-        why = f" ({event['_why'].rstrip('.')})" if event["_why"] else ""
-        return f"! The connection is lost{why}; trying again. You can go on typing."
-
-    def _on_reconnected(self, event: dict) -> str:
-        return "* Connected again."
-
-    def _on_error(self, event: dict) -> str:
-        return "! " + printable(event["text"])
-
-    def _on_notice(self, event: dict) -> str:
-        return printable(event["text"])
-
-    def _on_closed(self, event: dict) -> str:
-        words = {"BYE": "Bye.", "eof": "Bye.", "interrupted": "Interrupted."}
-        said_before = event["reason"] in ("error", "denied")
-        return words.get(
-            event["reason"], None if said_before else f"The session has ended: {event['reason']}."
-        )
+    def drop(self, numbers: set) -> bool:
+        """Forgets messages; whether any was here."""
+        left = [event for event in self.events if event.get("id") not in numbers]
+        found = len(left) < len(self.events)
+        self.events = collections.deque(left, maxlen=ROLL_MOST)
+        return found
 
 
-def local_clock(moment: str) -> str:
-    """The hour and minute here of an RFC 3339 time."""
-    then = datetime.datetime.fromisoformat(moment.replace("Z", "+00:00"))
-    return then.astimezone().strftime("%H:%M")
+class ChatFace(TerminalFace):
+    """A chat at a terminal: the conversation in view, what calls from the others, a status line.
+
+    `settings` holds what the `_settings` event carries. Without a real terminal there are no
+    views: everything is printed as it comes.
+    """
+
+    def __init__(self, stdin, stdout, client: ChatClient, settings: dict):
+        super().__init__(stdin, stdout, None)
+        self._client, self._settings = client, settings
+        self._terminal.set_colour(settings["colour"])
+        self.words = ChatWords(client, self._terminal.colours)
+        self._complete = complete_chat(client)
+        self._rolls: dict = {}  # number of a conversation -> Roll
+        self._window, self._title = client.here.number, client.here.title
+        self._day = ""
+        client.wants_status = self.interactive
+        self._own_events = {
+            "_switched": self._on_switched, "_status": self._on_status,
+            "_vanished": self._on_vanished, "_cleared": self._on_cleared,
+            "_settings": self._on_settings,
+        }  # fmt: skip
+
+    def read(self) -> tuple:
+        prompt = self.words.prompt(self._title)
+        return self._terminal.read_line(prompt, self._complete, keep=False, on_key=self._on_key)
+
+    def _on_key(self, key: str) -> None:
+        self._client.call(press_key, self._client, key)
+
+    def show(self, event: dict) -> None:
+        if event["event"] in self._own_events:
+            self._own_events[event["event"]](event)
+        elif not self._is_unwanted(event):
+            self.words.note(event)
+            self._show_event(event)
+            self._maybe_ring(event)
+        self._terminal.set_prompt(self.words.prompt(self._title))
+
+    def _is_unwanted(self, event: dict) -> bool:
+        presence = event["event"] in ("joined", "left") or event.get("_presence")
+        return self._settings["quiet"] and bool(presence)
+
+    def _show_event(self, event: dict) -> None:
+        """Prints what belongs to the view, or calls from elsewhere; the rest waits to be visited."""
+        window, here = event.get("_window"), event.get("_here", True)
+        shown = here or not self.interactive or event.get("_called") or "_message" in event
+        text = self.words(event, here) if shown else None
+        if window is not None and not event.get("history"):
+            self._rolls.setdefault(window, Roll()).add(event, seen=here)
+        if text is not None:
+            self.say(self._with_day(event, self.lay_out(text)))
+
+    def _with_day(self, event: dict, text: str) -> str:
+        """Before the first message of another day, a line that names it."""
+        moment = event.get("time") or ("_message" in event and rfc3339(event["_message"].created))
+        if not moment:
+            return text
+        day = _local_time(moment).strftime("%A, %Y-%m-%d")
+        before, self._day = self._day, day
+        today = datetime.datetime.now().astimezone().strftime("%A, %Y-%m-%d")
+        return text if day == (before or today) else f"{self._rule(day)}\n{text}"
+
+    def _rule(self, title: str) -> str:
+        return self.words.paint(f"─── {title} ───", DIM)
+
+    def _maybe_ring(self, event: dict) -> None:
+        if event["event"] != "message" or event.get("history") or not self.interactive:
+            return
+        named = event.get("_called", False)
+        wanted = {"off": False, "dm": event["direct"], "mention": named, "all": True}
+        if wanted[self._settings["bell"]]:
+            where = "to you" if event["direct"] else f"in #{event['room']}"
+            text = f"trchat: {one_line(event['from'])} wrote {where}"
+            self._terminal.ring(text if self._settings["notify"] else "")
+
+    def _on_switched(self, event: dict) -> None:
+        same = event["window"] == self._window
+        self._window, self._title = event["window"], event["title"]
+        if not self.interactive or same:
+            return
+        roll = self._rolls.setdefault(self._window, Roll())
+        server = f" on {event['server']}" if "server" in event else ""
+        lines = [self._rule(self._title + server), *self._painted(roll.visit())]
+        self._terminal.print("\n".join(lines))
+
+    def _painted(self, events: list) -> list:
+        texts = [(event, self.words(event, True)) for event in events]
+        return [self._with_day(e, self.lay_out(text)) for e, text in texts if text is not None]
+
+    def _on_status(self, event: dict) -> None:
+        self._terminal.set_status(self.words.paint(self.words.status(event), DIM))
+
+    def _on_vanished(self, event: dict) -> None:
+        numbers = set(event["ids"])
+        found = [roll.drop(numbers) for roll in self._rolls.values()]
+        if any(found):
+            self._redraw()
+
+    def _on_cleared(self, event: dict) -> None:
+        self._rolls.pop(event["window"], None)
+        self._redraw()
+
+    def _redraw(self) -> None:
+        """Paints the view anew, so that what was deleted is on no screen and in no scrollback."""
+        self._day = ""
+        roll = self._rolls.get(self._window, Roll())
+        self._terminal.redraw("\n".join(self._painted(list(roll.events)[-REDRAWN_MOST:])))
+
+    def _on_settings(self, event: dict) -> None:
+        self._settings = event
+        self._terminal.set_colour(event["colour"])
+        self.words = self.words.recoloured(self._terminal.colours)
 
 
-def complete_chat(client: ChatClient):
-    """Tab completion: commands in column 0, else the names of people and rooms."""
-
-    def complete(before: str) -> tuple:
-        start = before.rfind(" ") + 1
-        word = before[start:]
-        if start == 0 and word.startswith("/"):
-            names = ["/" + row.name for row in COMMANDS.values() if row.chat]
-        else:
-            people = [person.name for person in list(client.machine.directory.people.values())]
-            names = [
-                *people,
-                *("@" + p for p in people),
-                *("#" + r for r in list(client.machine.rooms)),
-            ]
-        found = {n for n in names if word and n.casefold().startswith(word.casefold())}
-        return start, sorted(found)
-
-    return complete
-
-
-def _routine_show(subscription: Subscription, face, stop, describer=None) -> None:
+def _routine_show(subscription: Subscription, face, stop) -> None:
     """Shows events until the stream ends, then ends a read that is still waiting.
 
     `stop` is called if nobody is there any more to see them.
@@ -7855,15 +9188,13 @@ def _routine_show(subscription: Subscription, face, stop, describer=None) -> Non
             break
         try:
             face.show(event)
-            if describer is not None:
-                face.set_prompt(describer.prompt())
         except (OSError, ValueError):
             stop()
             break
     face.interrupt()
 
 
-def _routine_read(face, client: ChatClient) -> None:
+def _routine_read(face, client: ChatClient, stay: bool) -> None:
     """Hands piped lines to the client, once it is in its room and never too many at a time."""
     client.settled.wait()
     try:
@@ -7872,23 +9203,26 @@ def _routine_read(face, client: ChatClient) -> None:
             client.has_capacity.wait()
             client.call(execute, client, text, is_text)
     except (EOFError, OSError, ValueError):
-        client.leave("eof")
+        if not stay:
+            client.leave("eof")
 
 
 EXIT_CODES = {"BYE": 0, "eof": 0, "interrupted": 130}
 
 
-def run_chat(face, client: ChatClient, link: Link, describer=None, stay: bool = False) -> int:
-    """Connects a face and a client until the session ends; returns the exit code."""
+def run_chat(face, client: ChatClient, link: Link, stay: bool = False) -> int:
+    """Connects a face and a client until the session ends; returns the exit code.
+
+    With `stay` the end of the input is not the end of the session.
+    """
     events = client.events.subscribe()
-    stop = functools.partial(client.leave, "error")
-    shower = spawn("show", _routine_show, events, face, stop, describer)
+    shower = spawn("show", _routine_show, events, face, functools.partial(client.leave, "error"))
     client.start(link)
     try:
         if face.interactive:
-            _read_terminal(face, client, describer)
+            _read_terminal(face, client)
         else:
-            spawn("read", _routine_read, face, client)
+            spawn("read", _routine_read, face, client, stay)
         wait_for_event(client.ended)
     except KeyboardInterrupt:
         client.leave("interrupted")
@@ -7898,10 +9232,10 @@ def run_chat(face, client: ChatClient, link: Link, describer=None, stay: bool = 
     return 1 if client.reason == "eof" and client.undelivered else code
 
 
-def _read_terminal(face, client: ChatClient, describer) -> None:
+def _read_terminal(face, client: ChatClient) -> None:
     try:
         while not client.ended.is_set():
-            text, pasted = face.read(describer.prompt())
+            text, pasted = face.read()
             if text:
                 client.call(execute, client, text, pasted)
     except EOFError:
@@ -7915,9 +9249,9 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 27. Activities | uses 1-4, 8, 9, 14, 17, 19-24, 26
+# Part 36. Activities | uses 1-4, 8, 9, 15, 19, 21-25, 27-29, 32, 35
 #
-# What a person starts: a server, a chat, the demonstration. Each takes its options and a face.
+# What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
 
 
@@ -8032,17 +9366,17 @@ def _run_console(face, console: ServerConsole, quit_wanted) -> str:
 
 
 def _routine_console(face, console: ServerConsole, quit_wanted) -> None:
-    _console_lines(face, console, quit_wanted, prompt="")
+    _console_lines(face, console, quit_wanted)
 
 
-def _console_lines(face, console: ServerConsole, quit_wanted, prompt: str = "server > ") -> None:
+def _console_lines(face, console: ServerConsole, quit_wanted) -> None:
     try:
         while not quit_wanted.is_set():
-            line, _ = face.read(prompt)
+            line, _ = face.read()
             if line.strip():
                 _console_line(console, line.strip())
     except (EOFError, OSError, ValueError):
-        if prompt:
+        if face.interactive:
             quit_wanted.set()  # Ctrl-D at the terminal; a closed pipe does not stop a server
 
 
@@ -8076,50 +9410,6 @@ def describe_server(event: dict):
 # Connecting
 
 
-class ConnectOptions(Record):
-    target: str
-    name: str | None
-    room: str | None
-    pin: str | None
-    trust_new: bool
-    source_port: int
-
-
-def resolve_target(text: str, options: ConnectOptions, servers: ServerList) -> Target:
-    """What `connect` was given: a token, a saved server's name, or an address."""
-    pin = parse_fingerprint(options.pin) if options.pin else b""
-    target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None)
-    if text.startswith(TOKEN_PREFIX):
-        _use_token(target, consume_token(text), servers)
-    else:
-        saved = servers.find(text)
-        target.addresses = [saved["address"] if saved else _full_address(text)]
-        saved = saved or servers.find(target.addresses[0])
-        if saved:
-            target.pin = pin or parse_fingerprint(saved["fingerprint"])
-            target.room = saved.get("room") or DEFAULT_ROOM
-    if options.room:
-        target.room = check_room(options.room)
-    return target
-
-
-def _use_token(target: Target, token: Token, servers: ServerList) -> None:
-    if token.expires and time.time() > token.expires:
-        if servers.find_fingerprint(fingerprint_text(token.fingerprint)) is None:
-            shown = rfc3339(token.expires)[:16].replace("T", " ")
-            raise ChatError(f"This token expired on {shown} UTC.", "Ask for a new one.")
-        token.secret = b""  # we were inside before: our key alone will do
-    if target.pin and target.pin != token.fingerprint:
-        text = "--pin and the token name different servers."
-        raise ChatError(text, "Leave --pin out, or ask for a new token.", "pin-mismatch")
-    target.addresses, target.pin = token.addresses, token.fingerprint
-    target.token, target.room = token, token.room
-
-
-def _full_address(text: str) -> str:
-    return join_address(*split_address(text, DEFAULT_PORT))
-
-
 def _confirm_server(face, ask, target: Target, link: Link, servers: ServerList) -> None:
     """Without a pin a person decides; without a person nobody does."""
     shown = fingerprint_text(link.fingerprint)
@@ -8136,64 +9426,123 @@ def _confirm_server(face, ask, target: Target, link: Link, servers: ServerList) 
         raise ChatError("You did not trust the server.", "Ask for a token.", "unknown-server")
 
 
-def login_name() -> str:
-    """The name of whoever is logged in, as far as it can be a nickname."""
-    try:
-        user = getpass.getuser()
-        return check_name("".join(c for c in user if c.isalnum() or c in NAME_EXTRA)[:NAME_MOST])
-    except (ImportError, KeyError, OSError, ChatError):
-        return "guest"
+def open_chat(paths: Paths, options: ConnectOptions, settings: Settings, ask_passphrase):
+    """A ChatClient with one person's records, for a server that is not dialled yet."""
+    if options.name:
+        check_name(options.name)
+    servers = ServerList(paths)
+    target = resolve_target(options, servers)
+    identity, *chain = load_identity(paths, ask_passphrase)
+    profile = Profile(paths, settings, servers, identity)
+    machine = ClientMachine(identity, "", time.time, target.token)
+    return ChatClient(machine, target, ChatRecords(profile), tuple(chain))
 
 
-def run_connect(paths: Paths, options: ConnectOptions, make_face, ask, ask_passphrase) -> int:
-    """Connects to a server and chats until the session ends."""
+def dial_first(client: ChatClient, options: ConnectOptions, face, ask) -> Link:
+    """Connects to the first server, which must be the right one, and chooses a name for it."""
+    connection, profile = client.first, client.records.require()
+    target, servers = connection.target, profile.servers
+    if face.interactive:
+        face.say(f"Connecting to {' or '.join(target.addresses)} ...")
+    link = dial_any(target)
+    saved = servers.find_fingerprint(fingerprint_text(link.fingerprint))
+    choose_name(connection.machine, options.name or "", profile.settings.name, saved)
+    if not options.trust_new:
+        _confirm_server(face, ask, target, link, servers)
+    connection.on_ready = functools.partial(profile.remember_server, connection)
+    return link
+
+
+def run_connect(
+    paths: Paths, options: ConnectOptions, settings: Settings, make_face, ask, ask_passphrase,
+    stay: bool = False,
+) -> int:  # fmt: skip
+    """Connects to a server and chats until the session ends, or with `stay` until it is stopped."""
     lock = ProfileLock(paths, "client")
     try:
-        if options.name:
-            check_name(options.name)
-        servers = ServerList(paths)
-        target = resolve_target(options.target, options, servers)
-        identity, *chain = load_identity(paths, ask_passphrase)
-        machine = ClientMachine(identity, "", time.time, target.token)
-        client = ChatClient(machine, target, People(paths))
-        client.chain = tuple(chain)
-        face, describer = make_face(client)
+        client = open_chat(paths, options, settings, ask_passphrase)
+        face = make_face(client, settings)
         with face:
-            link = _first_dial(face, target)
-            _choose_name(
-                machine, options, servers.find_fingerprint(fingerprint_text(link.fingerprint))
-            )
-            if not options.trust_new:
-                _confirm_server(face, ask, target, link, servers)
-            client.on_ready = lambda: _remember_server(servers, client)
-            return run_chat(face, client, link, describer)
+            link = dial_first(client, options, face, ask)
+            code = run_chat(face, client, link, stay)
     finally:
         lock.release()
+    if client.wipe:
+        destroy_profile(paths)
+    return code
 
 
-def _choose_name(machine: ClientMachine, options: ConnectOptions, saved) -> None:
-    """The name given, else the last one on this server, else the login name or one like it."""
-    last = saved.get("nickname") if saved else ""
-    machine.name = check_name(options.name or last or login_name())
-    if not options.name:
-        machine.spare_names = [f"{machine.name[:28]}{i}" for i in range(2, 10)]
+# Scripts
 
 
-def _first_dial(face, target: Target) -> Link:
-    shown = " or ".join(target.addresses)
-    if face.interactive:
-        face.say(f"Connecting to {shown} ...")
-    return dial_any(target)
+class Sending:
+    """One line of a script: said once there is somebody, and waited for until it has arrived."""
 
+    def __init__(self, client: ChatClient, to: str, wait: float):
+        self._client, self._to = client, to
+        self._limit = time.monotonic() + wait
+        self._events = client.events.subscribe()
+        self._readers: set = set()  # who else is in the room
+        self.outcome: dict = {}
 
-def _remember_server(servers: ServerList, client: ChatClient) -> None:
-    machine = client.machine
-    fingerprint = fingerprint_text(machine.server)
-    servers.remember(machine.server_address, fingerprint, client.target.room, machine.name)
+    def run(self, link: Link, text: str) -> dict:
+        """id, to, delivered (names), queued; ChatError with the same in `outcome` if in vain."""
+        try:
+            self._client.start(link)
+            if not self._to:
+                self._wait_for_company()
+            self._client.call(self._say, text)
+            self._wait_for_delivery()
+        finally:
+            self._client.leave("interrupted")
+            self._client.ended.wait(LEAVE_SECONDS["error"] + STORE_SECONDS)
+        return self.outcome
+
+    def _say(self, text: str) -> None:
+        if self._to:
+            self._client.machine.tell(self._to, text)
+        else:
+            send_text(self._client, text)
+
+    def _next(self, late: str) -> dict:
+        """The next event; ChatError if time is up, or at an error."""
+        event = self._events.get(max(0.0, self._limit - time.monotonic()))
+        if event is None and time.monotonic() < self._limit:
+            raise ChatError("The connection ended before the message arrived.", code="unreachable")
+        if event is None:
+            raise ChatError(late, "Raise --wait, or try again.", "unreachable")
+        if event["event"] == "error":
+            raise ChatError(event["text"], code=event["code"])
+        return event
+
+    def _wait_for_company(self) -> None:
+        room = self._client.target.room
+        while not self._readers:
+            event = self._next(f"Nobody else is in #{room}.")
+            if event["event"] in ("ready", "rekeyed"):
+                own = fingerprint_text(self._client.machine.identity.fingerprint)
+                self._readers = {m["fingerprint"] for m in event["members"]} - {own}
+
+    def _wait_for_delivery(self) -> None:
+        self.outcome = {"id": "", "to": [], "delivered": [], "queued": False}
+        while not self.outcome["delivered"]:
+            event = self._next(self._late())
+            if event["event"] in ("sent", "queued"):
+                kept = event["_message"].kept
+                self.outcome.update(id=event["id"], to=event["to"], queued=kept)
+            elif event["event"] == "delivered":
+                self.outcome.update(delivered=event["by"], queued=False)
+            elif event["event"] == "undelivered":
+                raise ChatError(f"Not confirmed by {', '.join(event['to'])}.", code="unreachable")
+
+    def _late(self) -> str:
+        if self.outcome["queued"]:
+            return f"Not confirmed by {self._to} yet; it stays queued until you are both here."
+        return "Not confirmed in time, and not kept."
 
 
 # ==================================================================================================
-# Part 28. Demonstration | uses 1, 3, 4, 7-9, 14, 19, 20, 22-24
+# Part 37. Demonstration | uses 1, 3, 4, 7-9, 15, 21, 22, 24, 25, 28, 29
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -8375,7 +9724,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 29. Shell commands | uses 1, 2, 7, 15, 17-19, 21, 24-28
+# Part 38. Shell commands | uses 1, 2, 7, 17, 19-21, 23, 25, 29, 33, 35-37
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -8432,10 +9781,13 @@ class Session:
         with Terminal(sys.stdin, sys.stdout) as terminal:
             return terminal.read_secret(question)
 
-    def face(self, describe, complete=None):
+    def settings(self) -> Settings:
+        return load_settings(self.paths, dict(os.environ), self.arguments.set or [])
+
+    def face(self, describe, prompt: str = ""):
         if self.json:
             return JSONFace(sys.stdin, sys.stdout)
-        return TerminalFace(sys.stdin, sys.stdout, describe, complete)
+        return TerminalFace(sys.stdin, sys.stdout, describe, prompt)
 
     def answer(self, name: str, fields: dict, text: str) -> int:
         """The answer of a command that ends at once."""
@@ -8500,34 +9852,107 @@ def _shell_server(session: Session) -> int:
         raise ChatError("--client-certs goes with --auth certs.", "Add --auth certs.")
     options = ServerOptions(given.host, given.port, given.auth, given.allow, given.client_certs)
     options.limits = given.limits == "on"
-    with session.face(describe_server) as face:
+    with session.face(describe_server, "server > ") as face:
         return run_server(session.paths, options, face, session.ask_passphrase)
 
 
-def _shell_connect(session: Session) -> int:
-    session.prepare()
+def _connect_choices(session: Session) -> ConnectOptions:
     given = session.arguments
     target = given.target
-    if target == "-":
-        if not session.interactive:
-            target = sys.stdin.readline().strip()
-        else:
-            target = session.ask_text("Token or host:port: ").strip()
-    options = ConnectOptions(
-        target, given.name, given.room, given.pin, given.trust_new, given.source_port
-    )
-    return run_connect(
-        session.paths, options, _chat_face(session), session.ask, session.ask_passphrase
-    )
+    if target == "-" and session.interactive:
+        target = session.ask_text("Token or host:port: ").strip()
+    elif target == "-":
+        target = sys.stdin.readline().strip()
+    room = check_room(given.room) if given.room else None
+    return ConnectOptions(target, given.name, room, given.pin, given.trust_new, given.source_port)
 
 
-def _chat_face(session: Session):
-    def make(client: ChatClient) -> tuple:
-        describer = ChatDescriber(client)
-        face = session.face(describer, complete_chat(client))
-        return face, None if session.json else describer
+def _shell_connect(session: Session) -> int:
+    return _run_chat(session, stay=False)
 
-    return make
+
+def _shell_listen(session: Session) -> int:
+    return _run_chat(session, stay=True)
+
+
+def _run_chat(session: Session, stay: bool) -> int:
+    session.prepare()
+
+    def make_face(client: ChatClient, settings: Settings):
+        if session.json:
+            return JSONFace(sys.stdin, sys.stdout)
+        return ChatFace(sys.stdin, sys.stdout, client, settings.public(), plain=stay)
+
+    ways = (make_face, session.ask, session.ask_passphrase)
+    return run_connect(session.paths, _connect_choices(session), session.settings(), *ways, stay)
+
+
+def _shell_send(session: Session) -> int:
+    """Exit code 0 only once everybody it was for has confirmed it."""
+    given = session.arguments
+    text = sys.stdin.read().rstrip("\n") if given.text is None else given.text
+    if given.to and given.room:
+        raise UsageError("send: take --to or --room, not both")
+    session.prepare()
+    lock = ProfileLock(session.paths, "client")
+    try:
+        options = _connect_choices(session)
+        client = open_chat(session.paths, options, session.settings(), session.ask_passphrase)
+        if given.to:
+            client.target.room = ""  # nobody's room has to change its key for that
+        link = dial_first(client, options, JSONFace(sys.stdin, sys.stdout), session.ask)
+        return _send_and_tell(session, Sending(client, given.to or "", given.wait), link, text)
+    finally:
+        lock.release()
+
+
+def _send_and_tell(session: Session, sending: Sending, link: Link, text: str) -> int:
+    try:
+        sending.run(link, text)
+    except ChatError as error:
+        if session.json and sending.outcome:
+            session.answer("send", sending.outcome, "")
+            say_error(error)
+            return 1
+        raise
+    return session.answer("send", sending.outcome, "Confirmed by " + ", ".join(sending.outcome["delivered"]))
+
+
+def _profile_contacts(session: Session) -> Contacts:
+    """The contacts of this profile, which need its key if they are sealed."""
+    session.prepare()
+    identity = load_identity(session.paths, session.ask_passphrase)[0]
+    return open_contacts(session.paths, load_vault_key(session.paths, identity))
+
+
+def _shell_contacts(session: Session) -> int:
+    words = session.arguments.words
+    if not words or words == ["list"]:
+        rows = contact_rows(_profile_contacts(session), lambda fingerprint: "")
+        return session.answer("contacts", {"contacts": rows}, contact_table(rows))
+    if words[0] == "export" and len(words) == 1:
+        data = _profile_contacts(session).export_json()
+        return session.answer("contacts", data, json.dumps(data, indent=1, ensure_ascii=False))
+    lock = ProfileLock(session.paths, "client")
+    try:
+        text = change_contacts(_profile_contacts(session), words)
+    finally:
+        lock.release()
+    return session.answer("contacts", {"text": text}, text)
+
+
+def _shell_settings(session: Session) -> int:
+    words, settings = session.arguments.words, session.settings()
+    if len(words) > 2:
+        raise UsageError("write: settings, settings KEY, or settings KEY VALUE")
+    if len(words) == 2:
+        session.paths.make_folders()
+        SettingsFile(session.paths).set(*words)
+        settings = session.settings()
+    key = find_setting(words[0]).key if words else ""
+    rows = [row for row in settings.rows() if key in ("", row[0])]
+    fields = {"settings": {row[0]: {"value": row[1], "source": row[2]} for row in rows}}
+    return session.answer("settings", fields, "\n".join(map(setting_row, rows)))
 
 
 def _shell_demo(session: Session) -> int:
@@ -8644,6 +10069,32 @@ def _connect_options(parser) -> None:
     parser.add_argument("--source-port", type=_port, default=0, help="the local port to come from")
 
 
+def _send_options(parser) -> None:
+    _connect_options(parser)
+    parser.add_argument("text", nargs="?", help="the message; left out: standard input")
+    parser.add_argument("--to", metavar="NAME", help="one person, instead of the room")
+    parser.add_argument("--wait", type=_seconds, default=30.0, metavar="SECONDS",
+                        help="how long to wait for the confirmation (30)")  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
+def _contacts_options(parser) -> None:
+    parser.add_argument("words", nargs="*", metavar="ACTION NAME ...", help=CONTACTS_USAGE)
+
+
+def _settings_options(parser) -> None:
+    parser.add_argument("words", nargs="*", metavar="KEY [VALUE]", help="show one, or change it")
+
+
 def _id_options(parser) -> None:
     actions = ("show", "create", "export", "passphrase")
     text = "show (made if missing), create, export the certificate, or passphrase"
@@ -8667,10 +10118,18 @@ for _activity in (
      _streaming(_shell_server), _server_options, (1, "Start a server")),
     ("connect", "connect trchat:AbC...", "connect to a server and chat",
      _streaming(_shell_connect), _connect_options, (2, "Connect to a server")),
+    ("send", 'send TARGET "dinner is ready" --to bob', "send one message and wait until it arrived",
+     _shell_send, _send_options, None),
+    ("listen", "listen TARGET --json", "show what is said until stopped; for scripts",
+     _streaming(_shell_listen), _connect_options, None),
+    ("contacts", "contacts rename bob bobby", "people you know",
+     _shell_contacts, _contacts_options, (4, "Contacts and saved servers")),
     ("demo", "demo", "a server and three people in one process", _shell_demo, None, None),
     ("id", "id passphrase", "your key and its fingerprint", _shell_id, _id_options, None),
     ("servers", "servers remove NAME", "the servers you were on",
-     _shell_servers, _servers_options, (4, "Saved servers")),
+     _shell_servers, _servers_options, None),
+    ("settings", "settings bell all", "what you can choose",
+     _shell_settings, _settings_options, (8, "Settings")),
 ):  # fmt: skip
     _added = command("shell", *_activity[:4])
     _added.options, _added.menu = _activity[4:]
@@ -8707,6 +10166,8 @@ def _common_options(parser, top: bool) -> None:
     )
     parser.add_argument("--profile", metavar="NAME", help="one of several people here (default)",
                         **(unset or {"default": "default"}))  # fmt: skip
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE",
+                        help="a setting for this run", **unset)  # fmt: skip
     for option, text in (
         ("--json", "JSON lines instead of text"),
         ("--yes", "install what is missing without asking"),
@@ -8716,7 +10177,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 30. Menu and door | uses 1, 2, 4, 17, 20, 21, 24, 26, 27, 29
+# Part 39. Menu and door | uses 1, 2, 4, 19, 22, 23, 25, 29, 35, 38
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -8768,12 +10229,16 @@ def _menu_answer() -> str:
 
 
 def _menu_activity(session: Session, choice: str) -> None:
-    makers = {"server": _menu_server, "connect": _menu_connect, "servers": _menu_servers}
+    makers = {
+        "server": _menu_server, "connect": _menu_connect, "contacts": _menu_people,
+        "settings": _menu_settings,
+    }  # fmt: skip
     words = makers[choice](session)
     if words:
         top = ["--home", session.paths.home, "--profile", session.paths.profile]
         arguments = make_parser().parse_args([*top, *words])
-        arguments.yes, arguments.no_install = session.arguments.yes, session.arguments.no_install
+        for name in ("yes", "no_install", "set"):
+            setattr(arguments, name, getattr(session.arguments, name))
         COMMANDS[words[0]].shell.run(Session(arguments))
 
 
@@ -8800,21 +10265,41 @@ def _connect_words(session: Session, target: str, nickname: str) -> list:
     return ["connect", *(["--name", name] if name else []), "--", target]
 
 
-def _menu_servers(session: Session) -> list:
+def _menu_people(session: Session) -> list:
+    """Contacts, then saved servers, each with a number to connect to where they were last."""
+    rows = contact_rows(_profile_contacts(session), lambda fingerprint: "")
     servers = ServerList(session.paths).servers
+    if rows:
+        sys.stdout.write("\nContacts\n" + contact_table(rows) + "\n")
     if not servers:
         sys.stdout.write(NO_SERVERS + "\n")
         return []
+    sys.stdout.write("\nServers\n")
     for number, server in enumerate(servers, 1):
         room = server.get("room") or DEFAULT_ROOM
         sys.stdout.write(f" {number}  {one_line(server['name'])}  #{one_line(room)}\n")
-    answer = session.ask_text("Connect to which (Enter goes back): ").strip()
+    question = "A number connects; or add, rename, remove, block ... (Enter goes back): "
+    answer = session.ask_text(question).strip()
+    if answer.isascii() and answer.isdigit() and 1 <= int(answer[:6]) <= len(servers):
+        server = servers[int(answer) - 1]
+        return _connect_words(session, server["name"], server.get("nickname", ""))
+    if answer.isdigit():
+        raise ChatError("There is no such number.", "Choose one of the list.")
+    return ["contacts", "--", *answer.split()] if answer else []
+
+
+def _menu_settings(session: Session) -> list:
+    """Shows the settings and changes one."""
+    rows = session.settings().rows()
+    for number, row in enumerate(rows, 1):
+        sys.stdout.write(f" {number}  {setting_row(row)}\n")
+    answer = session.ask_text("Change which (number or name; Enter goes back): ").strip()
     if not answer:
         return []
-    if not (answer.isascii() and answer.isdigit() and 1 <= int(answer) <= len(servers)):
-        raise ChatError("There is no such number.", "Choose one of the list.")
-    server = servers[int(answer) - 1]
-    return _connect_words(session, server["name"], server.get("nickname", ""))
+    by_number = answer.isascii() and answer.isdigit() and 1 <= int(answer[:6]) <= len(rows)
+    row = find_setting(rows[int(answer) - 1][0] if by_number else answer)
+    value = session.ask_text(f"{row.key} ({row.help}): ").strip()
+    return ["settings", "--", row.key, value]
 
 
 def main(words: list | None = None) -> int:
@@ -8878,7 +10363,7 @@ def _run(words: list) -> int:
 def _menu_arguments():
     """The arguments of a bare start, without the time that argparse takes to load."""
     return types.SimpleNamespace(
-        home=None, profile="default", json=False, yes=False, no_install=False
+        home=None, profile="default", json=False, yes=False, no_install=False, set=[]
     )
 
 

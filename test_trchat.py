@@ -5894,6 +5894,220 @@ class Part13ClientMachineTest(MachineTest):
 
 
 # ==================================================================================================
+# Settings, contacts and names
+# ==================================================================================================
+
+
+class FileTest(unittest.TestCase):
+    """With a profile's folder of its own."""
+
+    def setUp(self):
+        self.base = tempfile.mkdtemp(prefix="trchat-test-")
+        self.addCleanup(shutil.rmtree, self.base)
+        self.paths = trchat.Paths(self.base)
+        self.paths.make_folders()
+
+    def error_of(self, function, *args, code=None):
+        """The ChatError of a call: one sentence, a hint and, if given, this code."""
+        with self.assertRaises(trchat.ChatError) as caught:
+            function(*args)
+        error = caught.exception
+        self.assertEqual(str(error), trchat.one_line(str(error)))
+        self.assertRegex(error.text, r"\.$")
+        if code is not None:
+            self.assertEqual(error.code, code, error.text)
+        return error
+
+
+class SettingsTest(PureCase):
+    GOOD = {
+        "name": {"": "", " bob ": "bob", "Ｂｏｂ": "Bob"},
+        "bell": {"off": "off", "DM": "dm", "mention": "mention", "all": "all"},
+        "notify": {"on": True, "off": False, " OFF ": False},
+        "quiet": {"on": True, "off": False},
+        "colour": {"auto": "auto", "on": "on", "off": "off"},
+        "color": {"Auto": "auto"},
+        "history": {"on": True, "off": False},
+        "outbox": {"30d": 30 * 86400.0, "12H": 43200.0, "off": 0.0},
+    }
+    BAD = {
+        "name": ("a b", "x" * 33, "#"), "bell": ("", "dms", "none", "on"),
+        "notify": ("yes", "1", ""), "quiet": ("true",), "colour": ("256",), "history": ("of",),
+        "outbox": ("0", "never", "1.5h", "", "9" * 5000, "of"),
+    }  # fmt: skip
+
+    def error(self, function, *args):
+        error = self.refused(function, *args, kind=trchat.ChatError)
+        self.assertEqual(str(error), trchat.one_line(str(error)))
+        self.assertRegex(error.text, r"\.$")
+        return error
+
+    def test_values(self):
+        for key, cases in self.GOOD.items():
+            for text, value in cases.items():
+                with self.subTest(key=key, text=text):
+                    self.assertEqual(trchat.parse_setting(key, text), value)
+                    self.assertIs(type(trchat.parse_setting(key, text)), type(value))
+
+    def test_usual_form_is_final(self):
+        for key, cases in self.GOOD.items():
+            for text in cases:
+                key, clean, value = trchat.check_setting(key, text)
+                self.assertEqual(trchat.check_setting(key, clean), (key, clean, value))
+
+    def test_bad_values_name_the_key_and_what_would_be_right(self):
+        for key, texts in self.BAD.items():
+            for text in texts:
+                with self.subTest(key=key, text=text[:20]):
+                    error = self.error(trchat.parse_setting, key, text)
+                    self.assertIn(f"{key} cannot be", error.text)
+                    self.assertTrue(error.hint)
+        self.assertIn("the nearest is dm.", self.error(trchat.parse_setting, "bell", "dms").text)
+        self.assertIn("the nearest is off", self.error(trchat.parse_setting, "outbox", "of").text)
+        hint = self.error(trchat.parse_setting, "bell", "loud").hint
+        self.assertEqual(hint, "It takes off, dm, mention or all.")
+
+    def test_unknown_keys_name_the_nearest(self):
+        for key, meant in {"bel": "bell", "colours": "colour", "Histroy": "history"}.items():
+            error = self.error(trchat.parse_setting, key, "on")
+            self.assertEqual(error.text, f"There is no setting {key!r}; the nearest is {meant}.")
+        error = self.error(trchat.parse_setting, "\x1b[31mzz", "on")
+        self.assertNotIn("\x1b", str(error))
+        self.assertIn("bell", error.hint)
+
+    def test_every_default_is_good_and_explained(self):
+        for key, row in trchat.SETTINGS.items():
+            self.assertEqual(row.key, key)
+            self.assertEqual(trchat.check_setting(key, row.default)[1], row.default)
+            self.assertTrue(row.help)
+
+    def test_the_strongest_source_wins(self):
+        plain = trchat.Settings()
+        self.assertEqual((plain.bell, plain.notify, plain.outbox), ("dm", True, 30 * 86400.0))
+        self.assertEqual(plain.source("bell"), "default")
+        layers = ({"bell": "all", "quiet": "on", "name": "ann"}, {"bell": "off", "quiet": "off"},
+                  {"bell": "mention"})  # fmt: skip
+        mixed = trchat.Settings(*layers)
+        self.assertEqual((mixed.bell, mixed.quiet, mixed.name), ("mention", False, "ann"))
+        sources = [mixed.source(key) for key in ("bell", "quiet", "name", "color")]
+        self.assertEqual(sources, ["command line", "environment", "file", "default"])
+        self.assertEqual(mixed.get("color"), "auto")
+        self.error(mixed.get, "bel")
+        row = ("bell", "mention", "command line", trchat.SETTINGS["bell"].help)
+        self.assertIn(row, mixed.rows())
+        self.assertEqual([r[0] for r in mixed.rows()], list(trchat.SETTINGS))
+
+    def test_settings_do_not_change(self):
+        one = trchat.Settings({"bell": "all"})
+        with self.assertRaises(AttributeError):
+            one.bell = "off"
+        with self.assertRaises(AttributeError):
+            _ = one.bel
+        self.assertEqual(copy.copy(one), one)
+        other = one.with_file_value("Color", "ON").with_file_value("bell", None)
+        self.assertEqual((one.bell, one.colour), ("all", "auto"))
+        self.assertEqual((other.bell, other.colour, other.source("colour")), ("dm", "on", "file"))
+        self.assertEqual(other, trchat.Settings({"colour": "on"}))
+        self.assertEqual(len({one, other, trchat.Settings({"bell": "all"})}), 2)
+        self.error(one.with_file_value, "bell", "loud")
+
+    def test_a_stronger_source_stays_stronger_than_the_file(self):
+        one = trchat.Settings({}, {"bell": "off"}, {}).with_file_value("bell", "all")
+        self.assertEqual((one.bell, one.source("bell")), ("off", "environment"))
+
+    def test_the_environment(self):
+        layer = trchat.environment_layer(
+            {"TRCHAT_BELL": "OFF", "TRCHAT_COLOR": "on", "TRCHAT_NAME": "", "TRCHAT_HOME": "x"}
+        )
+        self.assertEqual(layer, {"bell": "off", "colour": "on"})
+        both = {"TRCHAT_COLOR": "on", "TRCHAT_COLOUR": "off"}
+        self.assertEqual(trchat.environment_layer(both), {"colour": "off"})
+        error = self.error(trchat.environment_layer, {"TRCHAT_QUIET": "maybe"})
+        self.assertTrue(error.text.startswith("TRCHAT_QUIET: quiet cannot be"))
+        error = self.error(trchat.environment_layer, {"TRCHAT_COLOR": "maybe"})
+        self.assertTrue(error.text.startswith("TRCHAT_COLOR: "))
+
+    def test_the_command_line(self):
+        words = ["bell=off", "color=on", "bell=all", "name="]
+        layer = trchat.command_line_layer(words)
+        self.assertEqual(layer, {"bell": "all", "colour": "on", "name": ""})
+        for words in (["bell"], ["bell=loud"], ["=on"], ["bel=on"], [""], ["name=a=b"]):
+            with self.subTest(words=words):
+                self.assertTrue(self.error(trchat.command_line_layer, words).text.startswith("--set"))
+
+    @EXAMPLES
+    @given(HOSTILE_TEXT | st.sampled_from(list(trchat.SETTINGS)), HOSTILE_TEXT)
+    def test_any_text_is_a_value_or_refused(self, key, text):
+        try:
+            key, clean, value = trchat.check_setting(key, text)
+        except trchat.ChatError as error:
+            self.assertEqual(str(error), trchat.one_line(str(error)))
+            return
+        self.assertEqual(trchat.check_setting(key, clean), (key, clean, value))
+
+
+class SettingsFileTest(FileTest):
+    def setUp(self):
+        super().setUp()
+        self.path = self.paths.file("settings.json")
+
+    def write(self, content):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        write_bytes(self.path, content)
+
+    def test_no_file_is_no_choice(self):
+        self.assertEqual(trchat.SettingsFile(self.paths).texts, {})
+        self.assertFalse(os.path.exists(self.path))
+        self.assertEqual(trchat.load_settings(self.paths, {}, []), trchat.Settings({}, {}, {}))
+
+    def test_what_is_set_is_there_again(self):
+        file = trchat.SettingsFile(self.paths)
+        file.set("Bell", " ALL ")
+        file.set("color", "off")
+        file.set("quiet", "on")
+        file.unset("quiet")
+        file.unset("outbox")
+        self.assertEqual(trchat.SettingsFile(self.paths).texts, {"bell": "all", "colour": "off"})
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+        self.error_of(file.set, "bell", "loud")
+        self.error_of(file.unset, "bel")
+        self.assertEqual(trchat.SettingsFile(self.paths).texts, file.texts)
+
+    def test_all_sources_together(self):
+        self.write({"bell": "all", "name": "ann", "color": "on"})
+        env = {"TRCHAT_BELL": "off", "TRCHAT_OUTBOX": "1d"}
+        chosen = trchat.load_settings(self.paths, env, ["outbox=off"])
+        self.assertEqual((chosen.bell, chosen.name, chosen.colour), ("off", "ann", "on"))
+        self.assertEqual((chosen.outbox, chosen.source("outbox")), (0.0, "command line"))
+
+    def test_a_bad_file_is_refused_by_name_and_stays(self):
+        bad = [b"", b"{", b"[]", b"5", b"null", b"\xff", b"[" * 100_000, {"bel": "off"},
+               {"bell": "loud"}, {"bell": True}, {"bell": None}, {"bell": ["off"]},
+               {"outbox": 30}, {"name": "a b"}, {"\x1b[31m": "on"}]  # fmt: skip
+        for content in bad:
+            with self.subTest(content=content if isinstance(content, dict) else content[:20]):
+                self.write(content)
+                before = everything_below(self.base)
+                error = self.error_of(trchat.load_settings, self.paths, {}, [])
+                self.assertIn(self.path, error.text)
+                with open(self.path, "rb") as file:
+                    kept = file.read()
+                self.assertEqual(kept, content if isinstance(content, bytes) else json.dumps(content).encode())
+                self.assertEqual(everything_below(self.base), before)
+        self.write({"bel": "off"})
+        error = self.error_of(trchat.SettingsFile, self.paths)
+        self.assertIn("'bel'; the nearest is bell", error.text)
+
+    def test_a_disk_that_fails_leaves_the_file_as_it_was(self):
+        file = trchat.SettingsFile(self.paths)
+        file.set("bell", "all")
+        with mock.patch("os.replace", side_effect=OSError(errno.ENOSPC, "full")):
+            self.error_of(file.set, "bell", "off", code="storage")
+        self.assertEqual(file.texts, {"bell": "all"})
+        self.assertEqual(trchat.SettingsFile(self.paths).texts, {"bell": "all"})
+
+
+# ==================================================================================================
 # Keys, line editor, screen and terminal
 # ==================================================================================================
 

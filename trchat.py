@@ -183,6 +183,7 @@ class LazyPattern:
 codecs = Lazy("codecs")
 collections = Lazy("collections")
 datetime = Lazy("datetime")
+difflib = Lazy("difflib")
 functools = Lazy("functools")
 hashlib = Lazy("hashlib")
 heapq = Lazy("heapq")
@@ -4826,7 +4827,187 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 19. Settings and paths | uses 1, 2, 4
+# Part 31. Settings | pure | uses 1, 2
+#
+# What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
+# it; the default gives way to the file, the file to the environment, that to the command line.
+# ==================================================================================================
+
+
+class Setting(Record):
+    """One row of SETTINGS. `kind` checks a text; `words` are all that a choice takes."""
+
+    key: str
+    kind: Any
+    default: str
+    help: str
+    words: tuple
+
+
+def _nearest(word: str, words) -> str:
+    """The end of a sentence: which of `words` is meant, as far as spelling tells."""
+    close = difflib.get_close_matches(word, words, 1)
+    return f"; the nearest is {close[0]}" if close else ""
+
+
+def _check_choice(row: Setting, text: str) -> tuple:
+    word = text.lower()
+    if word not in row.words:
+        hint = f"It takes {', '.join(row.words[:-1])} or {row.words[-1]}."
+        raise _bad_value(row, text, hint, _nearest(word, row.words))
+    return word, word
+
+
+def _check_switch(row: Setting, text: str) -> tuple:
+    word, _ = _check_choice(row, text)
+    return word, word == "on"
+
+
+def _check_duration(row: Setting, text: str) -> tuple:
+    word = text.lower()
+    try:
+        return word, parse_duration(word) if word != "off" else 0.0
+    except ChatError:
+        hint = "It takes off, or a time such as 30s, 10m, 24h or 7d."
+        raise _bad_value(row, text, hint, _nearest(word, ["off"])) from None
+
+
+def _check_nickname(row: Setting, text: str) -> tuple:
+    try:
+        name = check_name(text) if text else ""
+    except ChatError as error:
+        raise _bad_value(row, text, error.hint) from None
+    return name, name
+
+
+def _bad_value(row: Setting, text: str, hint: str, nearby: str = "") -> ChatError:
+    return ChatError(f"{row.key} cannot be {one_line(text)[:40]!r}{nearby}.", hint)
+
+
+ON_OFF = ("on", "off")
+SETTINGS = {
+    row[0]: Setting(*row)
+    for row in (
+        ("name", _check_nickname, "", "your nickname; empty: the last one, or your login name", ()),
+        ("bell", _check_choice, "dm", "what rings the bell: off, messages to you alone, those with "
+         "your name in them too, or all", ("off", "dm", "mention", "all")),
+        ("notify", _check_switch, "on", "with the bell, the terminal shows a notification", ON_OFF),
+        ("quiet", _check_switch, "off", "who joins and leaves is not shown", ON_OFF),
+        ("colour", _check_choice, "auto", "names in colour", ("auto", "on", "off")),
+        ("history", _check_switch, "on", "what was said is kept, for /tail and /search", ON_OFF),
+        ("outbox", _check_duration, "30d",
+         "how long a message waits for somebody who is away", ()),
+    )
+}  # fmt: skip
+SETTING_ALIASES = {"color": "colour"}
+
+
+def find_setting(key: str) -> Setting:
+    """The row of a key; ChatError that names the nearest one if there is none."""
+    word = key.strip().lower()
+    row = SETTINGS.get(SETTING_ALIASES.get(word, word))
+    if row is None:
+        text = f"There is no setting {one_line(key)[:40]!r}{_nearest(word, SETTINGS)}."
+        raise ChatError(text, f"There are {', '.join(SETTINGS)}.")
+    return row
+
+
+def check_setting(key: str, text: str) -> tuple:
+    """(key, text, value) in their usual form; ChatError that names what would be right."""
+    row = find_setting(key)
+    return (row.key, *row.kind(row, text.strip()))
+
+
+def parse_setting(key: str, text: str):
+    """The value: a switch is a bool, a duration is seconds (0.0 for off), all else is a text."""
+    return check_setting(key, text)[2]
+
+
+class Settings:
+    """Everything chosen; it never changes. `settings.bell` is a value, as parse_setting gives it.
+
+    Each layer is a dict of key -> text, checked before: the file's, the environment's, and that of
+    the command line.
+    """
+
+    SOURCES = ("file", "environment", "command line")
+
+    def __init__(self, *layers):
+        defaults = {key: row.default for key, row in SETTINGS.items()}
+        texts, sources = dict(defaults), dict.fromkeys(defaults, "default")
+        for source, layer in zip(self.SOURCES, layers):
+            texts.update(layer)
+            sources.update(dict.fromkeys(layer, source))
+        values = {key: parse_setting(key, text) for key, text in texts.items()}
+        vars(self).update(_values=values, _texts=texts, _sources=sources, _layers=layers)
+
+    def __getattr__(self, key: str):
+        try:
+            return vars(self)["_values"][key]
+        except KeyError:
+            raise AttributeError(key) from None
+
+    def __setattr__(self, key: str, value):
+        raise AttributeError("settings do not change: with_file_value makes new ones")
+
+    def __eq__(self, other) -> bool:
+        return type(other) is Settings and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.rows()))
+
+    def get(self, key: str):
+        return self._values[find_setting(key).key]
+
+    def source(self, key: str) -> str:
+        """Where a value comes from: "default", "file", "environment" or "command line"."""
+        return self._sources[find_setting(key).key]
+
+    def with_file_value(self, key: str, text: str | None) -> Settings:
+        """Settings after a change in the file; None takes the key out of it."""
+        changed = dict(self._layers[0]) if self._layers else {}
+        if text is None:
+            changed.pop(find_setting(key).key, None)
+        else:
+            key, text, _ = check_setting(key, text)
+            changed[key] = text
+        return Settings(changed, *self._layers[1:])
+
+    def rows(self) -> list:
+        """(key, text, source, help) of each setting."""
+        return [(key, self._texts[key], self._sources[key], SETTINGS[key].help) for key in SETTINGS]
+
+
+def settings_layer(pairs, where) -> dict:
+    """key -> text of (key, text) pairs; an error begins with what `where(key)` says of it."""
+    layer = {}
+    for key, text in pairs:
+        try:
+            key, text, _ = check_setting(key, text)
+        except ChatError as error:
+            raise ChatError(f"{where(key)}: {error.text}", error.hint, error.code) from None
+        layer[key] = text
+    return layer
+
+
+def environment_layer(environment: dict) -> dict:
+    """What TRCHAT_BELL and its like say; an empty one says nothing."""
+    names = {f"TRCHAT_{key.upper()}": key for key in (*SETTING_ALIASES, *SETTINGS)}
+    pairs = [(key, environment[name]) for name, key in names.items() if environment.get(name)]
+    return settings_layer(pairs, lambda key: f"TRCHAT_{key.upper()}")
+
+
+def command_line_layer(words: list) -> dict:
+    """What `--set KEY=VALUE` words say; the last one for a key counts."""
+    for word in words:
+        if "=" not in word:
+            text = f"--set {one_line(word)[:40]!r} has no value."
+            raise ChatError(text, "Write --set KEY=VALUE, such as --set bell=off.")
+    return settings_layer((w.split("=", 1) for w in words), lambda key: "--set")
+
+
+# ==================================================================================================
+# Part 17. Settings and paths | uses 1, 2, 4, 31
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -4835,7 +5016,6 @@ class Screen:
 
 argparse = Lazy("argparse")
 ctypes = Lazy("ctypes")
-difflib = Lazy("difflib")
 fcntl = Lazy("fcntl")
 getpass = Lazy("getpass")
 json = Lazy("json")
@@ -4968,6 +5148,37 @@ def damaged_file(path: str) -> ChatError:
 def write_json(path: str, value, indent: int | None = 1) -> None:
     """Without `indent` it is one line, and a tenth of the time."""
     write_file(path, json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8") + b"\n")
+
+
+class SettingsFile:
+    """settings.json: an object of key -> text. `texts` holds it in its usual form."""
+
+    def __init__(self, paths: Paths):
+        self._path = paths.file("settings.json")
+        found = read_json(self._path, {})
+        for key, text in found.items():
+            if type(text) is not str:
+                problem = f"{self._path}: {one_line(key)[:40]} must have a text in quotes."
+                raise ChatError(problem, 'Write "bell": "off", or take it out.', "storage")
+        self.texts = settings_layer(found.items(), lambda key: self._path)
+
+    def set(self, key: str, text: str) -> None:
+        key, text, _ = check_setting(key, text)
+        self._write({**self.texts, key: text})
+
+    def unset(self, key: str) -> None:
+        gone = find_setting(key).key
+        self._write({k: text for k, text in self.texts.items() if k != gone})
+
+    def _write(self, texts: dict) -> None:
+        write_json(self._path, texts)
+        self.texts = texts
+
+
+def load_settings(paths: Paths, environment: dict, words: list) -> Settings:
+    """Defaults, settings.json, TRCHAT_ variables and `--set` words, the last one strongest."""
+    layers = environment_layer(environment), command_line_layer(words)
+    return Settings(SettingsFile(paths).texts, *layers)
 
 
 class ProfileLock:

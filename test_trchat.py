@@ -6107,6 +6107,565 @@ class SettingsFileTest(FileTest):
         self.assertEqual(trchat.SettingsFile(self.paths).texts, {"bell": "all"})
 
 
+class TestBox:
+    """AES-256-GCM under one key, as a vault has it."""
+
+    def __init__(self, key=bytes(32)):
+        self.key = key
+
+    def seal(self, data: bytes) -> bytes:
+        nonce = os.urandom(12)
+        return nonce + trchat.seal(self.key, nonce, data, b"contacts")
+
+    def open(self, data: bytes) -> bytes:
+        return trchat.open_sealed(self.key, data[:12], data[12:], b"contacts")
+
+
+class MemoryStore:
+    """Keeps what was saved as JSON text, so that nothing can be shared by accident."""
+
+    path = "contacts.json"
+
+    def __init__(self, data=None):
+        self.text = None if data is None else json.dumps(data)
+        self.saves = 0
+
+    def load(self):
+        return None if self.text is None else json.loads(self.text)
+
+    def save(self, data):
+        self.text, self.saves = json.dumps(data), self.saves + 1
+
+
+def spki(number: int) -> bytes:
+    return b"key %d" % number
+
+
+def key_of(number: int) -> bytes:
+    """The fingerprint of spki(number)."""
+    return hashlib.sha256(spki(number)).digest()
+
+
+NAMES = ["bob", "b0b", "Bob", "rnax", "max", "anna", "bob2", "мария", "李", "x" * 32, "x" * 31]
+PEOPLE = st.integers(0, 5)
+FLAGS = st.booleans()
+PLACES = st.sampled_from(["", "a:1", "b:2", "[::1]:3", "c:4", "d:5", "e:6"])
+CONTACT_STEPS = st.one_of(
+    st.tuples(st.just("add"), st.sampled_from(NAMES), PEOPLE, FLAGS, PLACES, PEOPLE),
+    st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    st.tuples(st.just("remove"), st.sampled_from(NAMES)),
+    st.tuples(st.just("block"), PEOPLE, st.sampled_from(NAMES), FLAGS),
+    st.tuples(st.just("mark_verified"), PEOPLE, st.sampled_from(NAMES), FLAGS),
+    st.tuples(st.just("replace_key"), PEOPLE, PEOPLE, FLAGS),
+    st.tuples(st.just("seen"), PEOPLE, PEOPLE, PLACES, st.integers(0, 10**10)),
+    st.tuples(st.just("remember"), PEOPLE, st.sampled_from(NAMES), PEOPLE),
+    st.tuples(st.just("import_json"), st.lists(st.tuples(PEOPLE, st.sampled_from(NAMES)), max_size=4)),
+)
+
+
+def run_step(contacts, step):
+    """Does one step of CONTACT_STEPS; False if it was refused in a sentence."""
+    kind, *given = step
+    key = lambda number, there: spki(number) if there else b""  # noqa: E731
+    arguments = {
+        "add": lambda n, p, k, a, s: (n, key_of(p), key(p, k), a, key_of(s)),
+        "block": lambda p, n, on: (key_of(p), n, on),
+        "mark_verified": lambda p, n, k: (key_of(p), n, key(p, k)),
+        "replace_key": lambda p, q, k: (key_of(p), key_of(q), key(q, k)),
+        "seen": lambda p, s, a, now: (key_of(p), key_of(s), a, now),
+        "remember": lambda s, n, p: (key_of(s), n, key_of(p)),
+        "import_json": lambda cards: ({"contacts": [card(p, n) for p, n in cards]},),
+    }.get(kind, lambda *names: names)(*given)
+    try:
+        getattr(contacts, kind)(*arguments)
+    except trchat.ChatError as error:
+        assert str(error) == trchat.one_line(str(error)) and error.hint, error
+        return False
+    return True
+
+
+def card(number: int, name: str) -> dict:
+    fingerprint = trchat.fingerprint_text(key_of(number))
+    return {"name": name, "fingerprint": fingerprint, "key": "", "addresses": ["a:1"]}
+
+
+class ContactsTest(FileTest):
+    def setUp(self):
+        super().setUp()
+        self.store = MemoryStore()
+        self.contacts = trchat.Contacts(self.store)
+
+    def again(self):
+        return trchat.Contacts(self.store)
+
+    def names(self) -> list:
+        return [contact.name for contact in self.contacts.all()]
+
+    def test_add_and_find(self):
+        bob = self.contacts.add(" bob ", key_of(1), spki(1), "A.example:1", key_of(9))
+        self.contacts.add("Anna", key_of(2))
+        shown = trchat.fingerprint_text(key_of(1))
+        mark = key_of(1).hex()[:4]
+        forms = ["bob", "@bob", f"bob~{mark}", f"@bob~{mark.upper()}", shown, shown.upper(), shown[7:]]
+        for text in forms:
+            self.assertIs(self.contacts.find(text), bob, text)
+        for text in ("Bob", "bo", "", "@", f"bob~{'0000' if mark != '0000' else '1'}", "f" * 64, "ü" * 70):
+            self.assertIsNone(self.contacts.find(text), text)
+        self.assertEqual((bob.addresses, bob.servers), (["A.example:1"], [key_of(9)]))
+        self.assertEqual((bob.saved, bob.verified, bob.blocked, bob.seen), (True, False, False, 0))
+        self.assertEqual(self.names(), ["Anna", "bob"])
+        self.assertEqual(self.again().all(), self.contacts.all())
+        self.assertIs(self.contacts.by_fingerprint(key_of(1)), bob)
+        self.assertIsNone(self.contacts.by_fingerprint(key_of(3)))
+
+    def test_names_are_found_however_they_were_typed(self):
+        self.contacts.add("jose\u0301", key_of(1))
+        self.assertEqual(self.contacts.find("jos\u00e9"), self.contacts.find("jose\u0301"))
+        self.assertEqual(self.names(), ["jos\u00e9"])
+
+    def test_look_alikes_and_known_keys_are_refused(self):
+        self.contacts.add("max", key_of(1))
+        for name in ("max", "MAX", "rnax", "m-a.x", "m4x"):
+            with self.subTest(name=name):
+                error = self.error_of(self.contacts.add, name, key_of(2), code="name-taken")
+                self.assertIn("your contact max", error.text)
+                self.assertTrue(error.hint)
+        error = self.error_of(self.contacts.add, "bob", key_of(1), code="usage")
+        self.assertIn("saved as max", error.text)
+        self.error_of(self.contacts.add, "a b", key_of(2), code="name-invalid")
+        self.error_of(self.contacts.add, "bob", key_of(2), b"", "nowhere")
+        with self.assertRaises(trchat.LocalProtocolError):
+            self.contacts.add("bob", key_of(2), spki(1))
+        self.assertEqual(self.names(), ["max"])
+        self.assertEqual(self.store.saves, 1)
+
+    def test_rename(self):
+        self.contacts.add("bob", key_of(1))
+        self.contacts.add("ann", key_of(2))
+        self.contacts.rename("bob", "B0B")
+        self.error_of(self.contacts.rename, "ann", "bob", code="name-taken")
+        self.error_of(self.contacts.rename, "bob", "eve", code="no-such-person")
+        self.error_of(self.contacts.rename, "ann", "a b", code="name-invalid")
+        self.assertEqual(self.names(), ["ann", "B0B"])
+
+    def test_remove(self):
+        self.contacts.mark_verified(key_of(1), "bob", spki(1))
+        self.contacts.remove("bob")
+        self.assertEqual(self.again().all(), [])
+        self.error_of(self.contacts.remove, "bob", code="no-such-person")
+
+    def test_who_is_blocked_stays_blocked_when_removed(self):
+        self.contacts.mark_verified(key_of(1), "bob", spki(1))
+        self.contacts.block(key_of(1), "bob")
+        self.contacts.remove("bob")
+        bob = self.again().by_fingerprint(key_of(1))
+        self.assertEqual((bob.blocked, bob.saved, bob.verified), (True, False, False))
+        self.error_of(self.contacts.remove, "bob", code="no-such-person")
+        self.contacts.block(key_of(1), "bob", False)
+        self.assertEqual(self.again().all(), [])
+
+    def test_blocking_a_stranger_makes_no_contact(self):
+        self.contacts.add("bob", key_of(1))
+        self.contacts.block(key_of(2), "bob")
+        self.assertEqual(self.names(), ["bob", "bob2"])
+        two = key_of(2)
+        self.assertTrue(self.contacts.is_blocked(two))
+        self.assertFalse(self.contacts.is_contact(two) or self.contacts.is_verified(two))
+        self.contacts.block(two, "bob", True)
+        self.assertEqual(self.names(), ["bob", "bob2"])
+        self.contacts.block(two, "bob", False)
+        self.contacts.block(key_of(3), "eve", False)
+        self.assertEqual(self.names(), ["bob"])
+        self.assertFalse(self.contacts.is_blocked(two))
+
+    def test_a_blocked_strangers_name_is_given_up_for_a_contact(self):
+        self.contacts.block(key_of(2), "bob")
+        self.contacts.add("bob", key_of(1))
+        self.assertEqual(self.contacts.find("bob").fingerprint, key_of(1))
+        self.assertEqual(self.contacts.find("bob2").fingerprint, key_of(2))
+
+    def test_a_blocked_stranger_may_be_saved_and_verified(self):
+        self.contacts.block(key_of(1), "mallory")
+        self.contacts.add("mal", key_of(1), spki(1))
+        mal = self.contacts.find("mal")
+        self.assertEqual((mal.saved, mal.blocked, mal.key), (True, True, spki(1)))
+        self.contacts.block(key_of(2), "eve")
+        self.contacts.mark_verified(key_of(2), "eve")
+        eve = self.contacts.find("eve")
+        self.assertEqual((eve.saved, eve.blocked, eve.verified), (True, True, True))
+
+    def test_verified_people_become_contacts_under_a_free_name(self):
+        for number in range(1, 5):
+            self.contacts.mark_verified(key_of(number), "bob", spki(number))
+        self.assertEqual(self.names(), ["bob", "bob2", "bob3", "bob4"])
+        self.contacts.mark_verified(key_of(1), "robert")
+        self.assertEqual(self.names(), ["bob", "bob2", "bob3", "bob4"])
+        self.assertEqual(self.contacts.find("bob").key, spki(1))
+        self.assertEqual(self.contacts.verified(), {key_of(n) for n in range(1, 5)})
+
+    def test_free_names_are_valid_names(self):
+        for name in ("x" * 32, ".".join("abcdefghijklmnop"), "." * 31 + "a", "李" * 32):
+            with self.subTest(name=name):
+                contacts = trchat.Contacts(MemoryStore())
+                for number in range(12):
+                    contacts.mark_verified(key_of(number), name)
+                found = [contact.name for contact in contacts.all()]
+                self.assertEqual(len(set(map(trchat.name_skeleton, found))), 12)
+                self.assertEqual(list(map(trchat.check_name, found)), found)
+
+    def test_a_new_key_is_not_verified(self):
+        self.contacts.mark_verified(key_of(1), "bob", spki(1))
+        self.contacts.add("ann", key_of(3))
+        self.contacts.replace_key(key_of(1), key_of(2), spki(2))
+        bob = self.again().find("bob")
+        self.assertEqual((bob.fingerprint, bob.key, bob.verified), (key_of(2), spki(2), False))
+        self.assertIsNone(self.contacts.by_fingerprint(key_of(1)))
+        error = self.error_of(self.contacts.replace_key, key_of(2), key_of(3))
+        self.assertIn("saved as ann", error.text)
+        self.error_of(self.contacts.replace_key, key_of(1), key_of(4), code="no-such-person")
+        with self.assertRaises(trchat.LocalProtocolError):
+            self.contacts.replace_key(key_of(2), key_of(4), spki(5))
+        self.contacts.replace_key(key_of(2), key_of(4))
+        self.assertEqual(self.contacts.find("bob").key, b"")
+
+    def test_where_and_when_somebody_was_seen(self):
+        self.contacts.add("bob", key_of(1))
+        seen = functools.partial(self.contacts.seen, key_of(1))
+        self.assertFalse(self.contacts.seen(key_of(2), key_of(9), "a:1", 1000))
+        self.assertTrue(seen(key_of(9), "a:1", 5000.9))
+        saves = self.store.saves
+        for now in range(5001, 8601, 100):
+            self.assertFalse(seen(key_of(9), "a:1", now), now)
+        self.assertEqual(self.store.saves, saves)
+        self.assertEqual(self.contacts.find("bob").seen, 8501)
+        self.assertTrue(seen(key_of(9), "a:1", 8601), "an hour after the last write")
+        self.assertTrue(seen(key_of(9), "a:1", 100), "a clock that was set back")
+        self.assertTrue(seen(key_of(9), "b:1", 101))
+        self.assertTrue(seen(key_of(8), "b:1", 102))
+        self.assertFalse(seen(b"", "", 103))
+        self.assertEqual(self.contacts.find("bob").addresses, ["b:1", "a:1"])
+        self.assertEqual(self.contacts.find("bob").servers, [key_of(8), key_of(9)])
+        for number in range(9):
+            seen(key_of(number), f"h:{number + 1}", -1e30 if number % 2 else 1e30)
+        bob = self.contacts.find("bob")
+        self.assertEqual(bob.addresses, ["h:9", "h:8", "h:7", "h:6", "h:5"])
+        self.assertEqual(bob.servers, [key_of(n) for n in (8, 7, 6, 5, 4)])
+        self.assertEqual(self.again().all(), self.contacts.all())
+
+    def test_a_blocked_stranger_leaves_no_traces(self):
+        self.contacts.block(key_of(1), "eve")
+        self.assertFalse(self.contacts.seen(key_of(1), key_of(9), "a:1", 5000))
+        self.assertEqual(self.contacts.find("eve").seen, 0)
+
+    def test_who_was_met_where(self):
+        self.contacts.remember(key_of(9), "bob", key_of(1))
+        self.contacts.remember(key_of(8), "bob", key_of(2))
+        self.contacts.remember(key_of(9), "ann", key_of(3))
+        saves = self.store.saves
+        self.contacts.remember(key_of(9), "ann", key_of(3))
+        self.assertEqual(self.store.saves, saves)
+        for contacts in (self.contacts, self.again()):
+            self.assertEqual(contacts.known(key_of(9)), {"bob": key_of(1), "ann": key_of(3)})
+            self.assertEqual(contacts.known(key_of(8)), {"bob": key_of(2)})
+            self.assertEqual(contacts.known(key_of(7)), {})
+        self.contacts.known(key_of(9)).clear()
+        self.contacts.remember(key_of(9), "bob", key_of(4))
+        self.assertEqual(self.again().known(key_of(9))["bob"], key_of(4))
+
+    def test_a_server_that_makes_people_up_cannot_push_others_out(self):
+        with mock.patch.object(trchat, "MET_MOST", 3):
+            for number in range(6):
+                self.contacts.remember(key_of(9), f"n{number}", key_of(number))
+            self.contacts.remember(key_of(9), "n0", key_of(7))
+            self.contacts.remember(key_of(8), "other", key_of(5))
+        self.assertEqual(self.contacts.known(key_of(9)), {"n0": key_of(7), "n1": key_of(1), "n2": key_of(2)})
+        self.assertEqual(self.contacts.known(key_of(8)), {"other": key_of(5)})
+
+    def test_who_could_be_taken_for_somebody_known(self):
+        self.contacts.add("max", key_of(1))
+        self.contacts.remember(key_of(9), "anna", key_of(2))
+        self.contacts.block(key_of(3), "mallory")
+        looks_like = self.contacts.looks_like
+        self.assertEqual(looks_like("rnax", key_of(4)), "max")
+        self.assertEqual(looks_like("4nna", key_of(4)), "anna")
+        self.assertIsNone(looks_like("anna", key_of(2)))
+        self.assertIsNone(looks_like("max", key_of(1)))
+        self.assertIsNone(looks_like("eve", key_of(4)))
+        self.assertIsNone(looks_like("mallory", key_of(4)), "nobody's friend can be imitated")
+        self.assertEqual(looks_like("anna", key_of(1)), "anna", "a contact under another name")
+        self.contacts.remember(key_of(9), "anna", key_of(5))
+        self.assertEqual(looks_like("anna", key_of(2)), "anna")
+        self.assertIsNone(looks_like("anna", key_of(5)))
+        self.contacts.remember(key_of(8), "max", key_of(6))
+        self.assertIsNone(looks_like("max", key_of(1)), "the contact itself")
+        self.assertEqual(trchat.Contacts(self.store).looks_like("m4x", key_of(6)), "max")
+
+    def test_a_snapshot_shares_nothing(self):
+        taken = []
+        contacts = trchat.Contacts(MemoryStore(), taken.append)
+        contacts.add("bob", key_of(1), b"", "a:1", key_of(9))
+        contacts.remember(key_of(9), "bob", key_of(1))
+        before = copy.deepcopy(taken)
+        contacts.seen(key_of(1), key_of(8), "b:1", 99999)
+        contacts.rename("bob", "rob")
+        contacts.block(key_of(1), "rob")
+        contacts.remember(key_of(9), "bob", key_of(2))
+        self.assertEqual(taken[:2], before)
+        self.assertEqual(len(taken), 6)
+        self.assertEqual(trchat.Contacts(MemoryStore(taken[-1])).snapshot(), contacts.snapshot())
+
+    def test_export_and_import(self):
+        self.contacts.mark_verified(key_of(1), "bob", spki(1))
+        self.contacts.add("ann", key_of(2), b"", "a:1", key_of(9))
+        self.contacts.block(key_of(2), "ann")
+        self.contacts.block(key_of(3), "mallory")
+        exported = json.loads(json.dumps(self.contacts.export_json()))
+        self.assertEqual([entry["name"] for entry in exported["contacts"]], ["ann", "bob"])
+        for entry in exported["contacts"]:
+            self.assertEqual(set(entry), {"name", "fingerprint", "key", "addresses"})
+        other = trchat.Contacts(MemoryStore())
+        other.add("b0b", key_of(4))
+        other.block(key_of(2), "someone")
+        self.assertEqual(other.import_json(exported), (["bob2"], ["ann"]))
+        bob = other.find("bob2")
+        self.assertEqual((bob.fingerprint, bob.key, bob.verified, bob.blocked, bob.saved),
+                         (key_of(1), spki(1), False, False, True))  # fmt: skip
+        self.assertEqual(other.import_json(exported), ([], ["ann", "bob"]))
+        self.assertTrue(other.is_blocked(key_of(2)))
+        self.assertEqual(trchat.Contacts(MemoryStore(other.snapshot())).all(), other.all())
+
+    def test_what_is_no_export_is_refused_whole(self):
+        good = {"name": "bob", "fingerprint": trchat.fingerprint_text(key_of(1)), "key": "", "addresses": []}
+        bad = [
+            None, [], 5, "x", {}, {"contacts": None}, {"contacts": {}, "met": []}, {"contacts": [5]},
+            {"contacts": [good], "met": []}, {"contacts": [{**good, "verified": True}]},
+            {"contacts": [{**good, "name": "b b"}]}, {"contacts": [{**good, "name": "Ｂob"}]},
+            {"contacts": [{**good, "name": ["bob"]}]}, {"contacts": [{**good, "fingerprint": "x"}]},
+            {"contacts": [{**good, "fingerprint": good["fingerprint"].upper()}]},
+            {"contacts": [{**good, "key": trchat.base64url(spki(2))}]},
+            {"contacts": [{**good, "key": "?"}]}, {"contacts": [{**good, "addresses": ["x"]}]},
+            {"contacts": [{**good, "addresses": ["a:1"] * 6}]}, {"contacts": [{**good, "addresses": 5}]},
+            {"contacts": [good, {k: v for k, v in good.items() if k != "key"}]},
+            {"contacts": [good] * 1001},
+        ]  # fmt: skip
+        for data in bad:
+            with self.subTest(data=str(data)[:200]):
+                self.error_of(self.contacts.import_json, data)
+        self.assertEqual(self.contacts.all(), [])
+        self.assertEqual(self.contacts.import_json({"contacts": [good, good]}), (["bob"], ["bob"]))
+
+    def test_many_can_be_imported_at_once(self):
+        cards = [card(number, "bob") for number in range(500)]
+        added, _ = self.contacts.import_json({"contacts": cards})
+        self.assertEqual(len(set(map(trchat.name_skeleton, added))), 500)
+        self.assertEqual(self.store.saves, 1)
+
+    def test_the_list_of_an_earlier_trchat_is_taken_over(self):
+        shown = lambda number: trchat.fingerprint_text(key_of(number))  # noqa: E731
+        old = [
+            {"name": "bob", "fingerprint": shown(1), "server": shown(9), "verified": True},
+            {"name": "bob", "fingerprint": shown(2), "server": shown(8), "verified": True},
+            {"name": "rob", "fingerprint": shown(1), "server": shown(8), "verified": True},
+            {"name": "eve", "fingerprint": shown(3), "server": shown(8), "verified": False},
+        ]
+        contacts = trchat.Contacts(MemoryStore(old))
+        self.assertEqual([(c.name, c.fingerprint, c.verified) for c in contacts.all()],
+                         [("bob", key_of(1), True), ("bob2", key_of(2), True)])  # fmt: skip
+        self.assertEqual(contacts.known(key_of(8)), {"bob": key_of(2), "rob": key_of(1), "eve": key_of(3)})
+        self.assertEqual(trchat.Contacts(MemoryStore(contacts.snapshot())).snapshot(), contacts.snapshot())
+
+    @MANY_EXAMPLES
+    @given(st.lists(CONTACT_STEPS, max_size=25))
+    def test_any_steps_saved_and_loaded_give_the_same(self, steps):
+        store = MemoryStore()
+        contacts = trchat.Contacts(store)
+        for step in steps:
+            before = contacts.snapshot()
+            if not run_step(contacts, step):
+                self.assertEqual(contacts.snapshot(), before, "a refusal changes nothing")
+            looks = [trchat.name_skeleton(c.name) for c in contacts.all()]
+            self.assertEqual(len(set(looks)), len(looks))
+        contacts.save()
+        loaded = trchat.Contacts(store)
+        self.assertEqual(loaded.snapshot(), contacts.snapshot())
+        for number in range(6):
+            one, other = contacts.by_fingerprint(key_of(number)), loaded.by_fingerprint(key_of(number))
+            self.assertEqual(one, other)
+            for name in NAMES:
+                self.assertEqual(
+                    *(c.looks_like(name, key_of(number)) for c in (contacts, loaded))
+                )
+
+
+class ContactsFileTest(FileTest):
+    def setUp(self):
+        super().setUp()
+        self.path = self.paths.file("contacts.json")
+
+    def file(self, box=None):
+        return trchat.ContactsFile(self.path, box)
+
+    def filled(self, box=None):
+        contacts = trchat.Contacts(self.file(box))
+        contacts.mark_verified(key_of(1), "bob", spki(1))
+        contacts.seen(key_of(1), key_of(9), "a.example:8089", 1_700_000_000)
+        contacts.block(key_of(2), "мария")
+        contacts.remember(key_of(9), "bob", key_of(1))
+        contacts.remember(key_of(9), "eve", key_of(3))
+        return contacts
+
+    def content(self) -> bytes:
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def test_nothing_is_written_before_there_is_something(self):
+        self.assertEqual(trchat.Contacts(self.file()).all(), [])
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_plain(self):
+        contacts = self.filled()
+        again = trchat.Contacts(self.file())
+        self.assertEqual(again.snapshot(), contacts.snapshot())
+        data = json.loads(self.content())
+        self.assertEqual(set(data), {"contacts", "met"})
+        self.assertEqual(set(data["contacts"][0]), {
+            "name", "fingerprint", "key", "verified", "blocked", "saved", "addresses", "servers", "seen",
+        })  # fmt: skip
+        self.assertEqual(set(data["met"][0]), {"name", "fingerprint", "server"})
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+
+    def test_sealed(self):
+        contacts = self.filled(TestBox())
+        self.assertEqual(set(json.loads(self.content())), {"sealed"})
+        for secret in (b"bob", key_of(1).hex().encode(), b"a.example"):
+            self.assertNotIn(secret, self.content())
+        again = trchat.Contacts(self.file(TestBox()))
+        self.assertEqual(again.snapshot(), contacts.snapshot())
+        before = self.content()
+        error = self.error_of(trchat.Contacts, self.file(), code="locked")
+        self.assertIn(self.path, error.text)
+        self.error_of(trchat.Contacts, self.file(TestBox(bytes(31) + b"x")), code="storage")
+        self.assertEqual(self.content(), before)
+
+    def test_a_plain_file_is_sealed_by_the_next_write(self):
+        contacts = self.filled()
+        plain = self.content()
+        sealed = trchat.Contacts(self.file(TestBox()))
+        self.assertEqual(sealed.snapshot(), contacts.snapshot())
+        self.assertEqual(self.content(), plain)
+        sealed.save()
+        self.assertNotIn(b"bob", self.content())
+        self.assertEqual(trchat.Contacts(self.file(TestBox())).snapshot(), contacts.snapshot())
+
+    def refused_or_loaded(self, content: bytes, box=None) -> bool:
+        """Whether a file is taken as good; if not, it is refused in a sentence, and stays."""
+        write_bytes(self.path, content)
+        try:
+            contacts = trchat.Contacts(self.file(box))
+        except trchat.ChatError as error:
+            self.assertIn(self.path, error.text)
+            self.assertIn(error.code, ("storage", "locked"))
+            self.assertTrue(error.hint)
+            self.assertEqual(self.content(), content)
+            return False
+        self.assertEqual(trchat.Contacts(MemoryStore(contacts.snapshot())).snapshot(), contacts.snapshot())
+        return True
+
+    def test_every_truncation_is_refused(self):
+        for box in (None, TestBox()):
+            self.filled(box)
+            content = self.content()
+            for end in range(len(content.rstrip())):
+                self.assertFalse(self.refused_or_loaded(content[:end], box), end)
+            os.unlink(self.path)
+
+    def test_flipped_bits_are_refused_or_read(self):
+        self.filled()
+        content = self.content()
+        for changed in every_flip(content):
+            self.refused_or_loaded(changed)
+
+    def test_a_sealed_file_cannot_be_changed(self):
+        self.filled(TestBox())
+        content = self.content()
+        sealed = content.index(b": ") + 3
+        for position in range(sealed, len(content) - 3):
+            changed = flipped(content, position, position % 6)
+            self.assertFalse(self.refused_or_loaded(changed, TestBox()), position)
+        write_bytes(self.path, content)
+        for sealed in (5, None, "", "?", [], {}, "AAAA", "ü"):
+            self.assertFalse(self.refused_or_loaded(json.dumps({"sealed": sealed}).encode(), TestBox()))
+        for inner in (b"", b"[]", b"{}", b"5", b"{", b"[" * 100_000, b'{"sealed": ""}'):
+            text = json.dumps({"sealed": trchat.base64url(TestBox().seal(inner))}).encode()
+            self.assertFalse(self.refused_or_loaded(text, TestBox()), inner[:20])
+
+    VALUES = (None, True, 0, -1, 1.5, 1e999, 2**53, "", "x", "a b", "~", "\x1b", "\ud800", [], {}, ["x"],
+              ["a:1"] * 6, [5], "x" * 33, {"name": "x"})  # fmt: skip
+
+    def test_wrong_values_anywhere_are_refused_or_read(self):
+        self.filled()
+        good = json.loads(self.content())
+        taken = []
+        for kind in ("contacts", "met"):
+            for value in self.VALUES:
+                self.refused_or_loaded(json.dumps({**good, kind: value}).encode())
+                self.refused_or_loaded(json.dumps({**good, kind: [value]}).encode())
+            for field in good[kind][0]:
+                for value in (*self.VALUES, "gone"):
+                    data = copy.deepcopy(good)
+                    data[kind][0][field] = value
+                    if value == "gone":
+                        del data[kind][0][field]
+                    if self.refused_or_loaded(json.dumps(data).encode()):
+                        taken.append((kind, field, value))
+        allowed = {"name", "addresses", "servers", "seen", "verified", "blocked", "saved", "key"}
+        self.assertLessEqual({field for _, field, _ in taken}, allowed)
+        self.assertNotIn(("contacts", "seen", True), taken)
+        self.assertNotIn(("contacts", "verified", 0), taken)
+        for value in ("a b", "~", "\x1b", "\ud800", "", "x" * 33):
+            self.assertNotIn(("contacts", "name", value), taken)
+
+    def test_contradictions_are_refused(self):
+        self.filled()
+        good = json.loads(self.content())
+        bob, maria = good["contacts"]
+        for contacts in (
+            [bob, bob], [bob, {**maria, "name": "bob"}], [{**maria, "blocked": False}],
+            [{**maria, "verified": True}], [{**bob, "key": trchat.base64url(spki(2))}],
+            [{**bob, "more": 1}],
+        ):  # fmt: skip
+            self.assertFalse(self.refused_or_loaded(json.dumps({**good, "contacts": contacts}).encode()))
+        self.assertFalse(self.refused_or_loaded(json.dumps({**good, "more": []}).encode()))
+        for content in (b"null", b"5", b'"x"', b"{}", b"[5]", b"[{}]", b"\xff", b"[" * 100_000):
+            self.assertFalse(self.refused_or_loaded(content), content[:20])
+
+    def test_look_alikes_in_a_file_are_read(self):
+        """What looks alike may differ between versions; nobody may lose contacts by that."""
+        self.filled()
+        good = json.loads(self.content())
+        bob, maria = good["contacts"]
+        self.assertTrue(self.refused_or_loaded(json.dumps({**good, "contacts": [bob, {**maria, "name": "B0b"}]}).encode()))
+
+    @EXAMPLES
+    @given(st.binary(max_size=200) | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+            st.sampled_from(["contacts", "met", "sealed", "name", "fingerprint", "server", "key"]), inner, max_size=4),
+        max_leaves=12).map(lambda value: json.dumps(value).encode()))  # fmt: skip
+    def test_any_file_is_refused_or_read(self, content):
+        for box in (None, TestBox()):
+            self.refused_or_loaded(content, box)
+
+    def test_a_file_that_cannot_be_written(self):
+        contacts = self.filled()
+        before = self.content()
+        with mock.patch("os.replace", side_effect=OSError(errno.ENOSPC, "full")):
+            self.error_of(contacts.rename, "bob", "rob", code="storage")
+        self.assertEqual(self.content(), before)
+        contacts.save()
+        self.assertEqual(trchat.Contacts(self.file()).find("rob").fingerprint, key_of(1))
+
+
 # ==================================================================================================
 # Keys, line editor, screen and terminal
 # ==================================================================================================
@@ -11177,7 +11736,8 @@ class SettingsAndPathsTest(EndToEnd):
             "servers.json": [[{**saved, k: v}] for k in saved for v in (5, None, ["x"])]
             + [[{**saved, "fingerprint": "zz"}], [5], {}],
             "contacts.json": [[{**person, k: v}] for k in ("name", "fingerprint") for v in (5, None)]
-            + [[{**person, "fingerprint": "zz"}], [5]],
+            + [[{**person, "fingerprint": "zz"}], [5], {}, {"contacts": [5], "met": []}]
+            + [{"contacts": [], "met": [{**person, "server": "zz"}]}, {"sealed": 5}],
             "users.json": [
                 {**users, "users": [{**user, "fingerprint": 5}]},
                 {**users, "users": [{**user, "names": 5}]},

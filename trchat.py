@@ -31,27 +31,29 @@ or thread: bytes in, events out) and each uses only parts above itself:
  16. Conversations *
  17. Keys and widths *
  18. Line editor and screen *
- 19. Settings and paths
- 20. Dependencies
- 21. Vault
- 22. Network
- 23. Events and threads
- 24. Relay server
- 25. Where to connect
- 26. Connections
- 27. Records of a chat
- 28. Chat client
- 29. Commands
- 30. Chat commands: talking and rooms
- 31. Chat commands: people and records
- 32. Console commands
- 33. Terminal
- 34. Words for events
- 35. Faces: terminal and JSON lines
- 36. Activities
- 37. Demonstration
- 38. Shell commands
- 39. Menu and door
+ 19. Settings *
+ 20. Settings and paths
+ 21. Dependencies
+ 22. Vault
+ 23. Contacts
+ 24. Network
+ 25. Events and threads
+ 26. Relay server
+ 27. Where to connect
+ 28. Connections
+ 29. Records of a chat
+ 30. Chat client
+ 31. Commands
+ 32. Chat commands: talking and rooms
+ 33. Chat commands: people and records
+ 34. Console commands
+ 35. Terminal
+ 36. Words for events
+ 37. Faces: terminal and JSON lines
+ 38. Activities
+ 39. Demonstration
+ 40. Shell commands
+ 41. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -3040,7 +3042,7 @@ class Messages:
             raise ChatError(f"You have blocked {name}.", f"/unblock {name} ends that.", "denied")
         message.pending = {fingerprint: name}
         message.lifetime = self.lifetimes.get(fingerprint, 0)
-        if fingerprint in trust.contacts:
+        if fingerprint in trust.contacts and self.outbox_seconds:
             message.kept, message.deadline = True, self.machine.now + self.outbox_seconds
             self.machine.emit("_kept", message=message)
         self.delivery.add(message)
@@ -4827,7 +4829,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 31. Settings | pure | uses 1, 2
+# Part 19. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -4973,9 +4975,20 @@ class Settings:
             changed[key] = text
         return Settings(changed, *self._layers[1:])
 
+    def public(self) -> dict:
+        """Key -> value of all."""
+        return dict(self._values)
+
     def rows(self) -> list:
         """(key, text, source, help) of each setting."""
         return [(key, self._texts[key], self._sources[key], SETTINGS[key].help) for key in SETTINGS]
+
+
+def setting_row(row: tuple) -> str:
+    """One of Settings.rows() for people."""
+    key, text, source, meaning = row
+    origin = "" if source in ("default", "file") else f" (from the {source})"
+    return f"{key:<8} {text or '-':<8} {meaning}{origin}"
 
 
 def settings_layer(pairs, where) -> dict:
@@ -5007,7 +5020,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 17. Settings and paths | uses 1, 2, 4, 31
+# Part 20. Settings and paths | uses 1, 2, 4, 19
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -5128,13 +5141,16 @@ def read_file(path: str, most: int = 16 << 20) -> bytes | None:
 def read_json(path: str, default):
     """What a JSON file holds; `default` if there is none. A damaged one is never overwritten."""
     data = read_file(path)
-    if data is None:
-        return default
+    return default if data is None else parse_json(data, path, type(default))
+
+
+def parse_json(data: bytes, path: str, *kinds):
+    """What a file's bytes hold, which must be of one of these types; damaged_file if not."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
         value = None
-    if type(value) is not type(default):
+    if type(value) not in kinds:
         raise damaged_file(path)
     return value
 
@@ -5147,7 +5163,11 @@ def damaged_file(path: str) -> ChatError:
 
 def write_json(path: str, value, indent: int | None = 1) -> None:
     """Without `indent` it is one line, and a tenth of the time."""
-    write_file(path, json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8") + b"\n")
+    write_file(path, json_bytes(value, indent))
+
+
+def json_bytes(value, indent: int | None = None) -> bytes:
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8") + b"\n"
 
 
 class SettingsFile:
@@ -5210,7 +5230,6 @@ def _lock_file(file) -> None:
 
 
 SERVER_FIELDS = {"name": str, "address": str, "fingerprint": str, "room": str, "nickname": str}
-PERSON_FIELDS = {"name": str, "fingerprint": str, "server": str, "verified": bool}
 
 
 def check_entries(path: str, entries: list, fields: dict) -> None:
@@ -5219,12 +5238,10 @@ def check_entries(path: str, entries: list, fields: dict) -> None:
         for entry in entries:
             if not all(type(entry[name]) is kind for name, kind in fields.items()):
                 raise ValueError
-            for name in ("fingerprint", "server"):
-                parse_fingerprint(entry.get(name, entry["fingerprint"]))
-            if "address" in entry:
-                split_address(entry["address"])
-                check_room(entry["room"])
-                check_name(entry["nickname"])
+            parse_fingerprint(entry["fingerprint"])
+            split_address(entry["address"])
+            check_room(entry["room"])
+            check_name(entry["nickname"])
     except (KeyError, TypeError, ValueError, AttributeError, ChatError):
         raise damaged_file(path) from None
 
@@ -5277,40 +5294,8 @@ class ServerList:
         write_json(self._path, self.servers)
 
 
-class People:
-    """contacts.json: who was met under which name on which server, and who is verified."""
-
-    def __init__(self, paths: Paths):
-        self._path = paths.file("contacts.json")
-        self._entries = read_json(self._path, [])
-        check_entries(self._path, self._entries, PERSON_FIELDS)
-
-    def known(self, server: bytes) -> dict:
-        """Name -> fingerprint of those met on this server."""
-        shown = fingerprint_text(server)
-        mine = [e for e in self._entries if e["server"] == shown]
-        return {e["name"]: parse_fingerprint(e["fingerprint"]) for e in mine}
-
-    def verified(self) -> set:
-        return {parse_fingerprint(e["fingerprint"]) for e in self._entries if e["verified"]}
-
-    def remember(self, server: bytes, name: str, fingerprint: bytes) -> None:
-        shown = {"name": name, "server": fingerprint_text(server)}
-        kept = [e for e in self._entries if {k: e[k] for k in shown} != shown]
-        verified = fingerprint in self.verified()
-        entry = {**shown, "fingerprint": fingerprint_text(fingerprint), "verified": verified}
-        self._entries = [*kept, entry]
-        write_json(self._path, self._entries)
-
-    def mark_verified(self, fingerprint: bytes) -> None:
-        for entry in self._entries:
-            if entry["fingerprint"] == fingerprint_text(fingerprint):
-                entry["verified"] = True
-        write_json(self._path, self._entries)
-
-
 # ==================================================================================================
-# Part 20. Dependencies | uses 1, 19
+# Part 21. Dependencies | uses 1, 20
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -5671,7 +5656,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 21. Vault | uses 1-4, 19
+# Part 22. Vault | uses 1-4, 20
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -5865,7 +5850,461 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 22. Network | uses 1-4, 19, 21
+# Part 23. Contacts | uses 1-4, 20
+#
+# Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
+# name on which server. Names here are told apart by what they look like, people by their keys.
+# ==================================================================================================
+
+PLACES_MOST = 5  # addresses and servers kept of one person
+MET_MOST = 4096  # names kept of one server: it could make up any number of people
+IMPORT_MOST = 1000  # contacts in one import
+SEEN_SECONDS = 3600  # being seen again this soon is not worth a write
+
+
+class ContactsFile:
+    """contacts.json. With a `box` (seal and open, both bytes -> bytes) it is written sealed."""
+
+    def __init__(self, path: str, box=None):
+        self.path, self._box = path, box
+
+    def load(self):
+        """What was saved, or None; ChatError `locked` if it is sealed and there is no box."""
+        data = read_file(self.path)
+        if data is None:
+            return None
+        value = parse_json(data, self.path, dict, list)
+        sealed = type(value) is dict and set(value) == {"sealed"}
+        return self._open(value["sealed"]) if sealed else value
+
+    def _open(self, sealed):
+        if self._box is None:
+            text = f"{self.path} is sealed."
+            raise ChatError(text, "It opens with the passphrase of your key.", "locked")
+        try:
+            data = self._box.open(from_base64url(sealed))
+        except (ValueError, AttributeError, RemoteProtocolError):
+            raise damaged_file(self.path) from None
+        return parse_json(data, self.path, dict)
+
+    def save(self, data: dict) -> None:
+        if self._box is not None:
+            data = {"sealed": base64url(self._box.seal(json_bytes(data)))}
+        write_json(self.path, data, None)
+
+
+class Contact(Record):
+    """A person, by key.
+
+    `key` is the DER SubjectPublicKeyInfo or b""; `addresses` ("host:port") and `servers`
+    (fingerprints) tell where they were met, newest first; `seen` is Unix seconds, 0 for never.
+    `saved` is False for somebody who is here only because they are blocked.
+    """
+
+    name: str
+    fingerprint: bytes
+    key: bytes
+    addresses: list
+    verified: bool
+    blocked: bool
+    saved: bool
+    servers: list
+    seen: int
+
+    def to_json(self) -> dict:
+        return {
+            **self.card(),
+            "verified": self.verified,
+            "blocked": self.blocked,
+            "saved": self.saved,
+            "servers": [fingerprint_text(server) for server in self.servers],
+            "seen": self.seen,
+        }
+
+    def card(self) -> dict:
+        """What may be handed to others: who it is, not what we think of them."""
+        return {
+            "name": self.name,
+            "fingerprint": fingerprint_text(self.fingerprint),
+            "key": base64url(self.key),
+            "addresses": list(self.addresses),
+        }
+
+
+CARD_FIELDS = Contact._fields[:4]
+# What reading a damaged entry may raise.
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ChatError)
+
+
+def new_contact(name: str, fingerprint: bytes, key: bytes = b"", addresses=()) -> Contact:
+    if key and sha256(key) != fingerprint:
+        raise LocalProtocolError("a key under another's fingerprint")
+    return Contact(name, fingerprint, key, list(addresses), False, False, True, [], 0)
+
+
+def _read_card(entry: dict) -> Contact:
+    """The contact in the first four fields of an entry; one of DAMAGE if they are not right."""
+    fingerprint, key = _read_fingerprint(entry["fingerprint"]), from_base64url(entry["key"])
+    addresses = _few(entry["addresses"])
+    for address in addresses:
+        split_address(address)
+    if key and sha256(key) != fingerprint:
+        raise ValueError("a key under another's fingerprint")
+    return new_contact(_read_name(entry["name"]), fingerprint, key, addresses)
+
+
+def _read_contact(entry: dict) -> Contact:
+    contact, flags = _read_card(entry), [entry[k] for k in ("verified", "blocked", "saved")]
+    contact.verified, contact.blocked, contact.saved = flags
+    contact.servers = [_read_fingerprint(text) for text in _few(entry["servers"])]
+    contact.seen = entry["seen"]
+    odd = contact.verified and not contact.saved or not (contact.saved or contact.blocked)
+    wrong = any(type(flag) is not bool for flag in flags) or type(contact.seen) is not int
+    if wrong or odd or not 0 <= contact.seen < 1 << 53 or set(entry) != set(Contact._fields):
+        raise ValueError("not a contact")
+    return contact
+
+
+def _read_name(name: str) -> str:
+    """A name from a file; not check_name, as another Python may know fewer letters."""
+    if not 0 < len(name) <= NAME_MOST or one_line(name) != name or any(c in " ~@" for c in name):
+        raise ValueError("not a name")
+    return name
+
+
+def _read_fingerprint(text: str) -> bytes:
+    fingerprint = parse_fingerprint(text)
+    if fingerprint_text(fingerprint) != text:
+        raise ValueError("not in its usual form")
+    return fingerprint
+
+
+def _read_meeting(entry: dict) -> tuple:
+    server, fingerprint = entry["server"], entry["fingerprint"]
+    return _read_fingerprint(server), _read_name(entry["name"]), _read_fingerprint(fingerprint)
+
+
+def _read_timer(entry: dict) -> tuple:
+    seconds = entry["seconds"]
+    if type(seconds) is not int or not 0 < seconds <= LIFETIME_MOST:
+        raise ValueError("not a time")
+    return _read_fingerprint(entry["fingerprint"]), seconds
+
+
+def _few(values: list) -> list:
+    if type(values) is not list or len(values) > PLACES_MOST:
+        raise ValueError("not a short list")
+    return values
+
+
+def _put_first(values: list, value) -> None:
+    """Makes a value the newest of a list of places; an empty one is none."""
+    if value:
+        values[:] = [value, *(v for v in values if v != value)][:PLACES_MOST]
+
+
+def _usual_address(address: str) -> str:
+    return join_address(*split_address(address)) if address else ""
+
+
+class Contacts:
+    """The people of one profile, read from `store` (path, load() and save(data)).
+
+    Each change is handed to `save`, at first the store's, as plain data that shares nothing with
+    this object, so that another thread may write it. Fingerprints are 32 bytes.
+    """
+
+    def __init__(self, store, save=None):
+        self._save = save or store.save
+        self._contacts: dict = {}  # fingerprint -> Contact
+        self._met: dict = {}  # server -> {name: fingerprint}
+        self._met_looks: dict = {}  # skeleton -> {(server, name)}
+        self._written: dict = {}  # fingerprint -> when seen, as last saved
+        self.timers: dict = {}  # fingerprint -> seconds that direct messages may be kept
+        data = store.load()
+        try:
+            self._take(data)
+        except DAMAGE:
+            raise damaged_file(store.path) from None
+
+    def _take(self, data) -> None:
+        if type(data) is list:
+            self._take_old(data)
+        elif data is not None:
+            contacts = [_read_contact(entry) for entry in data["contacts"]]
+            self._contacts = {c.fingerprint: c for c in contacts}
+            names = {c.name for c in contacts}
+            if not len(contacts) == len(self._contacts) == len(names) or len(data) != 3:
+                raise ValueError("one person twice")
+            for entry in data["met"]:
+                self._meet(*_read_meeting(entry))
+            self.timers = dict(map(_read_timer, data["timers"]))
+        self._written = {c.fingerprint: c.seen for c in self._contacts.values()}
+
+    def _take_old(self, entries: list) -> None:
+        """The list that trchat wrote before it had contacts: who was met, and who is verified."""
+        for entry in entries:
+            server, name, fingerprint = _read_meeting(entry)
+            self._meet(server, name, fingerprint)
+            if entry["verified"] and fingerprint not in self._contacts:
+                self._contacts[fingerprint] = new_contact(self._free_name(name), fingerprint)
+                self._contacts[fingerprint].verified = True
+
+    def snapshot(self) -> dict:
+        """All of it as JSON may hold it."""
+        met = [
+            {
+                "name": name,
+                "fingerprint": fingerprint_text(fingerprint),
+                "server": fingerprint_text(server),
+            }
+            for server, names in self._met.items()
+            for name, fingerprint in names.items()
+        ]
+        timers = [
+            {"fingerprint": fingerprint_text(f), "seconds": seconds}
+            for f, seconds in self.timers.items()
+        ]
+        contacts = [c.to_json() for c in self._contacts.values()]
+        return {"contacts": contacts, "met": met, "timers": timers}
+
+    def save(self) -> None:
+        self._written = {c.fingerprint: c.seen for c in self._contacts.values()}
+        self._save(self.snapshot())
+
+    # Looking up
+
+    def find(self, text: str) -> Contact | None:
+        """Whom `bob`, `@bob`, `bob~4f2a` or a fingerprint names."""
+        wanted = unicodedata.normalize("NFKC", text.strip())
+        if len(wanted) >= 64:
+            return self._find_fingerprint(wanted)
+        name, _, mark = (wanted[1:] if wanted.startswith("@") else wanted).partition("~")
+        for contact in self._contacts.values():
+            if contact.name == name and contact.fingerprint.hex().startswith(mark.lower()):
+                return contact
+        return None
+
+    def _find_fingerprint(self, text: str) -> Contact | None:
+        try:
+            return self.by_fingerprint(parse_fingerprint(text))
+        except ChatError:
+            return None
+
+    def require(self, text: str) -> Contact:
+        """As find; ChatError `no-such-person` instead of None."""
+        contact = self.find(text)
+        if contact is None:
+            text = f"{one_line(text)[:40]} is not among your contacts."
+            raise ChatError(text, "/contacts lists them.", "no-such-person")
+        return contact
+
+    def by_fingerprint(self, fingerprint: bytes) -> Contact | None:
+        return self._contacts.get(fingerprint)
+
+    def all(self) -> list:
+        """Everybody, blocked people too, in the order of their names."""
+        return sorted(self._contacts.values(), key=lambda c: (c.name.casefold(), c.name))
+
+    def is_contact(self, fingerprint: bytes) -> bool:
+        contact = self._contacts.get(fingerprint)
+        return contact is not None and contact.saved
+
+    def is_blocked(self, fingerprint: bytes) -> bool:
+        contact = self._contacts.get(fingerprint)
+        return contact is not None and contact.blocked
+
+    def is_verified(self, fingerprint: bytes) -> bool:
+        contact = self._contacts.get(fingerprint)
+        return contact is not None and contact.verified
+
+    def verified(self) -> set:
+        return {c.fingerprint for c in self._contacts.values() if c.verified}
+
+    def looks_like(self, name: str, fingerprint: bytes) -> str | None:
+        """The name of a contact, or of somebody met anywhere, whom another key could pass for."""
+        looks, own = name_skeleton(name), self._contacts.get(fingerprint)
+        if own is not None and own.saved and name_skeleton(own.name) == looks:
+            return None
+        for contact in self._contacts.values():
+            other = contact.saved and contact is not own
+            if other and name_skeleton(contact.name) == looks:
+                return contact.name
+        met = sorted(self._met_looks.get(looks, ()))
+        others = [name for server, name in met if self._met[server][name] != fingerprint]
+        return others[0] if others else None
+
+    # Changing
+
+    def add(self, name: str, fingerprint: bytes, key=b"", address="", server=b"") -> Contact:
+        """A new contact; ChatError if the key is known, or the name could be another's."""
+        name, address = check_name(name), _usual_address(address)
+        fresh = new_contact(name, fingerprint, key)
+        contact = self._contacts.get(fingerprint) or fresh
+        if contact is not fresh and contact.saved:
+            hint = "Rename that contact if another name suits you better."
+            raise ChatError(f"This key is already saved as {contact.name}.", hint)
+        self._make_way(name, fingerprint)
+        contact.name, contact.saved, contact.key = name, True, key or contact.key
+        _put_first(contact.addresses, address)
+        _put_first(contact.servers, server)
+        self._contacts[fingerprint] = contact
+        self.save()
+        return contact
+
+    def rename(self, old: str, new: str) -> None:
+        contact, name = self.require(old), check_name(new)
+        self._make_way(name, contact.fingerprint)
+        contact.name = name
+        self.save()
+
+    def remove(self, name: str) -> None:
+        """Forgets a contact; who is blocked stays blocked."""
+        contact = self.require(name)
+        if not contact.saved:
+            text = f"{contact.name} is blocked, and no contact."
+            raise ChatError(text, "Unblock that person instead.", "no-such-person")
+        del self._contacts[contact.fingerprint]
+        if contact.blocked:
+            self._block_stranger(contact.name, contact.fingerprint)
+        self.save()
+
+    def block(self, fingerprint: bytes, name: str, on: bool = True) -> None:
+        """Blocks a person, who need not be a contact, or lets them be heard again."""
+        contact = self._contacts.get(fingerprint)
+        if contact is None and on:
+            self._block_stranger(self._free_name(check_name(name)), fingerprint)
+        elif contact is not None and contact.saved:
+            contact.blocked = on
+        elif not on:
+            self._contacts.pop(fingerprint, None)
+        self.save()
+
+    def _block_stranger(self, name: str, fingerprint: bytes) -> None:
+        contact = self._contacts[fingerprint] = new_contact(name, fingerprint)
+        contact.saved, contact.blocked = False, True
+
+    def mark_verified(self, fingerprint: bytes, name: str, key: bytes = b"") -> Contact:
+        """Somebody's safety number was compared; who was no contact becomes one."""
+        contact = self._contacts.get(fingerprint)
+        if contact is None:
+            contact = new_contact(self._free_name(check_name(name)), fingerprint, key)
+            self._contacts[fingerprint] = contact
+        contact.verified = contact.saved = True
+        contact.key = key or contact.key
+        self.save()
+        return contact
+
+    def replace_key(self, old: bytes, new: bytes, key: bytes = b"") -> None:
+        """A contact has a new key, which nobody has verified yet."""
+        contact = self.require(fingerprint_text(old))
+        taken = self._contacts.get(new)
+        if taken is not None and taken is not contact:
+            hint = f"Remove {taken.name} first."
+            raise ChatError(f"This key is already saved as {taken.name}.", hint)
+        renewed = new_contact(contact.name, new, key)
+        contact.fingerprint, contact.key, contact.verified = new, renewed.key, False
+        self._contacts = {c.fingerprint: c for c in self._contacts.values()}
+        self.save()
+
+    def seen(self, fingerprint: bytes, server: bytes, address: str, now: float) -> bool:
+        """Notes when and where a contact was; True if that was news enough to be saved."""
+        contact = self._contacts.get(fingerprint)
+        if contact is None or not contact.saved:
+            return False
+        before = (list(contact.addresses), list(contact.servers))
+        _put_first(contact.addresses, _usual_address(address))
+        _put_first(contact.servers, server)
+        contact.seen = min(max(int(now), 0), (1 << 53) - 1)
+        moved = before != (contact.addresses, contact.servers)
+        news = moved or abs(contact.seen - self._written.get(fingerprint, 0)) > SEEN_SECONDS
+        if news:
+            self.save()
+        return news
+
+    def _make_way(self, name: str, fingerprint: bytes) -> None:
+        """A name is free, or belongs to somebody blocked who gets another, or is refused."""
+        looks = name_skeleton(name)
+        others = [c for c in self._contacts.values() if name_skeleton(c.name) == looks]
+        others = [c for c in others if c.fingerprint != fingerprint]
+        for other in others:
+            if other.saved:
+                text = f"{name} could be taken for your contact {other.name}."
+                raise ChatError(text, "Choose another name.", "name-taken")
+        for other in others:
+            other.name = self._free_name(other.name)
+
+    def _free_name(self, name: str, taken: set | None = None) -> str:
+        """A name, or one with a number behind it, that looks like nobody else's."""
+        taken = self._looks() if taken is None else taken
+        numbered = (f"{name[: NAME_MOST - 5]}{i}" for i in range(2, len(taken) + 3))
+        return next(n for n in (name, *numbered) if name_skeleton(n) not in taken)
+
+    def _looks(self) -> set:
+        return {name_skeleton(c.name) for c in self._contacts.values()}
+
+    # Who was met
+
+    def known(self, server: bytes) -> dict:
+        """Name -> fingerprint of those met on a server."""
+        return dict(self._met.get(server, {}))
+
+    def remember(self, server: bytes, name: str, fingerprint: bytes) -> None:
+        names = self._met.get(server, {})
+        full = name not in names and len(names) >= MET_MOST  # those met before are kept
+        if names.get(name) != fingerprint and not full:
+            self._meet(server, name, fingerprint)
+            self.save()
+
+    def set_timer(self, fingerprint: bytes, seconds: int) -> None:
+        """After how long direct messages with somebody disappear; 0 for never."""
+        self.timers.pop(fingerprint, None)
+        if seconds:
+            self.timers[fingerprint] = seconds
+        self.save()
+
+    def _meet(self, server: bytes, name: str, fingerprint: bytes) -> None:
+        self._met.setdefault(server, {})[name] = fingerprint
+        self._met_looks.setdefault(name_skeleton(name), set()).add((server, name))
+
+    # Handing on
+
+    def export_json(self) -> dict:
+        """The contacts without what is thought of them, for import_json elsewhere."""
+        return {"contacts": [contact.card() for contact in self.all() if contact.saved]}
+
+    def import_json(self, data: dict) -> tuple:
+        """(names added, names skipped as known); none is verified. ChatError if it is no export."""
+        try:
+            cards = [self._imported(entry) for entry in data["contacts"]]
+            if len(data) != 1 or len(cards) > IMPORT_MOST:
+                raise ValueError("not an export")
+        except DAMAGE:
+            text = "This is no list of contacts that trchat exported, or it is damaged."
+            raise ChatError(text, "Ask for a new one.") from None
+        added, skipped, taken = [], [], self._looks()
+        for card in cards:
+            if card.fingerprint in self._contacts:
+                skipped.append(card.name)
+                continue
+            card.name = self._free_name(card.name, taken)
+            taken.add(name_skeleton(card.name))
+            self._contacts[card.fingerprint] = card
+            added.append(card.name)
+        if added:
+            self.save()
+        return added, skipped
+
+    @staticmethod
+    def _imported(entry: dict) -> Contact:
+        card = _read_card(entry)
+        if check_name(card.name) != card.name or set(entry) != set(CARD_FIELDS):
+            raise ValueError("not a contact")
+        return card
+
+
+# ==================================================================================================
+# Part 24. Network | uses 1-4, 20, 22
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -6103,7 +6542,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 23. Events and threads | uses 2, 19
+# Part 25. Events and threads | uses 2, 20
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -6215,7 +6654,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 24. Relay server | uses 1, 2, 7, 19, 21-23
+# Part 26. Relay server | uses 1, 2, 7, 20, 22, 24, 25
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -6689,7 +7128,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 25. Where to connect | uses 1, 2, 4, 19, 22, 23
+# Part 27. Where to connect | uses 1, 2, 4, 20, 24, 25
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -6802,7 +7241,7 @@ def _routine_dial(target: Target, address: str, timeout: float, won, answers) ->
 
 
 # ==================================================================================================
-# Part 26. Connections | uses 1, 3, 19, 22-25
+# Part 28. Connections | uses 1, 3, 20, 24-27
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -6829,8 +7268,16 @@ class Connection:
     def start(self, link: Link) -> None:
         """Goes on with a connection that stands and whose server is the right one."""
         self.target.pin = link.fingerprint
-        self.machine.join(self.target.room)
+        if self.target.room:
+            self.machine.join(self.target.room)
         self._attach(link)
+
+    def rename(self, name: str) -> None:
+        """Comes back under another nickname; the old one is tried again if that is taken."""
+        machine = self.machine
+        machine.spare_names, machine.name = [machine.name], name
+        if self._link is not None:
+            machine.renamed, machine.broken = True, "another name"
 
     def turn(self, now: float) -> None:
         """After any input: what is due, and what can be sent and told."""
@@ -6991,7 +7438,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 27. Records of a chat | uses 1, 2, 7, 12, 16, 19
+# Part 29. Records of a chat | uses 1, 2, 7, 12, 16, 20
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -7001,10 +7448,9 @@ class Connection:
 class Profile:
     """The files of one person that a chat works with, opened with that person's key."""
 
-    def __init__(self, paths: Paths, settings: Settings, identity: Identity):
-        self.paths, self.settings = paths, settings
-        self.settings_file = SettingsFile(paths)
-        self.servers = ServerList(paths)
+    def __init__(self, paths: Paths, settings: Settings, servers: ServerList, identity: Identity):
+        self.paths, self.settings, self.servers = paths, settings, servers
+        self._settings_file = SettingsFile(paths)
         key = load_vault_key(paths, identity)
         self.keeper = Storekeeper()
         self.contacts = open_contacts(paths, key, self.save)
@@ -7015,6 +7461,18 @@ class Profile:
     def save(self, function, *args) -> None:
         """Has the storekeeper do something with a file."""
         self.keeper.post(function, *args, failed=lambda error: self.failed(error))
+
+    def set(self, key: str, text: str) -> None:
+        """Changes a setting, now and in settings.json."""
+        self.settings = self.settings.with_file_value(key, text)
+        self.save(self._settings_file.set, key, text)
+
+    def remember_server(self, connection) -> None:
+        """servers.json: where we are, under which name and in which room."""
+        machine = connection.machine
+        shown = fingerprint_text(machine.server)
+        entry = (machine.server_address, shown, connection.target.room, machine.name)
+        self.save(self.servers.remember, *entry)
 
 
 class NoRecords:
@@ -7083,6 +7541,10 @@ class ChatRecords(NoRecords):
         trust.contacts = {c.fingerprint for c in saved}
         trust.blocked = {c.fingerprint for c in everybody if c.blocked}
         trust.names = {c.name: c.fingerprint for c in saved}
+
+    def settings_changed(self) -> None:
+        for connection in self._chat.connections:
+            connection.machine.messages.outbox_seconds = self.profile.settings.outbox
 
     # What the machines tell
 
@@ -7242,7 +7704,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 28. Chat client | uses 1, 2, 14, 16, 19, 23, 24, 26, 27
+# Part 30. Chat client | uses 1, 2, 14, 16, 20, 25, 26, 28, 29
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -7568,7 +8030,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 29. Commands | uses 1, 2, 19
+# Part 31. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -7702,7 +8164,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 30. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 29, 31
+# Part 32. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 31, 33
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -7998,7 +8460,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 31. Chat commands: people and records | uses 1, 2, 6, 15, 19, 23, 25, 29, 30
+# Part 33. Chat commands: people and records | uses 1, 2, 6, 15, 19, 20, 25, 27, 31, 32
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -8097,8 +8559,7 @@ def _chat_contacts(client, rest: str) -> None:
 
 def _chat_connect(client, rest: str) -> None:
     """Dials in a thread of its own; the rest happens when the link stands."""
-    profile = client.records.require()
-    words = rest.split()
+    profile, words = client.records.require(), rest.split()
     options = ConnectOptions(_need(rest, "/connect TOKEN"), None, None, None, False, 0)
     options.target = words.pop(0)
     while words:
@@ -8269,13 +8730,16 @@ def _chat_set(client, rest: str) -> None:
         shown = profile.settings.public()
         client.events.publish({"event": "_settings", **shown})
         client.records.settings_changed()
-        client.show_notice(setting_line(profile.settings, words[0]), settings=shown)
+        _show_settings(client, find_setting(words[0]).key)
     else:
-        rows = [row for row in profile.settings.rows() if not words or row[0] == words[0]]
-        if not rows:
-            parse_setting(words[0], "")
-        shown = profile.settings.public()
-        client.show_notice("\n".join(map(setting_row, rows)), settings=shown)
+        _show_settings(client, find_setting(words[0]).key if words else "")
+
+
+def _show_settings(client, key: str) -> None:
+    settings = client.records.require().settings
+    rows = [row for row in settings.rows() if key in ("", row[0])]
+    values = {row[0]: settings.get(row[0]) for row in rows}
+    client.show_notice("\n".join(map(setting_row, rows)), settings=values)
 
 
 def _set_disappear(client, words: list) -> None:
@@ -8312,7 +8776,7 @@ def _chat_wipe(client, rest: str) -> None:
 WIPE_WORD = "destroy"
 
 
-for _row in (
+for _place in (
     ("whois", "/whois NAME", "all you know of somebody", (), _chat_whois),
     ("code", "/code NAME", "the safety number you share with somebody", (), _chat_code),
     ("verify", "/verify NAME DIGITS", "mark somebody whose number is the same", (), _chat_verify),
@@ -8335,11 +8799,11 @@ for _row in (
     ("wipe", "/wipe", "destroy this profile's keys and files", (), _chat_wipe),
     ("quit", "/quit", "leave, like BYE", ("exit", "q"), _chat_quit),
 ):
-    command("chat", *_row[:3], _row[4], _row[3])
+    command("chat", *_place[:3], _place[4], _place[3])
 
 
 # ==================================================================================================
-# Part 32. Console commands | uses 1, 2, 7, 24, 29
+# Part 34. Console commands | uses 1, 2, 7, 26, 31
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -8459,7 +8923,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 33. Terminal | uses 2, 17-19
+# Part 35. Terminal | uses 2, 17, 18, 20
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold. Inputs come in three kinds:
@@ -8943,13 +9407,13 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 34. Words for events | uses 2, 7, 29, 30
+# Part 36. Words for events | uses 2, 7, 31, 32
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
 # ==================================================================================================
 
-DIM, BOLD, ALARM = "\x1b[2m", "\x1b[1m", "\x1b[1;33m"
+DIM, ALARM = "\x1b[2m", "\x1b[1;33m"
 READERS_SHOWN = 5  # names in a status line; above that they are counted
 
 
@@ -8964,15 +9428,15 @@ class ChatWords:
     """Words for a chat's events, and what of one's own lines is still on its way."""
 
     def __init__(self, client: ChatClient, colours: bool = False):
-        self._client, self._colours = client, colours
+        self._client, self.colours = client, colours
         self._open: dict = {}  # id -> text of own messages not confirmed yet
         self._confirmed = False
 
     def paint(self, text: str, code: str) -> str:
-        return painted(text, code) if self._colours else text
+        return painted(text, code) if self.colours else text
 
     def _nick(self, shown: str, fingerprint: str) -> str:
-        return self.paint(shown, nick_colour(bytes.fromhex(fingerprint[7:]))) if self._colours else shown
+        return self.paint(shown, nick_colour(bytes.fromhex(fingerprint[7:])))
 
     def note(self, event: dict) -> None:
         """Keeps count of what has not been confirmed."""
@@ -9014,9 +9478,9 @@ class ChatWords:
         return Said(f"{clock} {where}{who}: ", event["text"])
 
     def _own_line(self, event: dict, here: bool, mark: str) -> Said:
-        message, machine = event["_message"], self._client.first.machine
+        message, identity = event["_message"], self._client.first.machine.identity
         clock = local_clock(rfc3339(message.created)) + " " + mark
-        own = self._nick(machine.name, fingerprint_text(machine.identity.fingerprint))
+        own = self._nick(event["_own"], fingerprint_text(identity.fingerprint))
         where = "" if here or not message.room else f"#{message.room} "
         if message.kind == ACTION:
             return Said(f"{clock}{where}* {own} ", message.text)
@@ -9088,9 +9552,8 @@ class ChatWords:
 
     def status(self, status: dict) -> str:
         """What is true of the conversation in view, in one row; then what is unread elsewhere."""
-        pieces = [self.paint(status["title"], BOLD)]
-        if status["server"]:
-            pieces[0] += f" on {status['server']}"
+        where = f" on {status['server']}" if status["server"] else ""
+        pieces = [status["title"] + where]
         pieces += _other_windows(status["others"])
         pieces += self._readers(status)
         if status["queued"]:
@@ -9156,7 +9619,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 35. Faces: terminal and JSON lines | uses 2, 17, 19, 23, 29, 33, 34
+# Part 37. Faces: terminal and JSON lines | uses 2, 17, 20, 25, 31, 35, 36
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -9280,8 +9743,9 @@ class ChatFace(TerminalFace):
     views: everything is printed as it comes.
     """
 
-    def __init__(self, stdin, stdout, client: ChatClient, settings: dict):
+    def __init__(self, stdin, stdout, client: ChatClient, settings: dict, plain: bool = False):
         super().__init__(stdin, stdout, None)
+        self.interactive = self.interactive and not plain
         self._client, self._settings = client, settings
         self._terminal.set_colour(settings["colour"])
         self.words = ChatWords(client, self._terminal.colours)
@@ -9385,7 +9849,7 @@ class ChatFace(TerminalFace):
     def _on_settings(self, event: dict) -> None:
         self._settings = event
         self._terminal.set_colour(event["colour"])
-        self.words = self.words.recoloured(self._terminal.colours)
+        self.words.colours = self._terminal.colours
 
 
 def _routine_show(subscription: Subscription, face, stop) -> None:
@@ -9460,7 +9924,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 36. Activities | uses 1-4, 8, 9, 15, 19, 21-25, 27-29, 32, 35
+# Part 38. Activities | uses 1-4, 8, 9, 15, 20, 22, 24-27, 29-31, 34, 37
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -9753,7 +10217,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 37. Demonstration | uses 1, 3, 4, 7-9, 15, 21, 22, 24, 25, 28, 29
+# Part 39. Demonstration | uses 1, 3, 4, 7-9, 15, 22, 24, 26, 27, 30, 31
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -9935,7 +10399,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 38. Shell commands | uses 1, 2, 7, 17, 19-21, 23, 25, 29, 33, 35-37
+# Part 40. Shell commands | uses 1, 2, 7, 17, 19-22, 25, 27, 31, 35, 37-39
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -10388,7 +10852,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 39. Menu and door | uses 1, 2, 4, 19, 22, 23, 25, 29, 35, 38
+# Part 41. Menu and door | uses 1, 2, 4, 19, 20, 24, 25, 27, 31, 37, 40
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

@@ -7117,6 +7117,15 @@ def model_rows(units, columns):
     return rows, places
 
 
+def model_status(units, columns):
+    """The status row, cut to the width as plainly as possible."""
+    if sum(UNITS[unit] for unit in units) <= columns:
+        return "".join(units)
+    while sum(UNITS[unit] for unit in units) > columns - 1:
+        units = units[:-1]
+    return "".join(units) + "…"
+
+
 class ModelScreen:
     """What the screen must show: the printed lines, and the input area below them."""
 
@@ -7129,11 +7138,14 @@ class ModelScreen:
         self.printed += rows
         self.top = min(self.top + len(rows), self.lines - 1)
 
-    def paint(self, prompt, units, cursor):
+    def paint(self, prompt, units, cursor, status=()):
         rows, places = model_rows(list(prompt) + units, self.columns)
         row, column = places[len(prompt) + cursor]
         if row == len(rows):
             rows.append("")
+        if status and self.columns >= 20 and self.lines >= 5:
+            rows.insert(0, model_status(list(status), self.columns))
+            row += 1
         self.top = min(self.top, self.lines - len(rows))
         above = self.printed[len(self.printed) - self.top :] if self.top else []
         shown = [line.rstrip() for line in above + rows]
@@ -7146,9 +7158,9 @@ class ScreenTest(unittest.TestCase):
         self.pyte = FakeScreen(columns, lines)
         self.stream = pyte.Stream(self.pyte)
 
-    def paint(self, prompt, text, cursor=None):
+    def paint(self, prompt, text, cursor=None, status=""):
         cursor = len(text) if cursor is None else cursor
-        self.stream.feed(self.screen.repaint(prompt, text, cursor))
+        self.stream.feed(self.screen.repaint(prompt, text, cursor, status))
 
     def check(self, rows, cursor=None):
         self.assertEqual(screen_rows(self.pyte), rows + [""] * (self.pyte.lines - len(rows)))
@@ -7227,6 +7239,68 @@ class ScreenTest(unittest.TestCase):
         self.paint("\x1b[1m> \x1b[0m", "x")
         self.check(["> x"], (0, 3))
 
+    def test_status_is_a_row_of_the_input_area(self):
+        self.new(20, 6)
+        self.paint("> ", "x" * 20, status="3 here")
+        self.check(["3 here", "> " + "x" * 18, "xx"], (2, 2))
+        self.stream.feed(self.screen.show_above("hello"))
+        self.check(["hello", "3 here", "> " + "x" * 18, "xx"], (3, 2))
+        self.paint("> ", "", status="2 here")
+        self.check(["hello", "2 here", ">"], (2, 2))
+        self.paint("> ", "")
+        self.check(["hello", ">"], (1, 2))
+        self.paint("> ", "y", status="2 here")
+        self.stream.feed(self.screen.clear())
+        self.paint("> ", "y", status="2 here")
+        self.check(["2 here", "> y"], (1, 3))
+        self.stream.feed(self.screen.erase())
+        self.check([], (0, 0))
+
+    def test_finished_line_stays_without_its_status(self):
+        self.new(20, 6)
+        self.paint("> ", "x" * 20, 0, status="3 here")
+        self.stream.feed(self.screen.finish())
+        self.check(["> " + "x" * 18, "xx"], (2, 0))
+        self.stream.feed(self.screen.show_above("hello"))
+        self.check(["> " + "x" * 18, "xx", "hello"], (3, 0))
+
+    def test_status_is_cut_to_the_width(self):
+        cases = {
+            "x" * 20: "x" * 20, "x" * 21: "x" * 19 + "…", "日" * 10: "日" * 10,
+            "日" * 11: "日" * 9 + "…", "a\nb\x1b]c": "a b ]c",
+        }  # fmt: skip
+        for status, shown in cases.items():
+            self.new(20, 6)
+            self.paint("> ", "", status=status)
+            self.check([shown, ">"], (1, 2))
+
+    def test_a_cut_status_keeps_its_last_colour_code(self):
+        self.new(20, 6)
+        self.paint("\x1b[1m> ", "", status="\x1b[2m" + "x" * 19 + "\x1b[31mlonger\x1b[0m")
+        self.check(["x" * 19 + "…", ">"], (1, 2))
+        self.assertEqual(self.pyte.buffer[0][19].fg, "red")
+        self.assertEqual(self.pyte.buffer[1][0].fg, "default")
+
+    def test_small_screens_have_no_status(self):
+        for columns, lines, shown in ((20, 5, True), (19, 5, False), (20, 4, False)):
+            self.new(columns, lines)
+            self.paint("> ", "x", status="3 here")
+            self.check(["3 here"] * shown + ["> x"], (int(shown), 3))
+
+    def test_status_and_a_window_on_a_long_text(self):
+        self.new(20, 6)
+        text = "".join(chr(97 + i % 26) for i in range(110))
+        self.paint("> ", text, status="3 here")
+        self.check(["3 here", text[38:58], text[58:78], text[78:98], text[98:]], (4, 12))
+        self.paint("> ", text, 0, status="3 here")
+        self.check(["3 here", "> " + text[:18], text[18:38], text[38:58], text[58:78]], (1, 2))
+
+    def test_narrower_with_reflow_counts_the_status_row(self):
+        self.new(40, 6, reflows=True)
+        self.paint("> ", "x" * 30, status="y" * 35)
+        self.screen.resize(30, 6)  # either row becomes two
+        self.assertTrue(self.screen.repaint("> ", "", 0, "z").startswith("\x1b[3A\r"))
+
     def test_control_characters_never_get_out(self):
         self.new()
         self.assertNotIn("\x1b]", self.screen.repaint("> ", "a\x1b]0;x\x07\tb", 0))
@@ -7259,39 +7333,42 @@ class ScreenTest(unittest.TestCase):
 
     LINES = st.text(alphabet="mnopé", max_size=45)
     TEXT = st.lists(st.sampled_from(list(UNITS)), max_size=40)
-    STEPS = st.lists(st.tuples(LINES | st.none(), TEXT, st.integers(0, 40)), max_size=12)
+    STATUS = st.lists(st.sampled_from(["a", "b", "日", "👍", "ß"]), max_size=25)
+    STEPS = st.lists(st.tuples(LINES | st.none(), TEXT, st.integers(0, 40), STATUS), max_size=12)
 
     @given(st.sampled_from([7, 10, 20, 30]), STEPS)
     @settings(max_examples=300, deadline=None)
     def test_always_what_the_model_says(self, columns, steps):
         self.new(columns, 14)
         model = ModelScreen(columns, 14)
-        prompt, units, cursor = "> ", [], 0
+        prompt, units, cursor, status = "> ", [], 0, []
         self.paint(prompt, "")
-        for line, new_units, place in steps:
+        for line, new_units, place, new_status in steps:
             if line is None:
-                units, cursor = new_units, min(place, len(new_units))
-                self.paint(prompt, "".join(units), len("".join(units[:cursor])))
+                units, cursor, status = new_units, min(place, len(new_units)), new_status
+                place = len("".join(units[:cursor]))
+                self.paint(prompt, "".join(units), place, "".join(status))
             else:
                 model.print(line)
                 self.stream.feed(self.screen.show_above(line))
-            rows, position = model.paint(prompt, units, cursor)
+            rows, position = model.paint(prompt, units, cursor, status)
             self.check(rows, position)
 
-    @given(st.lists(st.tuples(st.integers(6, 40), TEXT, st.integers(0, 40)), max_size=8))
+    @given(st.lists(st.tuples(st.integers(6, 40), TEXT, st.integers(0, 40), STATUS), max_size=8))
     @settings(max_examples=150, deadline=None)
     def test_resizing_keeps_what_is_above(self, steps):
         self.new(30, 20)
         self.stream.feed(self.screen.show_above("one"))
         model = ModelScreen(30, 20)
         model.print("one")
-        for columns, units, place in steps:
+        for columns, units, place, status in steps:
             self.pyte.resize(20, columns)
             self.screen.resize(columns, 20)
             model.columns = columns
             cursor = min(place, len(units))
-            self.paint("> ", "".join(units), len("".join(units[:cursor])))
-            rows, position = model.paint("> ", units, cursor)
+            place = len("".join(units[:cursor]))
+            self.paint("> ", "".join(units), place, "".join(status))
+            rows, position = model.paint("> ", units, cursor, status)
             self.check(rows, position)
 
 
@@ -7464,6 +7541,47 @@ with Terminal(sys.stdin, sys.stdout) as face:
         child.wait_for_rows([">"])
         child.send("\x1b[A")
         child.wait_for_rows(["> abc"])
+
+    STATUS = """
+with Terminal(sys.stdin, sys.stdout) as face:
+    face.set_status("alone")
+    threading.Timer(0.2, face.set_prompt, ["#b> ", "2 here"]).start()
+    face.print(repr(face.read_line("#a> ")))
+    face.set_status("4 here")
+    face.read_line("#c> ", keep=False)
+"""
+
+    def test_status_row(self):
+        child = self.start(self.STATUS)
+        child.send("abc")
+        child.wait_for_rows(["2 here", "#b> abc"])
+        child.send("d\r")
+        above = ["#b> abcd", "('abcd', False)"]
+        child.wait_for_rows(above + ["4 here", "#c>"])
+        child.resize(19, 12)
+        child.wait_for_rows(above + ["#c>"])
+        child.send("\r")
+        child.wait_for_rows(above)
+
+    def test_what_did_not_change_is_not_painted_again(self):
+        child = self.start(
+            """
+with Terminal(sys.stdin, sys.stdout) as face:
+    def change():
+        writes, write = [], face._write
+        face._write = lambda text: (writes.append(text), write(text))
+        face.set_prompt("> ", "")
+        face.set_status("")
+        face.set_prompt("> ", "2 here")
+        face.set_status("2 here")
+        face.set_prompt("> ")
+        face.set_prompt("# ", "3 here")
+        face.print("%d repaints" % len(writes))
+    threading.Timer(0.2, change).start()
+    face.read_line("> ")
+"""
+        )
+        child.wait_for_rows(["2 repaints", "3 here", "#"])
 
     INTERRUPT = """
 class Closed(Exception): pass

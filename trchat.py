@@ -4458,11 +4458,9 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 18. Line editor and screen | pure | uses 2, 17
+# Part 16. Line editor | pure | uses 2, 15
 #
-# The line being typed, and its picture. Every character carries a mark, because pasted text must
-# never be a command. Rows are broken here and automatic wrapping is off while they are painted, so
-# the row count holds even where the terminal thinks differently about a character's width.
+# The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
 
 _TYPED, _PASTED = "t", "p"
@@ -4671,9 +4669,19 @@ class LineEditor:
     }  # fmt: skip
 
 
+# ==================================================================================================
+# Part 16. Screen | pure | uses 2, 15
+#
+# The picture of the line being typed: an optional status row, the prompt and the text. Rows are
+# broken here and automatic wrapping is off while they are painted, so the row count holds even
+# where the terminal thinks differently about a character's width.
+# ==================================================================================================
+
 _ERASE_BELOW, _ERASE_RIGHT, _ERASE_ALL = "\x1b[J", "\x1b[K", "\x1b[H\x1b[2J"
 _WRAP_ON, _WRAP_OFF = "\x1b[?7h", "\x1b[?7l"
 _CURSOR_CELL = ("", 1)  # keeps a place for the cursor after the text
+_CUT_CELL = ("\u2026", 1)
+_STATUS_MIN_COLUMNS, _STATUS_MIN_LINES = 20, 5  # a smaller terminal has no row to spare
 
 
 def _cells(text: str) -> list:
@@ -4706,6 +4714,21 @@ def _wrap_cells(cells: list, columns: int) -> list:
         rows[-1].append(cell)
         used += cell[1]
     return rows
+
+
+def _cut_cells(cells: list, columns: int) -> list:
+    """One row of the cells; what does not fit is cut, but for the colour codes in it."""
+    if sum(width for _, width in cells) <= columns:
+        return cells
+    row, room = [], columns - 1
+    for cell in cells:
+        if cell[1] <= room or cell[0].startswith("\x1b"):
+            row.append(cell)
+            room -= cell[1]
+        elif room >= 0:
+            row.append(_CUT_CELL)
+            room = -1
+    return row
 
 
 def _locate(rows: list, index: int) -> tuple:
@@ -4759,12 +4782,12 @@ class Screen:
         following = [cell for cell in row[place : place + 1] if cell != _CURSOR_CELL]
         return above + len(_wrap_cells(row[:place] + following, columns)) - 1
 
-    def repaint(self, prompt: str, text: str, cursor: int) -> str:
-        """Paint prompt and text over what was painted before."""
-        rows, row, column = self._lay_out(prompt, text, cursor)
+    def repaint(self, prompt: str, text: str, cursor: int, status: str = "") -> str:
+        """Paint prompt and text, below a row of status, over what was painted before."""
+        rows, row, column = self._lay_out(prompt, text, cursor, status)
         output = [self._to_top(), _WRAP_OFF, "\r\n".join(map(self._paint_row, rows))]
         output += [_up(len(rows) - 1 - row), _to_column(column), _WRAP_ON]
-        self._input = (prompt, text, cursor)
+        self._input = (prompt, text, cursor, status)
         self._rows, self._row, self._column = rows, row, column
         return "".join(output)
 
@@ -4776,9 +4799,10 @@ class Screen:
         return output
 
     def finish(self) -> str:
-        """Leave the input area as it is and go to the line below it."""
+        """Leave prompt and text as they are, without the status, and go to the line below."""
+        output = self.repaint(*self._input[:3]) if self._input and self._input[3] else ""
         down = len(self._rows) - 1 - self._row
-        output = (f"\x1b[{down}B" if down else "") + "\r\n"
+        output += (f"\x1b[{down}B" if down else "") + "\r\n"
         self._input, self._top = None, 0
         self.forget()
         return output
@@ -4797,7 +4821,7 @@ class Screen:
     def _to_top(self) -> str:
         return _up(self._row) + "\r" + _ERASE_BELOW
 
-    def _lay_out(self, prompt: str, text: str, cursor: int) -> tuple:
+    def _lay_out(self, prompt: str, text: str, cursor: int, status: str) -> tuple:
         """Return the rows in view and the cursor's place in them."""
         begin, end = self._relevant_part(len(text), cursor)
         before = _cells(text[begin:cursor])
@@ -4806,9 +4830,16 @@ class Screen:
         after = _cells(text[cursor:end]) or [_CURSOR_CELL]
         rows = _wrap_cells(before + after, self.columns)
         row, column = _locate(rows, len(before))
-        height = max(1, self.lines - 1)
+        above = self._status_rows(status)
+        height = max(1, self.lines - 1 - len(above))
         self._top = min(max(self._top, row - height + 1), row, max(0, len(rows) - height))
-        return rows[self._top : self._top + height], row - self._top, column
+        shown = rows[self._top : self._top + height]
+        return above + shown, len(above) + row - self._top, column
+
+    def _status_rows(self, status: str) -> list:
+        if not status or self.columns < _STATUS_MIN_COLUMNS or self.lines < _STATUS_MIN_LINES:
+            return []
+        return [_cut_cells(_prompt_cells(status.replace("\n", " ")), self.columns)]
 
     def _relevant_part(self, size: int, cursor: int) -> tuple:
         """Cut a huge text on a fixed grid: a repaint stays cheap, and rows do not dance."""
@@ -9164,7 +9195,7 @@ class Terminal:
         self._line_editor = LineEditor()
         self._screen = Screen(*_FALLBACK_SIZE, _terminal_reflows(os.environ))
         self._editor = None  # set while a line is being typed
-        self._prompt, self._hidden = "", False
+        self._prompt, self._status, self._hidden = "", "", False
         self._interruptions = collections.deque()
         self._active = self._closed = self._continued = False
         self._old_handlers = []
@@ -9236,12 +9267,20 @@ class Terminal:
             else:
                 self._write((text if self._active else _SGR.sub("", text)) + "\n")
 
-    def set_prompt(self, prompt: str) -> None:
-        """Change the prompt of the line being typed."""
+    def set_prompt(self, prompt: str, status: str | None = None) -> None:
+        """Change the prompt of the line being typed, and the status row unless it is None."""
         with self._lock:
-            self._prompt = prompt
+            new = (prompt, self._status if status is None else status)
+            if new == (self._prompt, self._status):
+                return
+            self._prompt, self._status = new
             if self._editor is not None:
                 self._write(self._repainted_locked())
+
+    def set_status(self, status: str) -> None:
+        """Change the row above the prompt ("": none). It may hold colour codes."""
+        with self._lock:
+            self.set_prompt(self._prompt, status)
 
     def interrupt_read(self, outcome) -> None:
         """End the running (or else the next) read: raise `outcome` or return that pair."""
@@ -9366,7 +9405,7 @@ class Terminal:
             text, cursor = finished_text, len(finished_text)
         if self._hidden:
             text, cursor = "", 0
-        return self._screen.repaint(self._prompt, text, cursor)
+        return self._screen.repaint(self._prompt, text, cursor, self._status)
 
     def _follow_size_locked(self) -> None:
         try:

@@ -6842,6 +6842,102 @@ class WidthTest(unittest.TestCase):
             position = before
 
 
+class WrapTest(unittest.TestCase):
+    TOKEN = "trchat:" + "x" * 40
+
+    def check(self, wrapped, *rows):
+        self.assertEqual(wrapped.split("\n"), list(rows))
+
+    def test_words_go_on_below(self):
+        wrap = trchat.wrap_text
+        self.check(wrap("one two three", 20), "one two three")
+        self.check(wrap("one two three", 9), "one two", "  three")
+        self.check(wrap("one two three\nfour", 8), "one two", "  three", "four")
+        self.check(wrap("日本 語日", 9), "日本", "  語日")
+
+    def test_a_token_stays_whole(self):
+        self.check(
+            trchat.wrap_text(f"Give them {self.TOKEN} now", 20),
+            "Give them", "  " + self.TOKEN, "  now",
+        )  # fmt: skip
+        self.check(trchat.hang("a: ", self.TOKEN, 20), "a: " + self.TOKEN)
+
+    def test_hang_puts_rows_under_each_other(self):
+        hang = trchat.hang
+        self.check(hang("12:34 al: ", "hi\nyou", 40), "12:34 al: hi", " " * 10 + "you")
+        self.check(hang("al: ", "one two three", 12), "al: one two", "    three")
+        self.check(hang("日: ", "one two", 10), "日: one", "   two")
+        self.check(hang("a long head ", "one two", 18), "a long head one", "      two")
+        self.check(hang("a head too long ", "word\n", 12), "a head too long ", "    word", "    ")
+        self.check(hang("a: ", "", 12), "a: ")
+
+    def test_leading_spaces_are_kept(self):
+        self.check(trchat.hang("a: ", "    x = 1\n  y", 40), "a:     x = 1", "     y")
+
+    def test_text_without_spaces_is_broken_between_wide_characters(self):
+        self.check(trchat.hang("a: ", "日" * 17, 20), "a: " + "日" * 8, "   " + "日" * 8, "   日")
+        self.check(trchat.wrap_text("ab " + "日" * 4 + "cde" + FAMILY * 3, 11), "ab 日日日",
+                   "  日cde" + FAMILY, "  " + FAMILY * 2)  # fmt: skip
+        accent = "日\u3099" * 6
+        self.check(trchat.wrap_text(accent, 10), accent[:8], "  " + accent[8:])
+
+    def test_colour_codes_take_no_room(self):
+        text = "\x1b[31mone\x1b[0m two \x1b[1;38;5;166mthree\x1b[0m"
+        self.check(trchat.wrap_text(text, 14), text)
+        self.check(trchat.wrap_text(text, 9), "\x1b[31mone\x1b[0m two",
+                   "  \x1b[1;38;5;166mthree\x1b[0m")  # fmt: skip
+        self.check(trchat.hang("\x1b[1ma:\x1b[0m ", "b\nc", 9), "\x1b[1ma:\x1b[0m b", "   c")
+        self.assertEqual(trchat.display_width(text), 13)
+
+    WORDS = st.lists(
+        st.sampled_from(["a", "be", "long", "x" * 9, "y" * 30, "日", "本語", FAMILY, FLAG, HEART,
+                         "e\u0301", "щ", " ", " ", " ", "  "]), max_size=40,
+    )  # fmt: skip
+    HEAD = st.sampled_from(["", "a: ", "12:34 alice: ", "日本: "])
+
+    @given(HEAD, WORDS, st.integers(4, 40))
+    @settings(max_examples=300, deadline=None)
+    def test_no_row_is_too_wide_and_nothing_is_lost(self, head, words, columns):
+        text = "".join(words)
+        indent = min(trchat.display_width(head), columns // 3)
+        rows = trchat.hang(head, text, columns).split("\n")
+        self.assertTrue(rows[0].startswith(head))
+        parts = [rows[0][len(head) :]]
+        for row in rows[1:]:
+            self.assertEqual(row[:indent], " " * indent)
+            parts.append(row[indent:])
+        for row, part in zip(rows, parts):
+            word = part.strip()
+            unbreakable = " " not in word and not (set(word) & set("日本語" + FAMILY + FLAG + HEART))
+            self.assertTrue(trchat.display_width(row) < columns or unbreakable or len(
+                trchat._clusters(word)) == 1, row)  # fmt: skip
+        self.assertEqual("".join(parts).replace(" ", ""), text.replace(" ", ""))
+        if text.isascii():  # a break takes one space, but for one right after the head
+            self.assertIn(text, (" ".join(parts), " ".join(parts[1:])))
+        clusters = [c for part in parts for c in trchat._clusters(part) if c != " "]
+        self.assertEqual(clusters, [c for c in trchat._clusters(text) if c != " "])
+
+    @given(WORDS, st.data(), st.integers(4, 40))
+    @settings(max_examples=200, deadline=None)
+    def test_colour_codes_change_no_row(self, words, data, columns):
+        plain = trchat._clusters("".join(words))
+        codes = st.sampled_from(["", "", "\x1b[m", "\x1b[0m", "\x1b[1;38;5;166m"])
+        painted = "".join(cluster + data.draw(codes) for cluster in [""] + plain)
+        for wrap in (trchat.wrap_text, functools.partial(trchat.hang, "12:34 al: ")):
+            rows = wrap(painted, columns=columns)
+            self.assertEqual(trchat._SGR.sub("", rows), wrap("".join(plain), columns=columns))
+
+    @given(st.lists(WORDS, min_size=1, max_size=4), st.integers(4, 40))
+    def test_lines_are_wrapped_one_by_one(self, lines, columns):
+        lines = ["".join(words) for words in lines]
+        indent = " " * min(4, columns // 3)
+        rows = [trchat.hang(indent if n else "al: ", line, columns) for n, line in enumerate(lines)]
+        if len(indent) == 4:
+            self.assertEqual(trchat.hang("al: ", "\n".join(lines), columns), "\n".join(rows))
+        rows = [trchat.wrap_text(line, columns) for line in lines]
+        self.assertEqual(trchat.wrap_text("\n".join(lines), columns), "\n".join(rows))
+
+
 class PrintableTest(unittest.TestCase):
     def test_controls_go(self):
         self.assertEqual(trchat.printable("a\x1b[31mb\x07\x9b1m\x00\x7f"), "a[31mb1m")

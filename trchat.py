@@ -4268,9 +4268,13 @@ def _cluster_end(text: str, start: int) -> int:
 
 
 def _clusters(text: str) -> list:
+    joining = {char for char in set(text) if _attaches(char) or _is_regional(char)}
+    if not joining:
+        return list(text)
     found, start = [], 0
     while start < len(text):
-        end = _cluster_end(text, start)
+        alone = joining.isdisjoint(text[start : start + 2])
+        end = start + 1 if alone else _cluster_end(text, start)
         found.append(text[start:end])
         start = end
     return found
@@ -4294,31 +4298,90 @@ def _next_boundary(text: str, position: int) -> int:
 
 
 def display_width(text: str) -> int:
-    """Return how many columns `text` takes; control characters count nothing."""
+    """Return how many columns `text` takes; colour codes and control characters count nothing."""
+    if "\x1b" in text:
+        text = _SGR.sub("", text)
     if text.isascii() and text.isprintable():
         return len(text)
-    return sum(_cluster_width(cluster) for cluster in _clusters(text))
+    return sum(map(_cluster_width, _clusters(text)))
 
 
 def wrap_text(text: str, columns: int) -> str:
-    """Breaks long lines between words; what cannot be broken (a token) stays whole."""
-    return "\n".join(_wrap_line(line, columns) for line in text.split("\n"))
+    """Break long lines between words; what cannot be broken (a token) stays whole."""
+    indent = min(2, columns // 3)
+    return "\n".join(_wrap_line("", line, columns, indent) for line in text.split("\n"))
 
 
-def _wrap_line(line: str, columns: int) -> str:
-    if display_width(line) < columns:
-        return line
-    first, *words = line.split(" ")
-    rows, width = [first], display_width(first)
-    for word in words:
-        size = 1 + display_width(word)
-        unbreakable = size >= columns - 2  # it gains nothing by a row of its own
-        if width + size < columns or unbreakable or not rows[-1].strip():
-            rows[-1], width = f"{rows[-1]} {word}", width + size
-        else:
-            rows.append("  " + word)
-            width = 1 + size
-    return "\n".join(rows)
+def hang(head: str, text: str, columns: int) -> str:
+    """`head` and the wrapped text, whose further rows stand under its first."""
+    indent = min(display_width(head), columns // 3)
+    first, *others = text.split("\n")
+    lines = [_wrap_line(head, first, columns, indent)]
+    lines += [_wrap_line(" " * indent, line, columns, indent) for line in others]
+    return "\n".join(lines)
+
+
+def _wrap_line(head: str, line: str, columns: int, indent: int) -> str:
+    # A very long line is measured word by word only.
+    if len(line) < 8 * columns and display_width(head) + display_width(line) < columns:
+        return head + line
+    wrapper = _Wrapper(head, columns, indent)
+    gap = ""
+    for word in line.split(" "):
+        wrapper.add(gap, word)
+        gap = " "
+    return wrapper.finish()
+
+
+class _Wrapper:
+    """Fills rows word by word. The last column stays free."""
+
+    def __init__(self, head: str, columns: int, indent: int):
+        self._pieces, self._used = [head], display_width(head)
+        self._columns, self._indent = columns, indent
+        self._blank = True  # no word stands in this row yet
+
+    def add(self, gap: str, word: str) -> None:
+        width = display_width(word)
+        if self._indent + width < self._columns:
+            self._put(gap, word, width)
+            return
+        for piece in _unbreakable_pieces(word):
+            self._put(gap, piece, display_width(piece))
+            gap = ""
+
+    def _put(self, gap: str, word: str, width: int) -> None:
+        size = len(gap) + width
+        fits = self._used + size < self._columns or not size
+        # A new row does not help what is too wide even for that.
+        if not fits and not (self._blank and self._indent + width >= self._columns):
+            self._pieces.append("\n" + " " * self._indent)
+            self._used, self._blank, gap = self._indent, True, ""
+        self._pieces.append(gap + word)
+        self._used += len(gap) + width
+        self._blank = self._blank and not width
+
+    def finish(self) -> str:
+        return "".join(self._pieces)
+
+
+def _unbreakable_pieces(word: str) -> list:
+    """Cut a word before and after its wide characters: Chinese and Japanese have no spaces."""
+    if word.isascii():
+        return [word]
+    pieces: list = [[]]
+    before = 0  # how wide the last cluster was
+    for text in _SGR.split(word):
+        if text.startswith("\x1b"):
+            pieces[-1].append(text)
+            continue
+        for cluster in _clusters(text):
+            width = _cluster_width(cluster)
+            if before and 2 in (before, width):
+                pieces.append([])
+            pieces[-1].append(cluster)
+            before = width
+    return ["".join(piece) for piece in pieces if piece]
 
 
 _PASTE_BEGIN, _PASTE_END = b"\x1b[200~", b"\x1b[201~"

@@ -6965,7 +6965,14 @@ class KeyDecoderTest(unittest.TestCase):
         b"\x1b[3;5~": ["<ctrl-delete>"], b"\x1b[Z": ["<shift-tab>"], b"\x1bb": ["<alt-b>"],
         b"\x1b\r": ["<alt-enter>"], b"\x1b\x7f": ["<alt-backspace>"],
         b"\x1b[99~": [], b"\x1b[[A": [], b"\x1b[?1;2c": [], b"\x1b[1;5;7Q": [],
-        b"\x1b\x1b[A": ["<escape>", "<up>"], b"<ctrl-c>": ["<", "ctrl-c>"],
+        b"\x1b1": ["<alt-1>"], b"\x1b9a\x1b0": ["<alt-9>", "a", "<alt-0>"],
+        b"\x1b[1;3C": ["<alt-right>"], b"\x1b[1;9D": ["<alt-left>"], b"\x1b[1;9C": ["<alt-right>"],
+        b"\x1b[1;13D": ["<ctrl-alt-left>"], b"\x1b\x1b[D": ["<alt-left>"],
+        b"\x1b\x1b[C": ["<alt-right>"], b"\x1b\x1bOD": ["<alt-left>"],
+        b"\x1b\x1b[A": ["<alt-up>"], b"\x1b\x1b\x1b[A": ["<escape>", "<alt-up>"],
+        b"\x1b\x1b1": ["<escape>", "<alt-1>"], b"\x1b\x1b\r": ["<escape>", "<alt-enter>"],
+        b"\x1b\x1b[[A": [], b"\x1b\x1b[12\x03": ["<escape>", "<ctrl-c>"],
+        b"\x1b\x1b[200~/q\x1b[201~": ["<escape>", ("paste", "/q")], b"<ctrl-c>": ["<", "ctrl-c>"],
         b"\xff\xfea": ["a"], b"\xe2\x82\r": ["<enter>"], "é日👍".encode(): ["é日👍"],
         b"\xc2\x9b31m": ["31m"], b"\x1b[12\x03": ["<ctrl-c>"],
         b"\x1b[200~a\r\nb\rc\x1b[31m\x1b[201~x": [("paste", "a\nb\nc[31m"), "x"],
@@ -6993,6 +7000,13 @@ class KeyDecoderTest(unittest.TestCase):
         self.assertFalse(decoder.pending)
         self.assertEqual(decoder.flush(), [])
         self.assertEqual(decoder.receive_data(b"[A"), ["[A"])
+
+    def test_two_lone_escapes(self):
+        decoder = trchat.KeyDecoder()
+        self.assertEqual(decoder.receive_data(b"\x1b\x1b"), [])
+        self.assertTrue(decoder.pending)
+        self.assertEqual(decoder.flush(), ["<escape>", "<escape>"])
+        self.assertEqual(decoder.receive_data(b"D"), ["D"])
 
     def test_slow_sequence_is_not_flushed(self):
         decoder = trchat.KeyDecoder()
@@ -7679,6 +7693,36 @@ with Terminal(sys.stdin, sys.stdout) as face:
         )
         child.wait_for_rows(["2 repaints", "3 here", "#"])
 
+    APPLICATION_KEYS = """
+with Terminal(sys.stdin, sys.stdout) as face:
+    def on_key(name):
+        printer = threading.Thread(target=face.print, args=("key " + name,))
+        printer.start()
+        printer.join()  # another thread can print: the lock is free
+        face.set_prompt(name + "> ")
+    while True:
+        text = face.read_line("> ", keep=False, on_key=on_key)[0]
+        face.print("got " + text)
+        if text == "end":
+            break
+    face.print("got " + face.read_line("# ", keep=False)[0])
+"""
+
+    def test_application_keys(self):
+        child = self.start(self.APPLICATION_KEYS, lines=20)
+        child.wait_for_rows([">"])
+        child.send("ab\x1b[D\x1b1")
+        child.wait_for_rows(["key alt-1", "alt-1> ab"])
+        self.assertEqual(child.screen.cursor.x, 8)
+        child.send("c\x1b[1;3Cd\x1b\x1b[D\r\x1b0")  # in the order they were typed
+        above = ["key alt-1", "key alt-right", "key alt-left", "got acdb", "key alt-0"]
+        child.wait_for_rows(above + ["alt-0>"])
+        child.send("one two\x1b[1;5D\x1bb\x1bf-\r")
+        above += ["got one- two"]
+        child.wait_for_rows(above + [">"])
+        child.send("end\rone two\x1b[1;3D\x1b1x\x1b[1;3C!\r")
+        child.wait_for_rows(above + ["got end", "got one xtwo!"])
+
     INTERRUPT = """
 class Closed(Exception): pass
 with Terminal(sys.stdin, sys.stdout) as face:
@@ -7835,6 +7879,10 @@ class WindowsTest(unittest.TestCase):
         self.assertEqual(self.read("\ud83d\udc4d"), ["👍"])
         self.assertEqual(self.read("\x1b[A\x03"), ["<up>", "<ctrl-c>"])
         self.assertEqual(self.read("\x00\x99\udc4d"), [])
+        digits = "".join("\x00" + chr(code) for code in range(120, 130))
+        for prefixes in ("\x00", both):
+            names = [f"<alt-{n}>" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 0)]
+            self.assertEqual(self.read(digits, prefixes), names)
 
     def test_modes(self):
         modes, calls = {-11: 0x3, -10: 0x1F7}, []

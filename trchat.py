@@ -4389,11 +4389,12 @@ _PASTE_LIMIT = 1 << 20
 _TEXT_BYTES = LazyPattern(rb"[\x20-\x7e\x80-\xff]+")
 _TEXT_KEYS = LazyPattern("<|[^<]+")
 # The three patterns share their limits, so that a cut never changes the keys.
+# A second ESC in front is how some terminals say Alt.
 _SEQUENCE = LazyPattern(
-    rb"\x1b(?:\[\[[ -~]|\[([0-?]{0,32})[ -/]{0,8}([@-Z\\-~])"
+    rb"\x1b(\x1b(?=[\[O]))?(?:\[\[[ -~]|\[([0-?]{0,32})[ -/]{0,8}([@-Z\\-~])"
     rb"|O([ -~])|([\x00-\x1a\x1c-NP-Z\\-\x7f]))"
 )
-_SEQUENCE_BEGIN = LazyPattern(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?\Z")
+_SEQUENCE_BEGIN = LazyPattern(rb"\x1b\x1b?(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?\Z")
 _SEQUENCE_BROKEN = LazyPattern(rb"\x1b(?:\[\[|\[[0-?]{0,32}[ -/]{0,8}|O)?")
 _CONTROL_KEYS = {8: "backspace", 9: "tab", 10: "enter", 13: "enter", 127: "backspace"}
 _FINAL_KEYS = {
@@ -4404,7 +4405,7 @@ _NUMBERED_KEYS = {
     "1": "home", "2": "insert", "3": "delete", "4": "end", "5": "page-up", "6": "page-down",
     "7": "home", "8": "end",
 }  # fmt: skip
-_MODIFIERS = ("shift-", "alt-", "ctrl-")
+_MODIFIERS = ((1, "shift-"), (2 | 8, "alt-"), (4, "ctrl-"))  # 8: Meta, which is Alt by now
 
 
 def _control_key(code: int) -> str:
@@ -4418,7 +4419,7 @@ def _alt_key(char: bytes) -> str:
 
 def _sequence_key(match) -> str:
     """Name the key of one whole escape sequence; '' for one we do not know."""
-    parameters, final, application, alt = match.groups()
+    escaped, parameters, final, application, alt = match.groups()
     if alt:
         return _alt_key(alt)
     numbers = (parameters or b"").decode("ascii").split(";")
@@ -4427,7 +4428,8 @@ def _sequence_key(match) -> str:
     else:
         name = _FINAL_KEYS.get(final or application or b"", "")
     bits = int(numbers[1]) - 1 if len(numbers) > 1 and numbers[1].isdigit() else 0
-    modifiers = [word for bit, word in enumerate(_MODIFIERS) if bits >> bit & 1]
+    bits |= 2 if escaped else 0
+    modifiers = [word for mask, word in _MODIFIERS if bits & mask]
     return "".join(reversed(modifiers)) + name if name else ""
 
 
@@ -4445,15 +4447,15 @@ class KeyDecoder:
 
     @property
     def pending(self) -> bool:
-        """True while a lone ESC waits: the Escape key, or the first byte of a sequence."""
-        return self._paste is None and self._buffer == b"\x1b"
+        """True while a lone ESC (or two) waits: the Escape key, or the start of a sequence."""
+        return self._paste is None and self._buffer in (b"\x1b", b"\x1b\x1b")
 
     def flush(self) -> list:
         """Give up waiting: a lone ESC was the Escape key."""
         if not self.pending:
             return []
-        self._buffer = b""
-        return ["<escape>"]
+        keys, self._buffer = ["<escape>"] * len(self._buffer), b""
+        return keys
 
     def receive_data(self, data: bytes) -> list:
         """Return the keys that `data` completes."""
@@ -4490,7 +4492,8 @@ class KeyDecoder:
             if broken.end() == position + 1:
                 keys.append("<escape>")
             return broken.end()
-        if match.group() == _PASTE_BEGIN:
+        if match.group().endswith(_PASTE_BEGIN):
+            keys.extend(["<escape>"] if match.group(1) else [])
             self._paste, self._paste_size = [], 0
         else:
             name = _sequence_key(match)
@@ -9017,12 +9020,11 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 35. Terminal | uses 2, 17, 18, 20
+# Part 25. Terminal input | uses 2, 17
 #
-# The only place that writes to a terminal: every write and every change of the screen happens
-# under one lock, which a thread that waits for keys does not hold. Inputs come in three kinds:
-# `wait` gives bytes, b"" when another thread woke it and None after the time-out, and raises
-# EOFError at the end.
+# Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
+# gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
+# the end.
 # ==================================================================================================
 
 _READ_SIZE = 1 << 16
@@ -9033,6 +9035,8 @@ _WINDOWS_CODES = {
     "H": b"\x1b[A", "P": b"\x1b[B", "M": b"\x1b[C", "K": b"\x1b[D", "G": b"\x1b[H",
     "O": b"\x1b[F", "S": b"\x1b[3~", "I": b"\x1b[5~", "Q": b"\x1b[6~", "R": b"\x1b[2~",
     "s": b"\x1b[1;5D", "t": b"\x1b[1;5C", "\x9b": b"\x1b[1;3D", "\x9d": b"\x1b[1;3C",
+    "x": b"\x1b1", "y": b"\x1b2", "z": b"\x1b3", "{": b"\x1b4", "|": b"\x1b5",
+    "}": b"\x1b6", "~": b"\x1b7", "\x7f": b"\x1b8", "\x80": b"\x1b9", "\x81": b"\x1b0",
 }  # fmt: skip
 
 
@@ -9221,6 +9225,14 @@ def _open_input(stdin, interactive: bool):
         return _BlockingInput(stdin)  # an in-memory file
 
 
+# ==================================================================================================
+# Part 25. Terminal | uses 2, 15-17
+#
+# The only place that writes to a terminal: every write and every change of the screen happens
+# under one lock, which a thread that waits for keys does not hold.
+# ==================================================================================================
+
+
 def _is_tty(stream) -> bool:
     try:
         return stream.isatty()
@@ -9239,6 +9251,7 @@ def _terminal_reflows(environment) -> bool:
 _ESCAPE_SECONDS = 0.05
 _PASTE_MODE_ON, _PASTE_MODE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 _FALLBACK_SIZE = (80, 24)
+_APPLICATION_KEYS = frozenset([*(f"<alt-{n}>" for n in range(10)), "<alt-left>", "<alt-right>"])
 
 
 class Terminal:
@@ -9259,6 +9272,7 @@ class Terminal:
         self._screen = Screen(*_FALLBACK_SIZE, _terminal_reflows(os.environ))
         self._editor = None  # set while a line is being typed
         self._prompt, self._status, self._hidden = "", "", False
+        self._on_key = None  # what the application keys do during this line
         self._interruptions = collections.deque()
         self._active = self._closed = self._continued = False
         self._old_handlers = []
@@ -9358,21 +9372,25 @@ class Terminal:
         """Drop the history and the kill buffer."""
         self._line_editor.forget()
 
-    def read_line(self, prompt="", complete=None, keep=True, remember=True) -> tuple:
+    def read_line(self, prompt="", complete=None, keep=True, remember=True, on_key=None) -> tuple:
         """Read one line: (text, pasted). Raise EOFError or KeyboardInterrupt.
 
         The finished line is left on the screen if `keep`, and in the history if `remember`.
+        `on_key` is called with "alt-0" to "alt-9", "alt-left" and "alt-right", and the typing
+        goes on.
         """
         if not self._active:
             return self._read_plain(prompt)
         editor = self._line_editor
         editor.complete, editor.remember = complete, remember
         editor.reset()
+        self._on_key = on_key
         return self._edit(editor, prompt, keep)
 
     def read_secret(self, prompt="") -> str:
         """Read one line that is never shown or remembered."""
         if self._active:
+            self._on_key = None
             return self._edit(LineEditor(history_size=0), prompt, True, hidden=True)[0]
         self._input.set_echo(False)
         try:
@@ -9393,6 +9411,8 @@ class Terminal:
                 line = self._take_interruption() or self._apply_keys()
                 if line:
                     return line
+                if self._application_key_waits():
+                    self._on_key(self._keys.popleft().strip("<>"))
         finally:
             with self._lock:
                 self._editor = None
@@ -9415,13 +9435,19 @@ class Terminal:
             raise outcome
         return outcome
 
+    def _application_key_waits(self) -> bool:
+        return bool(self._on_key and self._keys and self._keys[0] in _APPLICATION_KEYS)
+
     def _apply_keys(self):
-        """Apply the waiting keys, up to the end of a line; one write for all of them."""
+        """Apply the waiting keys, up to the end of a line or to a key for the application.
+
+        One write for all of them.
+        """
         with self._lock:
             if self._continued:
                 self._resume_locked()
             output, line = [], None
-            while self._keys and line is None:
+            while self._keys and line is None and not self._application_key_waits():
                 result = self._editor.handle(self._keys.popleft())
                 if result and result[0] == "line":
                     line = result[1:]

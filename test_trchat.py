@@ -7191,10 +7191,136 @@ class LineEditorTest(unittest.TestCase):
         type_keys(self.editor, "<tab>")
         self.assertEqual(self.state(), "/msg folder/| hello")
 
+    def remember(self, *lines):
+        for line in lines:
+            type_keys(self.editor, line, "<enter>")
+
+    def test_search_goes_to_older_and_newer_matches(self):
+        self.remember("make tea", "drink", "make Tea again", "make tea", "drink", "sleep")
+        type_keys(self.editor, "draft", "<left>", "<ctrl-r>")
+        self.assertEqual(self.editor.search_prompt, "(search ``) ")
+        self.assertEqual(self.state(), "draf|t")
+        steps = [
+            ("t", "make |tea", None), ("ea", "make |tea", None),
+            ("<ctrl-r>", "make |Tea again", None), ("<ctrl-r>", "make |tea", None),
+            ("<ctrl-r>", "make |tea", ("beep",)), ("<ctrl-s>", "make |Tea again", None),
+            ("<down>", "make |tea", None), ("<down>", "make |tea", ("beep",)),
+            ("<up>", "make |Tea again", None), (" a", "make |Tea again", None),
+            ("x", "make |Tea again", ("beep",)), ("<ctrl-r>", "make |Tea again", ("beep",)),
+            ("<backspace>", "make |Tea again", None), ("<page-up>", "make |Tea again", None),
+        ]  # fmt: skip
+        for key, state, result in steps:
+            self.assertEqual(self.editor.handle(key), result, key)
+            self.assertEqual(self.state(), state, key)
+            if key == "x":
+                self.assertEqual(self.editor.search_prompt, "(search `tea ax`) ")
+        self.assertEqual(self.editor.search_prompt, "")  # <page-up> left the search
+
+    def test_a_shorter_query_is_searched_anew(self):
+        self.remember("abc", "ab", "b")
+        type_keys(self.editor, "draft", "<ctrl-r>", "abc")
+        self.assertEqual(self.state(), "|abc")
+        type_keys(self.editor, "<backspace>")
+        self.assertEqual(self.state(), "|ab")
+        type_keys(self.editor, "<backspace>", "<backspace>")
+        self.assertEqual(self.state(), "draft|")
+        self.assertEqual(self.editor.handle("<backspace>"), ("beep",))
+        self.assertEqual(self.editor.search_prompt, "(search ``) ")
+        type_keys(self.editor, "e\u0301", "<backspace>")
+        self.assertEqual(self.editor.search_prompt, "(search ``) ")
+
+    def test_nothing_found_keeps_what_was_shown(self):
+        self.remember("one")
+        type_keys(self.editor, "draft", "<ctrl-r>")
+        self.assertEqual(self.editor.handle("x"), ("beep",))
+        self.assertEqual(self.state(), "draft|")
+        self.assertEqual(self.editor.handle("<enter>"), ("line", "draft", False))
+
+    def test_a_found_line_is_accepted(self):
+        self.remember("one", "two")
+        type_keys(self.editor, "draft", "<ctrl-r>", "on")
+        self.assertEqual(self.editor.handle("<enter>"), ("line", "one", False))
+        self.assertEqual(self.editor.search_prompt, "")
+        self.assertEqual(self.editor.history, ["one", "two", "one"])
+
+    def test_other_keys_take_the_found_line(self):
+        cases = {
+            "<escape>": "one |two", "<tab>": "one |two", "<left>": "one| two", "<end>": "one two|",
+            "<alt-b>": "|one two", "<home>": "|one two", "<ctrl-k>": "one |", "<delete>": "one |wo",
+            "<ctrl-n>": "draft|",
+        }  # fmt: skip
+        self.editor.complete = lambda before: (0, ["completed"])
+        for key, state in cases.items():
+            self.editor.forget()
+            self.remember("one two")
+            type_keys(self.editor, "draft", "<ctrl-r>", "two")
+            self.assertIsNone(self.editor.handle(key))
+            self.assertEqual((self.state(), self.editor.search_prompt), (state, ""), key)
+
+    def test_what_was_typed_is_not_lost_by_a_search(self):
+        self.remember("one", "two")
+        type_keys(self.editor, "draft", "<ctrl-r>", "one", "<escape>", "!", "<ctrl-n>")
+        self.assertEqual(self.state(), "two|")
+        type_keys(self.editor, "<down>")
+        self.assertEqual(self.state(), "draft|")
+
+    def test_a_search_can_be_cancelled(self):
+        self.remember("one", "two")
+        for key in ("<ctrl-c>", "<ctrl-g>"):
+            for before in ([], ["<up>", "<up>", "!"]):
+                self.editor.reset()
+                type_keys(self.editor, ("paste", "/draft"), "<left>", *before)
+                state = self.state()
+                type_keys(self.editor, "<ctrl-r>", "o", "<ctrl-r>")
+                self.assertIsNone(self.editor.handle(key))
+                self.assertEqual((self.state(), self.editor.search_prompt), (state, ""))
+            type_keys(self.editor, "<down>", "<down>", "<down>")
+            self.assertEqual(self.editor.handle("<enter>"), ("line", "/draft", True))
+        self.assertEqual(self.editor.handle("<ctrl-c>"), ("interrupt",))
+        self.assertIsNone(self.editor.handle("<ctrl-g>"))
+
+    def test_a_found_pasted_line_is_no_command(self):
+        for keys, pasted in (([("paste", "/quit")], True), (["/quit"], False)):
+            self.editor.forget()
+            type_keys(self.editor, *keys, "<enter>")
+            type_keys(self.editor, "<ctrl-r>", "qu")
+            self.assertEqual(self.editor.handle("<enter>"), ("line", "/quit", pasted))
+            type_keys(self.editor, "<ctrl-r>", "qu", "<escape>", "<end>", "!")
+            self.assertEqual(self.editor.handle("<enter>"), ("line", "/quit!", pasted))
+
+    def test_pasted_text_is_searched_for(self):
+        self.remember("one", "two", "xtwo")
+        type_keys(self.editor, "<ctrl-r>", ("paste", "two\nthree"))
+        self.assertEqual(self.editor.search_prompt, "(search `two`) ")
+        self.assertEqual(self.state(), "x|two")
+        self.assertEqual(self.editor.handle(("paste", "y" * 1000)), ("beep",))
+        self.assertEqual(self.editor.search_prompt, "(search `two`) ")
+
+    def test_no_history_no_search(self):
+        self.assertEqual(self.editor.handle("<ctrl-r>"), ("beep",))
+        self.assertEqual(self.editor.search_prompt, "")
+
     KEYS = st.sampled_from(
         sorted({**trchat.LineEditor._MOVES, **trchat.LineEditor._DELETIONS, **trchat.LineEditor._KILLS,
-                **trchat.LineEditor._ACTIONS}) + ["a", " ", "é", "日", FAMILY, ("paste", "p\nq")]
+                **trchat.LineEditor._ACTIONS, **trchat.LineEditor._SEARCH_ACTIONS})
+        + ["a", " ", "é", "日", FAMILY, ("paste", "p\nq"), "<escape>"]
     )  # fmt: skip
+
+    @given(st.lists(KEYS, max_size=15), st.lists(KEYS, max_size=15))
+    @settings(max_examples=300)
+    def test_a_cancelled_search_changes_nothing(self, before, during):
+        editor = trchat.LineEditor()
+        type_keys(editor, "a", "<enter>", ("paste", "é a\nb"), "<enter>", *before)
+        editor.handle("<escape>")
+        kept = (editor.text, editor._marks, editor.cursor, editor._place, editor._draft)
+        editor.handle("<ctrl-r>")
+        for key in during:
+            editor.handle(key)
+            if not editor.search_prompt:
+                return
+        editor.handle("<ctrl-g>")
+        now = (editor.text, editor._marks, editor.cursor, editor._place, editor._draft)
+        self.assertEqual(now, kept)
 
     @given(st.lists(KEYS, max_size=40))
     @settings(max_examples=300)
@@ -7722,6 +7848,36 @@ with Terminal(sys.stdin, sys.stdout) as face:
         child.wait_for_rows(above + [">"])
         child.send("end\rone two\x1b[1;3D\x1b1x\x1b[1;3C!\r")
         child.wait_for_rows(above + ["got end", "got one xtwo!"])
+
+    SEARCH = """
+with Terminal(sys.stdin, sys.stdout) as face:
+    for number in range(3):
+        try:
+            face.print("got " + face.read_line("> ", keep=False)[0])
+        except KeyboardInterrupt:
+            face.print("interrupted")
+    face.print(str(len(face.read_secret("Passphrase: "))))
+"""
+
+    def test_search(self):
+        child = self.start(self.SEARCH, columns=40)
+        child.wait_for_rows([">"])
+        child.send("one\rtwo")
+        child.wait_for_rows(["got one", "> two"])
+        child.send("\x12o")
+        child.wait_for_rows(["got one", "(search `o`) one"])
+        self.assertEqual(child.screen.cursor.x, 13)
+        child.send("\x03")
+        child.wait_for_rows(["got one", "> two"])
+        child.send("\x12n\r")
+        child.wait_for_rows(["got one", "got one", ">"])
+        child.send("\x12\x07\x03")
+        child.wait_for_rows(["got one", "got one", "interrupted", "Passphrase:"])
+        child.send("\x12secret")
+        child.send("\r")
+        rows = ["got one", "got one", "interrupted", "Passphrase:", "6"]
+        child.wait_for_rows(rows)
+        self.assertNotIn(b"sec", child.raw)
 
     INTERRUPT = """
 class Closed(Exception): pass

@@ -4532,12 +4532,13 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 _TYPED, _PASTED = "t", "p"
 _TEXT_LIMIT = 1 << 20
 _HISTORY_ENTRY_LIMIT = 1 << 14
+_QUERY_LIMIT = 1000
 _BEEP = ("beep",)
 _WORD = LazyPattern(r"[\W_]*[^\W_]*")
 
 
 class LineEditor:
-    """One line of input with history, a kill buffer and completion."""
+    """One line of input with history, search in it, a kill buffer and completion."""
 
     def __init__(self, history_size: int = 500):
         self.complete = None
@@ -4553,6 +4554,8 @@ class LineEditor:
         self._place = len(self._history)
         self._draft = ("", "")
         self._last_key = None
+        self._query = None  # what is searched for in the history
+        self._before_search: tuple = ()
 
     def forget(self) -> None:
         """Drop the history and the kill buffer."""
@@ -4564,27 +4567,35 @@ class LineEditor:
         """The remembered lines, oldest first."""
         return [text for text, _ in self._history]
 
+    @property
+    def search_prompt(self) -> str:
+        """What replaces the prompt during a search; "" otherwise."""
+        return "" if self._query is None else f"(search `{self._query}`) "
+
     def handle(self, key):
         """Apply one key. Return None, or what the caller must do, such as ('beep',).
 
         The others: ('line', text, pasted), ('interrupt',), ('eof',), ('clear',),
         ('suspend',) and ('candidates', list).
         """
-        result = None
-        if isinstance(key, tuple):
-            result = self._insert(key[1], _PASTED * len(key[1]))
-        elif key in self._MOVES:
-            self.cursor = self._MOVES[key](self)
-        elif key in self._DELETIONS:
-            result = self._delete(self._DELETIONS[key](self))
-        elif key in self._KILLS:
-            result = self._kill(self._KILLS[key](self))
-        elif key in self._ACTIONS:
-            result = self._ACTIONS[key](self)
-        elif len(key) == 1 or key[0] != "<":
-            result = self._insert(key, _TYPED * len(key))
+        apply = self._apply if self._query is None else self._apply_to_search
+        result = apply(key)
         self._last_key = key
         return result
+
+    def _apply(self, key):
+        if isinstance(key, tuple):
+            return self._insert(key[1], _PASTED * len(key[1]))
+        if key in self._MOVES:
+            self.cursor = self._MOVES[key](self)
+            return None
+        if key in self._DELETIONS:
+            return self._delete(self._DELETIONS[key](self))
+        if key in self._KILLS:
+            return self._kill(self._KILLS[key](self))
+        if key in self._ACTIONS:
+            return self._ACTIONS[key](self)
+        return self._insert(key, _TYPED * len(key)) if _is_text(key) else None
 
     # -- places in the line
 
@@ -4681,6 +4692,62 @@ class LineEditor:
             self._history.append((self.text, self._marks))
         del self._history[: max(0, len(self._history) - self._history_size)]
 
+    # -- search: the found line stands in the editor, where any other key can take it over
+
+    def _begin_search(self):
+        if not self._history:  # as for a secret, whose search would be shown
+            return _BEEP
+        self._before_search = (self.text, self._marks, self.cursor, self._place, self._draft)
+        self._query = ""
+        return None
+
+    def _apply_to_search(self, key):
+        if isinstance(key, tuple):
+            return self._extend_query(key[1].partition("\n")[0])
+        if key in self._SEARCH_ACTIONS:
+            return self._SEARCH_ACTIONS[key](self)
+        if _is_text(key):
+            return self._extend_query(key)
+        self._query = None
+        return None if key in ("<escape>", "<tab>") else self._apply(key)
+
+    def _extend_query(self, text: str):
+        if len(self._query) + len(text) > _QUERY_LIMIT:
+            return _BEEP
+        self._query += text
+        return self._find(range(min(self._place, len(self._history) - 1), -1, -1))
+
+    def _shorten_query(self):
+        if not self._query:
+            return _BEEP
+        self._query = self._query[: _previous_boundary(self._query, len(self._query))]
+        self._go_back()
+        return self._find(range(len(self._history) - 1, -1, -1)) if self._query else None
+
+    def _find_older(self):
+        return self._find(range(self._place - 1, -1, -1), self.text)
+
+    def _find_newer(self):
+        return self._find(range(self._place + 1, len(self._history)), self.text)
+
+    def _find(self, places, shown=None):
+        """Show the first of these entries that has the query, letter case aside."""
+        pattern = re.compile(re.escape(self._query), re.IGNORECASE)
+        for place in places:
+            match = pattern.search(self._history[place][0])
+            if match and self._history[place][0] != shown:
+                self._recall(place)
+                self.cursor = match.start()
+                return None
+        return _BEEP
+
+    def _go_back(self) -> None:
+        self.text, self._marks, self.cursor, self._place, self._draft = self._before_search
+
+    def _cancel_search(self) -> None:
+        self._query = None
+        self._go_back()
+
     # -- completion
 
     def _complete(self):
@@ -4731,8 +4798,18 @@ class LineEditor:
         "<ctrl-d>": _delete_or_end, "<ctrl-y>": _yank, "<ctrl-c>": _interrupt,
         "<up>": _recall_older, "<ctrl-p>": _recall_older,
         "<down>": _recall_newer, "<ctrl-n>": _recall_newer,
+        "<ctrl-r>": _begin_search,
         "<ctrl-l>": lambda self: ("clear",), "<ctrl-z>": lambda self: ("suspend",),
     }  # fmt: skip
+    _SEARCH_ACTIONS = {
+        "<ctrl-r>": _find_older, "<up>": _find_older, "<ctrl-s>": _find_newer,
+        "<down>": _find_newer, "<backspace>": _shorten_query,
+        "<ctrl-c>": _cancel_search, "<ctrl-g>": _cancel_search,
+    }  # fmt: skip
+
+
+def _is_text(key: str) -> bool:
+    return len(key) == 1 or key[0] != "<"
 
 
 # ==================================================================================================
@@ -9492,9 +9569,10 @@ class Terminal:
         text, cursor = self._editor.text, self._editor.cursor
         if finished_text is not None:
             text, cursor = finished_text, len(finished_text)
+        prompt = self._editor.search_prompt or self._prompt
         if self._hidden:
-            text, cursor = "", 0
-        return self._screen.repaint(self._prompt, text, cursor, self._status)
+            prompt, text, cursor = self._prompt, "", 0
+        return self._screen.repaint(prompt, text, cursor, self._status)
 
     def _follow_size_locked(self) -> None:
         try:

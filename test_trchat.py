@@ -7191,6 +7191,46 @@ class LineEditorTest(unittest.TestCase):
         type_keys(self.editor, "<tab>")
         self.assertEqual(self.state(), "/msg folder/| hello")
 
+    def test_up_and_down_move_between_lines(self):
+        self.remember("old", ("paste", "a\nb"))
+        type_keys(self.editor, ("paste", "one two\nx\n日本語 end"), *["<left>"] * 4)
+        steps = [
+            ("<up>", "one two\nx|\n日本語 end"), ("<up>", "one tw|o\nx\n日本語 end"),
+            ("<down>", "one two\nx|\n日本語 end"), ("<down>", "one two\nx\n日本語| end"),
+            ("<left>", "one two\nx\n日本|語 end"), ("<up>", "one two\nx|\n日本語 end"),
+            ("<up>", "one |two\nx\n日本語 end"), ("<right>", "one t|wo\nx\n日本語 end"),
+            ("<down>", "one two\nx|\n日本語 end"), ("<down>", "one two\nx\n日本|語 end"),
+            ("<home>", "one two\nx\n|日本語 end"), ("<ctrl-e>", "one two\nx\n日本語 end|"),
+            ("<up>", "one two\nx|\n日本語 end"), ("<ctrl-a>", "one two\n|x\n日本語 end"),
+            ("<end>", "one two\nx|\n日本語 end"), ("<up>", "o|ne two\nx\n日本語 end"),
+            ("<up>", "a\nb|"), ("<up>", "a|\nb"), ("<up>", "old|"), ("<down>", "a\nb|"),
+            ("<down>", "one two\nx\n日本語 end|"), ("<ctrl-p>", "a\nb|"), ("<ctrl-p>", "old|"),
+        ]  # fmt: skip
+        for number, (key, state) in enumerate(steps):
+            self.assertIsNone(self.editor.handle(key), (number, key))
+            self.assertEqual(self.state(), state, (number, key))
+
+    @given(st.lists(st.sampled_from(["a", "日", FAMILY, "e\u0301", "\n"]), max_size=25), st.data())
+    def test_up_and_down_keep_the_column(self, units, data):
+        editor = trchat.LineEditor()
+        editor.handle(("paste", "".join(units)))
+        place = data.draw(st.integers(0, len(units)))
+        editor.cursor = len("".join(units[:place]))
+        row, column = editor.text[: editor.cursor].count("\n"), self.column(editor)
+        for key, step in (("<up>", -1), ("<down>", 1)) * 2:
+            lines = editor.text.split("\n")
+            if not 0 <= row + step < len(lines):
+                continue
+            editor.handle(key)
+            row += step
+            self.assertEqual(editor.text[: editor.cursor].count("\n"), row)
+            reached = min(column, trchat.display_width(lines[row]))
+            self.assertIn(self.column(editor), (reached, reached - 1))
+
+    @staticmethod
+    def column(editor):
+        return trchat.display_width(editor.text[: editor.cursor].rpartition("\n")[2])
+
     def remember(self, *lines):
         for line in lines:
             type_keys(self.editor, line, "<enter>")
@@ -7341,15 +7381,16 @@ UNITS = {"a": 1, "b": 1, " ": 1, "日": 2, "本": 2, "語": 2, "e\u0301": 1, "\n
 def model_rows(units, columns):
     """Break units into rows as plainly as possible; return rows and each unit's place."""
     rows, column, places = [""], 0, []
-    for unit in units:
+    for before, unit in zip([""] + units, units):
         width = UNITS.get(unit, 1)
-        if column + width > columns:
+        if column + width > columns or before == "\n":
             rows.append("")
             column = 0
         places.append((len(rows) - 1, column))
         rows[-1] += "⏎" if unit == "\n" else unicodedata.normalize("NFC", unit)
         column += width
-    places.append((len(rows) - 1, column) if column < columns else (len(rows), 0))
+    full = column == columns or units[-1:] == ["\n"]
+    places.append((len(rows), 0) if full else (len(rows) - 1, column))
     return rows, places
 
 
@@ -7474,6 +7515,39 @@ class ScreenTest(unittest.TestCase):
         self.new()
         self.paint("\x1b[1m> \x1b[0m", "x")
         self.check(["> x"], (0, 3))
+
+    def test_lines_stand_under_each_other(self):
+        self.new()
+        self.paint("> ", "one\ntwo\n")
+        self.check(["> one⏎", "two⏎"], (2, 0))
+        self.paint("> ", "one\ntwo\n", 5)
+        self.check(["> one⏎", "two⏎"], (1, 1))
+        self.stream.feed(self.screen.show_above("hello"))
+        self.check(["hello", "> one⏎", "two⏎"], (2, 1))
+        self.paint("> ", "1234567\n\n12345678901⏎2")
+        self.check(["hello", "> 1234567⏎", "⏎", "1234567890", "1⏎2"], (4, 3))
+        self.paint("> ", "12345678\nx", 0)  # no room for the sign
+        self.check(["hello", "> 12345678", "⏎", "x"], (1, 2))
+        self.stream.feed(self.screen.finish())
+        self.check(["hello", "> 12345678", "⏎", "x"], (4, 0))
+
+    def test_many_lines_are_seen_through_a_window(self):
+        self.new(10, 6)
+        text = "\n".join("abcdefgh")
+        self.paint("> ", text)
+        self.check(["d⏎", "e⏎", "f⏎", "g⏎", "h"], (4, 1))
+        self.paint("> ", text, 0)
+        self.check(["> a⏎", "b⏎", "c⏎", "d⏎", "e⏎"], (0, 2))
+
+    def test_narrower_with_reflow_counts_lines(self):
+        self.new(20, 9, reflows=True)
+        text = "x" * 15 + "\ny\n" + "z" * 12
+        self.paint("> ", text, len(text) - 1)  # rows of 18, 2 and 12 become two, one and two
+        self.screen.resize(10, 9)
+        self.assertTrue(self.screen.repaint("> ", "", 0).startswith("\x1b[4A\r"))
+        self.paint("> ", "x\n", 2)
+        self.screen.resize(5, 9)
+        self.assertTrue(self.screen.repaint("> ", "", 0).startswith("\x1b[1A\r"))
 
     def test_status_is_a_row_of_the_input_area(self):
         self.new(20, 6)
@@ -7692,7 +7766,7 @@ with Terminal(sys.stdin, sys.stdout) as face:
         child = self.start(columns=60)
         child.wait_for_rows([">"])
         child.send("\x1b[200~/quit\rsecond\x1b[201~")
-        child.wait_for_rows(["> /quit⏎second"])
+        child.wait_for_rows(["> /quit⏎", "second"])
         child.send("\r")
         child.wait_for_rows(["got '/quit\\nsecond' True", ">"])
 

@@ -4554,6 +4554,7 @@ class LineEditor:
         self._place = len(self._history)
         self._draft = ("", "")
         self._last_key = None
+        self._goal = None  # the column that Up and Down keep to
         self._query = None  # what is searched for in the history
         self._before_search: tuple = ()
 
@@ -4579,6 +4580,8 @@ class LineEditor:
         ('suspend',) and ('candidates', list).
         """
         apply = self._apply if self._query is None else self._apply_to_search
+        if key not in ("<up>", "<down>"):
+            self._goal = None
         result = apply(key)
         self._last_key = key
         return result
@@ -4610,6 +4613,12 @@ class LineEditor:
 
     def _end(self) -> int:
         return len(self.text)
+
+    def _row_start(self) -> int:
+        return self.text.rfind("\n", 0, self.cursor) + 1
+
+    def _row_end(self) -> int:
+        return _line_end(self.text, self.cursor)
 
     def _word_start(self) -> int:
         position = self.cursor
@@ -4676,7 +4685,7 @@ class LineEditor:
         self._place = place
         entries = self._history + [self._draft]
         self.text, self._marks = entries[place]
-        self.cursor = len(self.text)
+        self.cursor, self._goal = len(self.text), None
         return None
 
     def _recall_older(self):
@@ -4684,6 +4693,22 @@ class LineEditor:
 
     def _recall_newer(self):
         return self._recall(self._place + 1)
+
+    def _up_or_older(self):
+        start = self._row_start()
+        if not start:
+            return self._recall_older()
+        return self._go_to_row(self.text.rfind("\n", 0, start - 1) + 1)
+
+    def _down_or_newer(self):
+        end = self._row_end()
+        return self._recall_newer() if end == len(self.text) else self._go_to_row(end + 1)
+
+    def _go_to_row(self, start: int) -> None:
+        if self._goal is None:
+            self._goal = display_width(self.text[self._row_start() : self.cursor])
+        row = self.text[start : _line_end(self.text, start)]
+        self.cursor = start + len(_within(row, self._goal))
 
     def _keep_in_history(self) -> None:
         if not self.remember or not self.text.strip() or len(self.text) > _HISTORY_ENTRY_LIMIT:
@@ -4784,7 +4809,7 @@ class LineEditor:
 
     _MOVES = {
         "<left>": _before, "<ctrl-b>": _before, "<right>": _after, "<ctrl-f>": _after,
-        "<home>": _start, "<ctrl-a>": _start, "<end>": _end, "<ctrl-e>": _end,
+        "<home>": _row_start, "<ctrl-a>": _row_start, "<end>": _row_end, "<ctrl-e>": _row_end,
         "<alt-b>": _word_start, "<alt-left>": _word_start, "<ctrl-left>": _word_start,
         "<alt-f>": _word_end, "<alt-right>": _word_end, "<ctrl-right>": _word_end,
     }  # fmt: skip
@@ -4796,8 +4821,8 @@ class LineEditor:
     _ACTIONS = {
         "<enter>": _accept, "<alt-enter>": _insert_newline, "<tab>": _complete,
         "<ctrl-d>": _delete_or_end, "<ctrl-y>": _yank, "<ctrl-c>": _interrupt,
-        "<up>": _recall_older, "<ctrl-p>": _recall_older,
-        "<down>": _recall_newer, "<ctrl-n>": _recall_newer,
+        "<up>": _up_or_older, "<ctrl-p>": _recall_older,
+        "<down>": _down_or_newer, "<ctrl-n>": _recall_newer,
         "<ctrl-r>": _begin_search,
         "<ctrl-l>": lambda self: ("clear",), "<ctrl-z>": lambda self: ("suspend",),
     }  # fmt: skip
@@ -4812,6 +4837,22 @@ def _is_text(key: str) -> bool:
     return len(key) == 1 or key[0] != "<"
 
 
+def _line_end(text: str, position: int) -> int:
+    end = text.find("\n", position)
+    return len(text) if end < 0 else end
+
+
+def _within(text: str, columns: int) -> str:
+    """The longest start of the text that is no wider."""
+    end, used = 0, 0
+    for cluster in _clusters(text):
+        used += _cluster_width(cluster)
+        if used > columns:
+            break
+        end += len(cluster)
+    return text[:end]
+
+
 # ==================================================================================================
 # Part 16. Screen | pure | uses 2, 15
 #
@@ -4824,6 +4865,8 @@ _ERASE_BELOW, _ERASE_RIGHT, _ERASE_ALL = "\x1b[J", "\x1b[K", "\x1b[H\x1b[2J"
 _WRAP_ON, _WRAP_OFF = "\x1b[?7h", "\x1b[?7l"
 _CURSOR_CELL = ("", 1)  # keeps a place for the cursor after the text
 _CUT_CELL = ("\u2026", 1)
+_LINE_END_CELL = ("\n", 1)  # shown as the sign below; the next cell begins a row
+_LINE_END_SIGN = "\u23ce"
 _STATUS_MIN_COLUMNS, _STATUS_MIN_LINES = 20, 5  # a smaller terminal has no row to spare
 
 
@@ -4834,7 +4877,7 @@ def _cells(text: str) -> list:
 
 def _cell(cluster: str) -> tuple:
     if cluster == "\n":
-        return "\u23ce", 1  # a real newline would break the row count
+        return _LINE_END_CELL
     if _is_control(cluster[0]):
         return " ", 1
     return cluster, _cluster_width(cluster)
@@ -4849,13 +4892,14 @@ def _prompt_cells(prompt: str) -> list:
 
 
 def _wrap_cells(cells: list, columns: int) -> list:
-    rows, used = [[]], 0
+    rows, used, line_ended = [[]], 0, False
     for cell in cells:
-        if used + cell[1] > columns:
+        if used + cell[1] > columns or line_ended:
             rows.append([])
             used = 0
         rows[-1].append(cell)
         used += cell[1]
+        line_ended = cell == _LINE_END_CELL
     return rows
 
 
@@ -4994,7 +5038,7 @@ class Screen:
     def _paint_row(self, row: list) -> str:
         output, column = [], 0
         for shown, width in row:
-            output.append(shown)
+            output.append(_LINE_END_SIGN if shown == "\n" else shown)
             column += width
             if len(shown) > 1 and width > 0 and column < self.columns:
                 # The terminal may have drawn it wider or narrower: say where to go on.

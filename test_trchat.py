@@ -7549,6 +7549,19 @@ class ScreenTest(unittest.TestCase):
         self.screen.resize(5, 9)
         self.assertTrue(self.screen.repaint("> ", "", 0).startswith("\x1b[1A\r"))
 
+    def test_redraw(self):
+        self.new(20, 6)
+        self.stream.feed(self.screen.redraw("alone"))
+        self.check(["alone"], (1, 0))
+        self.stream.feed(self.screen.show_above("secret"))
+        self.paint("> ", "x" * 20, 4, status="3 here")
+        output = self.screen.redraw("one\ntwo")
+        self.assertTrue(output.startswith("\x1b[H\x1b[2J\x1b[3J"))
+        self.stream.feed(output)
+        self.check(["one", "two", "3 here", "> " + "x" * 18, "xx"], (3, 6))
+        self.stream.feed(self.screen.redraw(""))
+        self.check(["3 here", "> " + "x" * 18, "xx"], (1, 6))
+
     def test_status_is_a_row_of_the_input_area(self):
         self.new(20, 6)
         self.paint("> ", "x" * 20, status="3 here")
@@ -7863,6 +7876,7 @@ with Terminal(sys.stdin, sys.stdout) as face:
 
     def test_status_row(self):
         child = self.start(self.STATUS)
+        child.wait_for_text(">")
         child.send("abc")
         child.wait_for_rows(["2 here", "#b> abc"])
         child.send("d\r")
@@ -7952,6 +7966,74 @@ with Terminal(sys.stdin, sys.stdout) as face:
         rows = ["got one", "got one", "interrupted", "Passphrase:", "6"]
         child.wait_for_rows(rows)
         self.assertNotIn(b"sec", child.raw)
+
+    REDRAW = """
+with Terminal(sys.stdin, sys.stdout) as face:
+    face.print("\\x1b[31msecret\\x1b[0m")
+    def on_key(name):
+        face.redraw("\\x1b[31mkept\\x1b[0m" if name == "alt-1" else "")
+    face.set_status("\\x1b[31mstatus\\x1b[0m")
+    face.read_line("\\x1b[31m>\\x1b[0m ", on_key=on_key)
+    face.redraw("")
+    face.print("end")
+"""
+
+    def test_redraw(self):
+        child = self.start(self.REDRAW)
+        child.wait_for_text(">")
+        child.send("abc\x1b[D")
+        child.wait_for_rows(["secret", "status", "> abc"])
+        child.send("\x1b1")
+        child.wait_for_rows(["kept", "status", "> abc"])
+        self.assertEqual((child.screen.cursor.y, child.screen.cursor.x), (2, 4))
+        self.assertEqual([child.screen.buffer[y][0].fg for y in range(3)], ["red"] * 3)
+        child.send("\x1b2")
+        child.wait_for_rows(["status", "> abc"])
+        child.send("\r")
+        child.wait_for_rows(["end"])
+        self.assertEqual(child.raw.count(b"\x1b[H\x1b[2J\x1b[3J"), 3)
+
+    def test_redraw_on_a_dumb_terminal_does_nothing(self):
+        child = self.start(self.REDRAW, term="dumb")
+        child.wait_for_rows(["secret", ">"])
+        child.send("x\n")
+        child.wait_for_rows(["secret", "> x", "end"])
+        self.assertNotIn(b"\x1b", child.raw)
+
+    def test_no_colours_if_unwanted(self):
+        child = self.start(self.REDRAW, env={"NO_COLOR": "1"})
+        child.wait_for_text(">")
+        child.send("abc\x1b1")
+        child.wait_for_rows(["kept", "status", "> abc"])
+        self.assertNotIn(b"\x1b[31m", child.raw)
+
+    RING = """
+with Terminal(sys.stdin, sys.stdout) as face:
+    face.ring()
+    face.ring("bob\\n\\x1b[31m: \\x07hi" + "x" * 200)
+    face.ring("4;1;50")
+    face.print("end")
+face.ring("closed")
+"""
+
+    def test_ring(self):
+        child = self.start(self.RING)
+        child.wait_for_rows(["end"])
+        child.child.wait(DEADLINE)
+        child.pump()
+        start = "bob [31m: hi"
+        text = start + "x" * (100 - len(start))
+        written = f"\x07\x07\x1b]9;{text}\x07\x07\x1b]9; 4;1;50\x07end".encode()
+        self.assertIn(written, child.raw)
+        self.assertNotIn(b"closed", child.raw)
+
+    def test_ring_where_no_notification_is_known(self):
+        child = self.start(self.RING, term="linux")
+        child.wait_for_rows(["end"])
+        self.assertIn(b"\x07\x07\x07end", child.raw)
+        child = self.start(self.RING, term="dumb")
+        child.wait_for_rows(["end"])
+        self.assertNotIn(b"\x07", child.raw)
 
     INTERRUPT = """
 class Closed(Exception): pass
@@ -8142,6 +8224,53 @@ class WindowsTest(unittest.TestCase):
             self.assertIsNone(keyboard.wait(0.01))
             keyboard.wake()
             self.assertEqual(keyboard.wait(None), b"")
+
+
+class ColourTest(unittest.TestCase):
+    def test_who_wants_colours(self):
+        cases = [
+            ({}, True, True), ({}, False, False), ({"TERM": "dumb"}, True, False),
+            ({"NO_COLOR": "1"}, True, False), ({"NO_COLOR": ""}, True, True),
+            ({"NO_COLOR": "0"}, True, False), ({"FORCE_COLOR": "1"}, False, True),
+            ({"FORCE_COLOR": "1", "TERM": "dumb"}, False, True),
+            ({"FORCE_COLOR": "0"}, True, True), ({"FORCE_COLOR": "0"}, False, False),
+            ({"FORCE_COLOR": ""}, False, False), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+        ]  # fmt: skip
+        for environment, is_terminal, wanted in cases:
+            self.assertIs(trchat.wants_colour(environment, is_terminal), wanted, environment)
+
+    def test_forced_colours_reach_a_pipe(self):
+        for environment, shown in (({"FORCE_COLOR": "1"}, "\x1b[31mred\x1b[0m"), ({}, "red")):
+            out = io.StringIO()
+            with mock.patch.dict(os.environ, environment):
+                with trchat.Terminal(io.StringIO(), out) as face:
+                    self.assertEqual(face.colours, bool(environment))
+                    face.print("\x1b[31mred\x1b[0m")
+            self.assertEqual(out.getvalue(), shown + "\n")
+
+    def test_painted(self):
+        self.assertEqual(trchat.painted("x", ""), "x")
+        self.assertEqual(trchat.painted("x", "\x1b[2m"), "\x1b[2mx\x1b[0m")
+
+    @staticmethod
+    def luminance(number):
+        levels = (0, 95, 135, 175, 215, 255)
+        cube = number - 16
+        channels = [levels[cube // 36] / 255, levels[cube // 6 % 6] / 255, levels[cube % 6] / 255]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+    def test_nick_colours_are_seen_on_black_and_on_white(self):
+        codes = {trchat.nick_colour(bytes(31) + bytes([n])) for n in range(256)}
+        self.assertEqual(len(codes), len(trchat._NICK_COLOURS))
+        for code in codes:
+            number = int(re.fullmatch("\x1b\\[38;5;([0-9]+)m", code)[1])
+            light = self.luminance(number) + 0.05
+            self.assertGreaterEqual(min(1.05 / light, light / 0.05), 3, number)
+
+    def test_a_key_keeps_its_colour(self):
+        key = hashlib.sha256(b"alice").digest()
+        self.assertEqual(trchat.nick_colour(key), trchat.nick_colour(bytes(key)))
 
 
 class ReflowTest(unittest.TestCase):

@@ -4306,6 +4306,21 @@ def display_width(text: str) -> int:
     return sum(map(_cluster_width, _clusters(text)))
 
 
+# Okabe and Ito's hues, which colour-blind people tell apart, in the nearest of the 256 colours with
+# a contrast of 3 to black and to white. (Their yellow has none; their black is no colour here.)
+_NICK_COLOURS = (136, 68, 29, 25, 166, 169)
+
+
+def nick_colour(fingerprint: bytes) -> str:
+    """The code that starts the colour of whoever has this key."""
+    number = int.from_bytes(fingerprint, "big") % len(_NICK_COLOURS)
+    return f"\x1b[38;5;{_NICK_COLOURS[number]}m"
+
+
+def painted(text: str, code: str) -> str:
+    return f"{code}{text}\x1b[0m" if code else text
+
+
 def wrap_text(text: str, columns: int) -> str:
     """Break long lines between words; what cannot be broken (a token) stays whole."""
     indent = min(2, columns // 3)
@@ -4862,6 +4877,7 @@ def _within(text: str, columns: int) -> str:
 # ==================================================================================================
 
 _ERASE_BELOW, _ERASE_RIGHT, _ERASE_ALL = "\x1b[J", "\x1b[K", "\x1b[H\x1b[2J"
+_ERASE_SCROLLED_OFF = "\x1b[3J"
 _WRAP_ON, _WRAP_OFF = "\x1b[?7h", "\x1b[?7l"
 _CURSOR_CELL = ("", 1)  # keeps a place for the cursor after the text
 _CUT_CELL = ("\u2026", 1)
@@ -4935,6 +4951,10 @@ def _to_column(column: int) -> str:
     return f"\r\x1b[{column}C" if column else "\r"
 
 
+def _finished_lines(text: str) -> str:
+    return text.replace("\n", "\r\n") + "\r\n"
+
+
 class Screen:
     """Paints the input area in place: methods return the codes to write.
 
@@ -5002,8 +5022,13 @@ class Screen:
     def show_above(self, text: str) -> str:
         """Print finished lines above the input area."""
         current = self._input
-        output = self.erase() + text.replace("\n", "\r\n") + "\r\n"
+        output = self.erase() + _finished_lines(text)
         return output + (self.repaint(*current) if current else "")
+
+    def redraw(self, text: str) -> str:
+        """Clear the screen and what has scrolled off it; show these lines ("": none) instead."""
+        output = self.clear() + _ERASE_SCROLLED_OFF + (_finished_lines(text) if text else "")
+        return output + (self.repaint(*self._input) if self._input else "")
 
     def _to_top(self) -> str:
         return _up(self._row) + "\r" + _ERASE_BELOW
@@ -9369,9 +9394,19 @@ def _terminal_reflows(environment) -> bool:
     return not cutting and environment.get("TERM") != "linux"
 
 
+def wants_colour(environment, is_terminal: bool) -> bool:
+    """As https://no-color.org and https://force-color.org have it."""
+    if environment.get("NO_COLOR"):
+        return False
+    if environment.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    return is_terminal and environment.get("TERM") != "dumb"
+
+
 _ESCAPE_SECONDS = 0.05
 _PASTE_MODE_ON, _PASTE_MODE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 _FALLBACK_SIZE = (80, 24)
+_NOTIFICATION_LIMIT = 100
 _APPLICATION_KEYS = frozenset([*(f"<alt-{n}>" for n in range(10)), "<alt-left>", "<alt-right>"])
 
 
@@ -9384,6 +9419,7 @@ class Terminal:
     def __init__(self, stdin, stdout):
         usable = os.environ.get("TERM") != "dumb"
         self.interactive = usable and _is_tty(stdin) and _is_tty(stdout)
+        self.colours = wants_colour(os.environ, self.interactive)
         self._person_types = _is_tty(stdin)
         self._stdout = stdout
         self._input = _open_input(stdin, self.interactive)
@@ -9458,12 +9494,33 @@ class Terminal:
 
     def print(self, text: str) -> None:
         """Print whole lines above the line being typed. `text` may hold colour codes."""
+        text = self._as_wanted(text)
         with self._lock:
             if self._editor is not None:
                 self._follow_size_locked()
                 self._write(self._screen.show_above(text))
             else:
-                self._write((text if self._active else _SGR.sub("", text)) + "\n")
+                self._write(text + "\n")
+
+    def _as_wanted(self, text: str) -> str:
+        return text if self.colours else _SGR.sub("", text)
+
+    def redraw(self, text: str) -> None:
+        """Clear the screen and all that has scrolled off it, then show whole lines (or "")."""
+        with self._lock:
+            if self._active:
+                self._follow_size_locked()
+                self._write(self._screen.redraw(self._as_wanted(text)))
+
+    def ring(self, notification: str = "") -> None:
+        """Ring the bell, and have the desktop show a notification where the terminal can."""
+        text = one_line(notification)[:_NOTIFICATION_LIMIT]
+        if text[:1].isdigit():
+            text = " " + text  # "4;..." would be an order to some terminals
+        announces = text and os.environ.get("TERM") != "linux"
+        with self._lock:
+            if self._active:
+                self._write("\a" + (f"\x1b]9;{text}\a" if announces else ""))
 
     def set_prompt(self, prompt: str, status: str | None = None) -> None:
         """Change the prompt of the line being typed, and the status row unless it is None."""
@@ -9616,7 +9673,9 @@ class Terminal:
         prompt = self._editor.search_prompt or self._prompt
         if self._hidden:
             prompt, text, cursor = self._prompt, "", 0
-        return self._screen.repaint(prompt, text, cursor, self._status)
+        return self._screen.repaint(
+            self._as_wanted(prompt), text, cursor, self._as_wanted(self._status)
+        )
 
     def _follow_size_locked(self) -> None:
         try:
@@ -9641,7 +9700,7 @@ class Terminal:
 
     def _read_plain(self, prompt: str) -> tuple:
         if self._person_types:
-            self._write(prompt)
+            self._write(self._as_wanted(prompt))
         while b"\n" not in self._plain:
             interruption = self._take_interruption()
             if interruption:

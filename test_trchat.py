@@ -6702,6 +6702,18 @@ def screen_rows(screen):
     return rows
 
 
+def screen_cells(screen):
+    return [[screen.buffer[y][x].data for x in range(screen.columns)] for y in range(screen.lines)]
+
+
+def row_cells(row, columns):
+    """The cells of a row: a wide character fills two, the second with nothing of its own."""
+    cells = []
+    for char in row:
+        cells += [char, ""] if wcwidth(char) == 2 else [char]
+    return cells + [" "] * (columns - len(cells))
+
+
 def type_keys(editor, *keys):
     return [editor.handle(key) for key in keys][-1]
 
@@ -7774,6 +7786,102 @@ with Terminal(sys.stdin, sys.stdout) as face:
 
     def test_flood_while_typing_at_80_columns(self):
         self.flood(80, "word " * 31 + "日日")
+
+    SESSION = """
+with Terminal(sys.stdin, sys.stdout) as face:
+    stop = threading.Event()
+    def talk():
+        number = 0
+        while not stop.wait(0.02):
+            face.print("message %05d" % number)
+            number += 1
+    thread = threading.Thread(target=talk)
+    thread.start()
+    face.set_status("3 here · 日本 waits")
+    try:
+        while True:
+            text = face.read_line("> ", keep=False, on_key=face.set_status)[0]
+            face.print("got " + ascii(text))
+    except KeyboardInterrupt:
+        stop.set()
+        thread.join()
+    face.print("the end")
+"""
+
+    def check_session(self, child, text, cursor, prompt="> ", status="3 here · 日本 waits"):
+        """Wait for this input area in the last rows, and for nothing but messages above it."""
+        columns, lines = child.screen.columns, child.screen.lines
+        rows, places = model_rows(list(prompt + text), columns)
+        row, column = places[len(prompt) + cursor]
+        rows += [""] * (row - len(rows) + 1)
+        area = [row_cells(shown, columns) for shown in ([status] if status else []) + rows]
+        place = (lines - len(rows) + row, column)
+
+        def is_shown():
+            above, below = (
+                screen_cells(child.screen)[: -len(area)],
+                screen_cells(child.screen)[-len(area) :],
+            )
+            return below == area and place == (child.screen.cursor.y, child.screen.cursor.x) and (
+                self.are_messages(["".join(cells).rstrip() for cells in above])
+            )  # fmt: skip
+
+        child.wait_for(is_shown)
+
+    @staticmethod
+    def are_messages(rows):
+        """Is every message there once, in order, with nothing in between but an answer?"""
+        numbers = [int(row[8:]) for row in rows if row.startswith("message ")]
+        answers = [row for row in rows if row.startswith("got ")]
+        in_order = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
+        return in_order and len(numbers) + len(answers) == len(rows) and len(answers) <= 1
+
+    def test_session(self):
+        child = self.start(self.SESSION, columns=30, lines=16)
+        child.wait_for_text("message 00020")
+        text = "Hello 日本語 👍 this line is long, 日 wraps 日日👍 and wraps again"
+        for char in text:
+            child.send(char)
+            child.pump(0.005)
+        self.check_session(child, text, len(text))
+        child.send("\x1b[D" * 25 + "日👍")
+        place = len(text) - 25
+        text = text[:place] + "日👍" + text[place:]
+        place += 2
+        self.check_session(child, text, place)
+        for columns in (24, 40, 21):
+            child.resize(columns, 16)
+            self.check_session(child, text, place)
+        child.resize(19, 16)  # too narrow for a status
+        self.check_session(child, text, place, status="")
+        child.resize(30, 16)
+        self.check_session(child, text, place)
+        child.send("\x1b\r\x1b\r")  # Alt-Enter, twice
+        text = text[:place] + "\n\n" + text[place:]
+        self.check_session(child, text, place + 2)
+        child.send("\x1b[A\x1b[A日")  # to the start of the first line
+        text = "日" + text
+        self.check_session(child, text, 1)
+        child.send("\x1b[B\x1b[B")  # over the empty line to the column of before
+        self.assertTrue(text.rpartition("\n")[2][:2].isascii())
+        self.check_session(child, text, text.rindex("\n") + 3)
+        child.send("\x1b[H")
+        self.check_session(child, text, text.rindex("\n") + 1)
+        child.send("\r")
+        child.wait_for(lambda: ("got " + ascii(text)).encode() in child.raw.replace(b"\r\n", b""))
+        self.check_session(child, "", 0)
+        child.send("draft\x12hEL")
+        self.check_session(child, text, 1, prompt="(search `hEL`) ")
+        child.send("\x1b2")
+        self.check_session(child, text, 1, prompt="(search `hEL`) ", status="alt-2")
+        child.send("\x07")
+        self.check_session(child, "draft", 5, status="alt-2")
+        child.send("\x12日\x12\x1b[C!")
+        text = text[:1] + "!" + text[1:]
+        self.check_session(child, text, 2, status="alt-2")
+        child.send("\x03")
+        child.wait_for_text("the end")
+        self.assertEqual(child.child.wait(DEADLINE), 0)
 
     def test_paste_with_newlines(self):
         child = self.start(columns=60)

@@ -30,30 +30,32 @@ or thread: bytes in, events out) and each uses only parts above itself:
  15. Client machine *
  16. Conversations *
  17. Keys and widths *
- 18. Line editor and screen *
- 19. Settings *
- 20. Settings and paths
- 21. Dependencies
- 22. Vault
- 23. Contacts
- 24. Network
- 25. Events and threads
- 26. Relay server
- 27. Where to connect
- 28. Connections
- 29. Records of a chat
- 30. Chat client
- 31. Commands
- 32. Chat commands: talking and rooms
- 33. Chat commands: people and records
- 34. Console commands
- 35. Terminal
- 36. Words for events
- 37. Faces: terminal and JSON lines
- 38. Activities
- 39. Demonstration
- 40. Shell commands
- 41. Menu and door
+ 18. Line editor *
+ 19. Screen *
+ 20. Settings *
+ 21. Settings and paths
+ 22. Dependencies
+ 23. Vault
+ 24. Contacts
+ 25. Network
+ 26. Events and threads
+ 27. Relay server
+ 28. Where to connect
+ 29. Connections
+ 30. Records of a chat
+ 31. Chat client
+ 32. Commands
+ 33. Chat commands: talking and rooms
+ 34. Chat commands: people and records
+ 35. Console commands
+ 36. Terminal input
+ 37. Terminal
+ 38. Words for events
+ 39. Faces: terminal and JSON lines
+ 40. Activities
+ 41. Demonstration
+ 42. Shell commands
+ 43. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -2690,8 +2692,9 @@ def _rule_news(old: RoomRules, new: RoomRules, who: str, where: str) -> list:
     """(sentence, fields) for each difference in topic, lock and lifetime."""
     news: list = []
     if new.topic != old.topic:
-        said = f"set the topic of {where}: {new.topic}" if new.topic else f"took {where}'s topic away."
-        news.append((f"{who} {said}", {"topic": new.topic}))
+        act = f"set the topic of {where}: {new.topic}"
+        text = act if new.topic else f"took the topic of {where} away."
+        news.append((f"{who} {text}", {"topic": new.topic}))
     if new.lock != old.lock:
         news.append((f"{where} is {LOCK_WORDS[new.lock]}.", {"lock": LOCK_NAMES[new.lock]}))
     if new.lifetime != old.lifetime:
@@ -4183,7 +4186,7 @@ class Vanishing:
         """Takes in an event that shows a message; its time runs from here on."""
         own = event.get("_message")
         lifetime = own.lifetime if own is not None else event.get("disappear", 0)
-        if event["event"] in ("message", "sent", "queued") and lifetime and not event.get("history"):
+        if event["event"] in ("message", "sent", "queued") and lifetime:
             heapq.heappush(self._due, (vanishing_time(now, lifetime), event["id"]))
 
     def next_due(self):
@@ -4539,7 +4542,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 16. Line editor | pure | uses 2, 15
+# Part 18. Line editor | pure | uses 2, 17
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -4869,7 +4872,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 16. Screen | pure | uses 2, 15
+# Part 19. Screen | pure | uses 17
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -5072,7 +5075,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 19. Settings | pure | uses 1, 2
+# Part 20. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -5263,7 +5266,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 20. Settings and paths | uses 1, 2, 4, 19
+# Part 21. Settings and paths | uses 1, 2, 4, 20
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -5538,7 +5541,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 21. Dependencies | uses 1, 20
+# Part 22. Dependencies | uses 1, 21
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -5899,7 +5902,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 22. Vault | uses 1-4, 20
+# Part 23. Vault | uses 1-4, 21
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -6085,6 +6088,29 @@ def certificate_fingerprint(der: bytes) -> bytes:
         raise RemoteProtocolError("A certificate cannot be read.") from None
 
 
+def destroy_profile(paths: Paths) -> None:
+    """Overwrites the keys of a profile, then deletes all its files; nothing may be using it."""
+    locks = [ProfileLock(paths, role) for role in ("client", "server")]
+    try:
+        keys = [KeyPair(paths, role).key_path for role in ("client", "server")]
+        for path in [*keys, paths.file("vault.key")]:
+            _overwrite(path)
+        for lock in locks:
+            lock.release()  # Windows deletes no open file
+        shutil.rmtree(paths.folder)
+    except OSError as error:
+        raise storage_error("Destroying", paths.folder, error) from None
+
+
+def _overwrite(path: str) -> None:
+    """Random bytes in place of a file's, as far as its medium writes in place."""
+    if os.path.exists(path):
+        with open(path, "r+b") as file:
+            file.write(random_bytes(os.path.getsize(path)))
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def load_identity(paths: Paths, ask_passphrase) -> tuple:
     """(one's own long-term Identity, its private key, its certificate DER); made at first use."""
     paths.make_folders()
@@ -6093,7 +6119,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 23. Contacts | uses 1-4, 20
+# Part 24. Contacts | uses 1-4, 6, 21
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -6106,10 +6132,12 @@ SEEN_SECONDS = 3600  # being seen again this soon is not worth a write
 
 
 class ContactsFile:
-    """contacts.json. With a `box` (seal and open, both bytes -> bytes) it is written sealed."""
+    """contacts.json. A `box` (seal and open, both bytes -> bytes) opens it if it is sealed, and
+    seals it if it is to be `sealed`."""
 
-    def __init__(self, path: str, box=None):
+    def __init__(self, path: str, box=None, sealed: bool = True):
         self.path, self._box = path, box
+        self._sealed = sealed and box is not None
 
     def load(self):
         """What was saved, or None; ChatError `locked` if it is sealed and there is no box."""
@@ -6131,7 +6159,7 @@ class ContactsFile:
         return parse_json(data, self.path, dict)
 
     def save(self, data: dict) -> None:
-        if self._box is not None:
+        if self._sealed:
             data = {"sealed": base64url(self._box.seal(json_bytes(data)))}
         write_json(self.path, data, None)
 
@@ -6547,7 +6575,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 24. Network | uses 1-4, 20, 22
+# Part 25. Network | uses 1-4, 21, 23
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -6785,7 +6813,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 25. Events and threads | uses 2, 20
+# Part 26. Events and threads | uses 2, 21
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -6897,7 +6925,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 26. Relay server | uses 1, 2, 7, 20, 22, 24, 25
+# Part 27. Relay server | uses 1, 2, 7, 21, 23, 25, 26
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -7371,7 +7399,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 27. Where to connect | uses 1, 2, 4, 20, 24, 25
+# Part 28. Where to connect | uses 1, 2, 4, 21, 25, 26
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -7484,7 +7512,7 @@ def _routine_dial(target: Target, address: str, timeout: float, won, answers) ->
 
 
 # ==================================================================================================
-# Part 28. Connections | uses 1, 3, 20, 24-27
+# Part 29. Connections | uses 1, 3, 21, 25-28
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -7681,11 +7709,31 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 29. Records of a chat | uses 1, 2, 7, 12, 16, 20
+# Part 30. Records of a chat | uses 1, 2, 7, 12, 16, 21
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
 # ==================================================================================================
+
+
+class ContactsBox:
+    """Seals contacts.json under the vault key."""
+
+    def __init__(self, vault_key: bytes):
+        self._key = vault_key
+
+    def seal(self, data: bytes) -> bytes:
+        return seal_box(self._key, b"contacts", data)
+
+    def open(self, box: bytes) -> bytes:
+        return open_box(self._key, b"contacts", box)
+
+
+def open_contacts(paths: Paths, vault_key: bytes, post=None) -> Contacts:
+    """contacts.json, which is sealed as long as the key is; `post` has another thread save it."""
+    sealed = KeyPair(paths, "client").sealed()
+    file = ContactsFile(paths.file("contacts.json"), ContactsBox(vault_key), sealed)
+    return Contacts(file, functools.partial(post, file.save) if post else None)
 
 
 class Profile:
@@ -7947,7 +7995,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 30. Chat client | uses 1, 2, 14, 16, 20, 25, 26, 28, 29
+# Part 31. Chat client | uses 1, 2, 14, 16, 21, 26, 27, 29, 30
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -8238,9 +8286,14 @@ def describe_status(chat: ChatClient) -> dict:
         for place, c in enumerate(chat.conversations.all, 1)
         if c is not here and c.unread
     ]
-    status = {"title": here.title, "queued": waiting, "others": others, "away": machine.directory.away}
-    status["online"] = machine.phase == "online"
-    status["server"] = machine.server_address if len(chat.connections) > 1 else ""
+    status = {
+        "title": here.title,
+        "server": machine.server_address if len(chat.connections) > 1 else "",
+        "online": machine.phase == "online",
+        "queued": waiting,
+        "others": others,
+        "away": machine.directory.away,
+    }
     return {**status, **(_room_status if here.is_room else _direct_status)(machine, here.target)}
 
 
@@ -8273,7 +8326,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 31. Commands | uses 1, 2
+# Part 32. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -8407,7 +8460,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 32. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 31, 33
+# Part 33. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 32
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -8703,7 +8756,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 33. Chat commands: people and records | uses 1, 2, 6, 15, 19, 20, 25, 27, 31, 32
+# Part 34. Chat commands: people and records | uses 1, 2, 6, 15, 20, 21, 26, 28, 32, 33
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -8783,21 +8836,120 @@ def _presence(client, fingerprint: bytes) -> str:
     return ""
 
 
+def contact_rows(contacts: Contacts, presence) -> list:
+    """What is shown of each contact, and of who is blocked; `presence(fingerprint)` is a word."""
+    return [
+        {
+            "name": contact.name,
+            "fingerprint": fingerprint_text(contact.fingerprint),
+            "verified": contact.verified,
+            "blocked": contact.blocked,
+            "addresses": contact.addresses,
+            "seen": rfc3339(contact.seen) if contact.seen else None,
+            "presence": presence(contact.fingerprint),
+        }
+        for contact in contacts.all()
+    ]
+
+
+def contact_table(rows: list) -> str:
+    lines = []
+    for row in rows:
+        marks = ("verified " if row["verified"] else "") + ("blocked" if row["blocked"] else "")
+        place = row["addresses"][0] if row["addresses"] else ""
+        seen = f"seen {row['seen'][:10]} {place}" if row["seen"] else ""
+        where = row["presence"] or seen
+        lines.append(f"{row['name']:<16} {row['fingerprint'][7:11]}  {marks:<16} {where}".rstrip())
+    return "\n".join(lines) or "No contacts yet; /contacts add NAME, or /verify, makes one."
+
+
+CONTACTS_USAGE = (
+    "add NAME FINGERPRINT, rename NAME NEW, remove NAME, block NAME, unblock NAME, export, "
+    "or import FILE"
+)
+
+
+def change_contacts(contacts: Contacts, words: list) -> str:
+    """Does what the words say; a sentence that says what was done."""
+    action, *rest = words
+    changes = {
+        ("add", 2): _add_contact, ("rename", 2): _rename_contact, ("remove", 1): _remove_contact,
+        ("block", 1): _block_contact, ("unblock", 1): _unblock_contact,
+        ("import", 1): _import_contacts,
+    }  # fmt: skip
+    change = changes.get((action, len(rest)))
+    if change is None:
+        raise ChatError("This is not how it is written.", f"Write contacts and {CONTACTS_USAGE}.")
+    return change(contacts, *rest)
+
+
+def _add_contact(contacts: Contacts, name: str, source: str) -> str:
+    """`source`: a fingerprint, or the token that a person made."""
+    if source.startswith(TOKEN_PREFIX):
+        token = consume_token(source)
+        if not token.inviter:
+            text = "This token is a server's, not a person's."
+            raise ChatError(text, "A person makes one with /invite.")
+        contact = contacts.add(name, token.inviter, b"", token.addresses[0], token.fingerprint)
+    else:
+        contact = contacts.add(name, parse_fingerprint(source))
+    return f"{contact.name} is a contact now."
+
+
+def _rename_contact(contacts: Contacts, name: str, new: str) -> str:
+    contacts.rename(name, new)
+    return f"{name} is called {new} now."
+
+
+def _remove_contact(contacts: Contacts, name: str) -> str:
+    contacts.remove(name)
+    return f"{name} is no contact any more."
+
+
+def _block_contact(contacts: Contacts, name: str, on: bool = True) -> str:
+    contact = contacts.require(name)
+    contacts.block(contact.fingerprint, contact.name, on)
+    return f"{contact.name} is {'blocked' if on else 'no longer blocked'}."
+
+
+def _unblock_contact(contacts: Contacts, name: str) -> str:
+    return _block_contact(contacts, name, on=False)
+
+
+def _import_contacts(contacts: Contacts, path: str) -> str:
+    data = read_json(os.path.expanduser(path), {})
+    added, skipped = contacts.import_json(data)
+    text = f"{len(added)} added, {len(skipped)} known already."
+    return text + (" Compare /code with each before you trust them." if added else "")
+
+
 def _chat_contacts(client, rest: str) -> None:
     contacts = client.records.require().contacts
     words = rest.split()
-    if words[:1] == ["add"] and len(words) in (2, 3):
+    knows_key = words[-1].startswith((TOKEN_PREFIX, "sha256:")) if words else False
+    if words[:1] == ["add"] and len(words) in (2, 3) and not knows_key:
         fingerprint, name, key = _identity_of(client, words[1])
         connection = _connection_of(client, words[1])
         where = (connection.machine.server_address, connection.machine.server)
-        contacts.add(words[-1] if len(words) == 3 else name, fingerprint, key, *where)
-        client.show_notice(f"{words[-1]} is a contact now: what you write waits for them.")
+        contact = contacts.add(words[-1] if len(words) == 3 else name, fingerprint, key, *where)
+        text = f"{contact.name} is a contact now: what you write waits until they are here."
+        client.show_notice(text, name=contact.name)
+    elif words[:1] == ["export"] and len(words) == 2:
+        client.records.ask(client.show_notice, _export_contacts, contacts.export_json(), words[1])
     elif words:
         client.show_notice(change_contacts(contacts, words))
     else:
         rows = contact_rows(contacts, lambda fingerprint: _presence(client, fingerprint))
         client.show_notice(contact_table(rows), contacts=rows)
     client.records.refresh_trust()
+
+
+def _export_contacts(data: dict, path: str) -> str:
+    path = os.path.abspath(os.path.expanduser(path))
+    if os.path.lexists(path):
+        raise ChatError(f"{path} exists already.", "Choose another name.", "storage")
+    write_json(path, data)
+    return f"{len(data['contacts'])} contacts are in {path}."
 
 
 def _chat_connect(client, rest: str) -> None:
@@ -9046,7 +9198,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 34. Console commands | uses 1, 2, 7, 26, 31
+# Part 35. Console commands | uses 1, 2, 7, 27, 32
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -9166,7 +9318,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 25. Terminal input | uses 2, 17
+# Part 36. Terminal input | uses 21
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -9372,7 +9524,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 25. Terminal | uses 2, 15-17
+# Part 37. Terminal | uses 2, 17-19, 21, 36
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -9501,6 +9653,13 @@ class Terminal:
                 self._write(self._screen.show_above(text))
             else:
                 self._write(text + "\n")
+
+    def choose_colour(self, choice: str) -> None:
+        """on, off or auto; NO_COLOR is stronger than on."""
+        if choice == "off" or os.environ.get("NO_COLOR"):
+            self.colours = False
+        else:
+            self.colours = choice == "on" or wants_colour(os.environ, self.interactive)
 
     def _as_wanted(self, text: str) -> str:
         return text if self.colours else _SGR.sub("", text)
@@ -9716,7 +9875,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 36. Words for events | uses 2, 7, 31, 32
+# Part 38. Words for events | uses 2, 7, 17, 32, 33
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -9736,16 +9895,13 @@ class Said(Record):
 class ChatWords:
     """Words for a chat's events, and what of one's own lines is still on its way."""
 
-    def __init__(self, client: ChatClient, colours: bool = False):
-        self._client, self.colours = client, colours
+    def __init__(self, client: ChatClient):
+        self._client = client
         self._open: dict = {}  # id -> text of own messages not confirmed yet
         self._confirmed = False
 
-    def paint(self, text: str, code: str) -> str:
-        return painted(text, code) if self.colours else text
-
     def _nick(self, shown: str, fingerprint: str) -> str:
-        return self.paint(shown, nick_colour(bytes.fromhex(fingerprint[7:])))
+        return painted(shown, nick_colour(bytes.fromhex(fingerprint[7:])))
 
     def note(self, event: dict) -> None:
         """Keeps count of what has not been confirmed."""
@@ -9761,7 +9917,7 @@ class ChatWords:
         return f"{title}{state} > "
 
     def __call__(self, event: dict, here: bool = True):
-        """The text of an event, a Said, or None for nothing; `here`: it belongs to what is in view."""
+        """An event's text, a Said, or None; `here`: it belongs to the conversation in view."""
         handler = getattr(self, "_on_" + event["event"].replace("-", "_"), None)
         return handler(event, here) if handler else None
 
@@ -9811,10 +9967,10 @@ class ChatWords:
     def _on_joined(self, event: dict, here: bool) -> str:
         mark = {"name": event["name"], "fingerprint": event["fingerprint"]}
         mark["verified"] = parse_fingerprint(event["fingerprint"]) in self._client.trust.verified
-        return self.paint(f"* {shown_name(mark)} joined #{event['room']}", DIM)
+        return painted(f"* {shown_name(mark)} joined #{event['room']}", DIM)
 
     def _on_left(self, event: dict, here: bool) -> str:
-        return self.paint(f"* {event['name']} left #{event['room']}", DIM)
+        return painted(f"* {event['name']} left #{event['room']}", DIM)
 
     def _on_request(self, event: dict, here: bool) -> str:
         name = event["from"]
@@ -9831,7 +9987,7 @@ class ChatWords:
     def _on_key_changed(self, event: dict, here: bool) -> str:
         head = f"! THE KEY OF {event['name']} HAS CHANGED. A new device, or somebody else."
         return (
-            f"{self.paint(head, ALARM)}\n"
+            f"{painted(head, ALARM)}\n"
             f"  Nothing is sent to them until you compare /code {event['name']} "
             f"and /accept-key {event['name']}."
         )
@@ -9895,7 +10051,10 @@ def _reader_names(readers: list) -> str:
 def _other_windows(others: list) -> list:
     """Unread conversations, those that call first: `2 #kitchen +3`, `3 @bob +1!`."""
     calls = sorted(others, key=lambda other: not other[3])
-    return [f"[{place} {title} +{unread}{'!' if called else ''}]" for place, title, unread, called in calls]
+    return [
+        f"[{place} {title} +{unread}{'!' if called else ''}]"
+        for place, title, unread, called in calls
+    ]
 
 
 def local_clock(moment: str) -> str:
@@ -9928,7 +10087,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 37. Faces: terminal and JSON lines | uses 2, 17, 20, 25, 31, 35, 36
+# Part 39. Faces: terminal and JSON lines | uses 2, 17, 21, 26, 32, 37, 38
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -10056,8 +10215,8 @@ class ChatFace(TerminalFace):
         super().__init__(stdin, stdout, None)
         self.interactive = self.interactive and not plain
         self._client, self._settings = client, settings
-        self._terminal.set_colour(settings["colour"])
-        self.words = ChatWords(client, self._terminal.colours)
+        self._terminal.choose_colour(settings["colour"])
+        self.words = ChatWords(client)
         self._complete = complete_chat(client)
         self._rolls: dict = {}  # number of a conversation -> Roll
         self._window, self._title = client.here.number, client.here.title
@@ -10090,7 +10249,7 @@ class ChatFace(TerminalFace):
         return self._settings["quiet"] and bool(presence)
 
     def _show_event(self, event: dict) -> None:
-        """Prints what belongs to the view, or calls from elsewhere; the rest waits to be visited."""
+        """Prints what belongs to the view or calls from elsewhere; the rest waits for a visit."""
         window, here = event.get("_window"), event.get("_here", True)
         shown = here or not self.interactive or event.get("_called") or "_message" in event
         text = self.words(event, here) if shown else None
@@ -10110,7 +10269,7 @@ class ChatFace(TerminalFace):
         return text if day == (before or today) else f"{self._rule(day)}\n{text}"
 
     def _rule(self, title: str) -> str:
-        return self.words.paint(f"─── {title} ───", DIM)
+        return painted(f"─── {title} ───", DIM)
 
     def _maybe_ring(self, event: dict) -> None:
         if event["event"] != "message" or event.get("history") or not self.interactive:
@@ -10137,7 +10296,7 @@ class ChatFace(TerminalFace):
         return [self._with_day(e, self.lay_out(text)) for e, text in texts if text is not None]
 
     def _on_status(self, event: dict) -> None:
-        self._terminal.set_status(self.words.paint(self.words.status(event), DIM))
+        self._terminal.set_status(painted(self.words.status(event), DIM))
 
     def _on_vanished(self, event: dict) -> None:
         numbers = set(event["ids"])
@@ -10157,8 +10316,7 @@ class ChatFace(TerminalFace):
 
     def _on_settings(self, event: dict) -> None:
         self._settings = event
-        self._terminal.set_colour(event["colour"])
-        self.words.colours = self._terminal.colours
+        self._terminal.choose_colour(event["colour"])
 
 
 def _routine_show(subscription: Subscription, face, stop) -> None:
@@ -10233,7 +10391,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 38. Activities | uses 1-4, 8, 9, 15, 20, 22, 24-27, 29-31, 34, 37
+# Part 40. Activities | uses 1-4, 8, 9, 15, 21, 23, 25-28, 30-32, 35, 39
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -10526,7 +10684,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 39. Demonstration | uses 1, 3, 4, 7-9, 15, 22, 24, 26, 27, 30, 31
+# Part 41. Demonstration | uses 1, 3, 4, 7-9, 15, 23, 25, 27, 28, 31, 32
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -10708,7 +10866,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 40. Shell commands | uses 1, 2, 7, 17, 19-22, 25, 27, 31, 35, 37-39
+# Part 42. Shell commands | uses 1, 2, 7, 17, 20-23, 26, 28, 32, 37, 39-41
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -10899,7 +11057,8 @@ def _send_and_tell(session: Session, sending: Sending, link: Link, text: str) ->
             say_error(error)
             return 1
         raise
-    return session.answer("send", sending.outcome, "Confirmed by " + ", ".join(sending.outcome["delivered"]))
+    names = ", ".join(sending.outcome["delivered"])
+    return session.answer("send", sending.outcome, f"Confirmed by {names}.")
 
 
 def _profile_contacts(session: Session) -> Contacts:
@@ -10986,6 +11145,8 @@ def _change_passphrase(session: Session) -> int:
         pair for pair in (KeyPair(session.paths, r) for r in ("client", "server")) if pair.exists()
     ]
     keys = [pair.load(session.ask_passphrase)[0] for pair in pairs]
+    vault_key = load_vault_key(session.paths, Identity(keys[0]))
+    contacts = open_contacts(session.paths, vault_key).snapshot()
     new = os.environ.get("TRCHAT_NEW_PASSPHRASE")
     if new is None:
         if not sys.stdin.isatty():
@@ -10997,6 +11158,8 @@ def _change_passphrase(session: Session) -> int:
                 raise ChatError("These were not the same.", "Nothing was changed; try again.")
     for pair, key in zip(pairs, keys):
         pair.store_key(key, new)
+    box = ContactsBox(vault_key)
+    ContactsFile(session.paths.file("contacts.json"), box, bool(new)).save(contacts)
     text = "The keys are sealed." if new else "The keys are no longer sealed."
     return session.answer("id", {"sealed": bool(new)}, text)
 
@@ -11161,7 +11324,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 41. Menu and door | uses 1, 2, 4, 19, 20, 24, 25, 27, 31, 37, 40
+# Part 43. Menu and door | uses 1, 2, 4, 20, 21, 25, 26, 28, 32, 39, 42
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

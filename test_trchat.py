@@ -9151,8 +9151,7 @@ class NetPerson:
     def __init__(self, name, target, number, chain=None):
         self.name = name
         machine = trchat.ClientMachine(net_identity(number), name, time.time, target.token)
-        self.client = trchat.ChatClient(machine, target)
-        self.client.chain = chain
+        self.client = trchat.ChatClient(machine, target, chain=chain)
         self.log = EventLog()
         self._events = self.client.events.subscribe()
         threading.Thread(target=self._read, daemon=True).start()
@@ -10492,7 +10491,7 @@ class Part22ChatClientTest(NetTest):
         self.assertEqual(alice.wait("delivered")["by"], ["bob"])
         bob.type("/msg alice psst")
         self.assertTrue(alice.wait("message", text="psst")["direct"])
-        self.assertEqual(alice.client.reply_to, "bob")
+        self.assertEqual(alice.client.reply_to, (alice.client.first, "bob"))
         alice.type("BYE")
         self.assertEqual(alice.wait("closed")["reason"], "BYE")
         bob.wait("left", name="alice")
@@ -11907,7 +11906,7 @@ class TerminalFaceTest(EndToEnd):
         guest.see("Bye.")
         guest.see("1  Start a server", 2)
         guest.line("4")
-        guest.see("Connect to which")
+        guest.see("A number connects")
         guest.line("1")
         guest.see("Your name [bruno]:", 2)
         guest.line("")
@@ -12018,7 +12017,8 @@ class TerminalFaceTest(EndToEnd):
         alice.see_last("@bob ✓ >")
         alice.line("between us")
         bob.wait_for("message", direct=True, text="between us")
-        alice.see("[you to bob] between us")
+        alice.see("alice: between us")
+        self.assertIn("─── @bob ───", alice.text(), "it is a conversation of its own")
 
     def test_a_pasted_text_is_one_message_and_no_command(self):
         server, bob = self.meet("bob")

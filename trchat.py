@@ -28,34 +28,36 @@ or thread: bytes in, events out) and each uses only parts above itself:
  13. Messages *
  14. People and sessions *
  15. Client machine *
- 16. Conversations *
- 17. Keys and widths *
- 18. Line editor *
- 19. Screen *
- 20. Settings *
- 21. Settings and paths
- 22. Dependencies
- 23. Vault
- 24. Contacts
- 25. Network
- 26. Events and threads
- 27. Relay server
- 28. Where to connect
- 29. Connections
- 30. Records of a chat
- 31. Chat client
- 32. Commands
- 33. Chat commands: talking and rooms
- 34. Chat commands: people and records
- 35. Console commands
- 36. Terminal input
- 37. Terminal
- 38. Words for events
- 39. Faces: terminal and JSON lines
- 40. Activities
- 41. Demonstration
- 42. Shell commands
- 43. Menu and door
+ 16. Sealed records *
+ 17. Conversations *
+ 18. Keys and widths *
+ 19. Line editor *
+ 20. Screen *
+ 21. Settings *
+ 22. Settings and paths
+ 23. Events and threads
+ 24. Dependencies
+ 25. Vault
+ 26. History and outbox
+ 27. Contacts
+ 28. Network
+ 29. Relay server
+ 30. Where to connect
+ 31. Connections
+ 32. Records of a chat
+ 33. Chat client
+ 34. Commands
+ 35. Chat commands: talking and rooms
+ 36. Chat commands: people and records
+ 37. Console commands
+ 38. Terminal input
+ 39. Terminal
+ 40. Words for events
+ 41. Faces: terminal and JSON lines
+ 42. Activities
+ 43. Demonstration
+ 44. Shell commands
+ 45. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -4095,7 +4097,183 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 16. Conversations | pure | uses 1, 2
+# Part 16. Sealed records | pure | uses 1-3
+#
+# What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
+# A log is one record after another:
+#
+#   4 marker, u32 size of what follows the expiry, u64 expiry (Unix seconds; 0: never),
+#   12 random nonce, ciphertext and tag (associated data: label, the log's name, size, expiry)
+#
+# A record that is torn or damaged, anywhere, costs only itself: the next marker begins anew. The
+# expiry stands in clear so that what is due is found without opening all the rest. Whoever can
+# write the file can leave records out, repeat or reorder them, and sees their sizes and expiries;
+# to read one, or to alter one unnoticed, takes the key.
+# ==================================================================================================
+
+heapq = Lazy("heapq")
+
+RECORD_LABEL = PROTOCOL + b" record"
+RECORD_MARKER = b"\x9etr\xd1"  # cannot overlap itself
+RECORD_HEADER = struct.Struct(">4sIQ")
+SEALED_LEAST = 12 + 16  # nonce and tag
+RECORD_LEAST = RECORD_HEADER.size + SEALED_LEAST
+# Room for the longest text with each letter written as \u0000, and all that goes with it.
+SEALED_MOST = (4 << 20) - 1
+OVERLAP_MOST = 64  # failed attempts that may cover one byte
+ERASED = object()
+
+_RECORD_START = LazyPattern(rb"\x9etr\xd1(?=\x00[\x00-\x3f])")  # with a size that may be right
+
+
+def vault_subkey(vault_key: bytes, purpose: bytes) -> bytes:
+    """The key for one purpose, 32 bytes."""
+    return hkdf(vault_key, b"", PROTOCOL + b" vault " + purpose)
+
+
+def seal_box(vault_key: bytes, purpose: bytes, plaintext: bytes) -> bytes:
+    """A small sealed file: 12 random nonce, ciphertext and tag."""
+    nonce = random_bytes(12)
+    return nonce + seal(vault_subkey(vault_key, purpose), nonce, plaintext, purpose)
+
+
+def open_box(vault_key: bytes, purpose: bytes, box: bytes) -> bytes:
+    """What seal_box sealed; RemoteProtocolError if key or purpose is another, or it is damaged."""
+    return open_sealed(vault_subkey(vault_key, purpose), box[:12], box[12:], purpose)
+
+
+def claimed_record(data: bytes, offset: int, stop: int):
+    """(end, expiry) that a header at `offset` claims; None if there is none or it does not fit."""
+    if stop - offset < RECORD_LEAST:
+        return None
+    marker, size, expiry = RECORD_HEADER.unpack_from(data, offset)
+    end = offset + RECORD_HEADER.size + size
+    if marker != RECORD_MARKER or not SEALED_LEAST <= size <= SEALED_MOST or end > stop:
+        return None
+    return end, expiry
+
+
+def claimed_records(data: bytes) -> list:
+    """[(offset, end, expiry)] by hopping from header to header, opening nothing.
+
+    Together they cover all of `data`; what no header claims has None as its expiry.
+    """
+    found, offset = [], 0
+    while offset < len(data):
+        claim = claimed_record(data, offset, len(data)) or (_next_start(data, offset + 1), None)
+        found.append((offset, *claim))
+        offset = claim[0]
+    return found
+
+
+def _next_start(data: bytes, start: int, stop: int | None = None) -> int:
+    stop = len(data) if stop is None else stop
+    found = _RECORD_START.search(data, start, stop)
+    return found.start() if found else stop
+
+
+class SealedRecords:
+    """Seals and opens the records of the log `name`; `damaged` holds the offsets of bad places."""
+
+    def __init__(self, key: bytes, name: bytes):
+        self._cipher = _aead.AESGCM(key)  # once, as it costs more than a record
+        self._context = block(RECORD_LABEL) + block(name)
+        self.damaged: set = set()
+
+    def seal(self, plaintext: bytes, expires: int = 0) -> bytes:
+        """One record; it may be forgotten from `expires` on (Unix seconds, 0: never)."""
+        size = SEALED_LEAST + len(plaintext)
+        if size > SEALED_MOST:
+            raise ChatError("This is too long to be kept.", "Send it as a file.", "too-large")
+        header, nonce = RECORD_HEADER.pack(RECORD_MARKER, size, expires), random_bytes(12)
+        return header + nonce + self._cipher.encrypt(nonce, plaintext, self._context + header[4:])
+
+    def open(self, data: bytes, offset: int, end: int):
+        """The plaintext of the record that stands there, ERASED, or None if there is no whole one.
+
+        The caller has seen to it that its header claims just this place.
+        """
+        body = offset + RECORD_HEADER.size
+        nonce = data[body : body + 12]
+        if not any(nonce) and data.count(0, body, end) == end - body:
+            return ERASED
+        context = self._context + data[offset + 4 : body]
+        try:
+            return self._cipher.decrypt(nonce, data[body + 12 : end], context)
+        except _exceptions.InvalidTag:
+            return None
+
+    def open_record(self, record: bytes) -> bytes | None:
+        """The plaintext of exactly one record; None if it is none, damaged or erased."""
+        claim = claimed_record(record, 0, len(record))
+        if not claim or claim[0] != len(record):
+            return None
+        plaintext = self.open(record, 0, len(record))
+        return None if plaintext is ERASED else plaintext
+
+    def scan(self, data: bytes, start: int = 0, stop: int | None = None):
+        """Yields (offset, end, expiry, plaintext) of every readable record, the oldest first.
+
+        Where there is none, it goes on at the next marker after the bad place.
+        """
+        stop = len(data) if stop is None else stop
+        offset, bad_end = start, start
+        failed: list = []  # heap: where failed claims end
+        while offset < stop:
+            end, expiry = claimed_record(data, offset, stop) or (0, 0)
+            plaintext = self.open(data, offset, end) if end else None
+            if plaintext is not None:
+                if plaintext is not ERASED:
+                    yield offset, end, expiry, plaintext
+                offset = end
+                continue
+            if offset >= bad_end:  # what a bad header claims is one bad place
+                self.damaged.add(offset)
+                bad_end = max(end, offset + 1)
+            offset = _after_failure(data, offset, end, stop, failed)
+
+    def newest_first(self, data: bytes, expiring_only: bool = False):
+        """Like `scan`, from the newest on, opening only what is taken.
+
+        With `expiring_only` those that never expire are not opened, unless damage makes it
+        necessary; some of them may be among the result.
+        """
+        bad_end = 0
+        for offset, end, expiry in reversed(claimed_records(data)):
+            unwanted = expiring_only and expiry == 0 and not bad_end
+            if unwanted and data.find(RECORD_MARKER, offset + 1, end) < 0:
+                continue  # else a wrong size may hide others in it
+            plaintext = None if expiry is None else self.open(data, offset, end)
+            if plaintext is None:
+                bad_end = bad_end or end  # a wrong size here may hide records up to there
+                continue
+            if bad_end:
+                yield from reversed(list(self.scan(data, end, bad_end)))
+                bad_end = 0
+            if plaintext is not ERASED:
+                yield offset, end, expiry, plaintext
+        if bad_end:
+            yield from reversed(list(self.scan(data, 0, bad_end)))
+
+
+def _after_failure(data: bytes, offset: int, end: int, stop: int, failed: list) -> int:
+    """Where to try again; `end` is what the record at `offset` claimed, 0 if it claimed nothing.
+
+    What OVERLAP_MOST false headers claim at once is passed over, and each counts for the room of
+    as many smallest records: so a hostile file costs at most one attempt for each 44 of its bytes,
+    and no byte is tried more often than that; short records damaged in a row cost no whole one.
+    """
+    if end:
+        heapq.heappush(failed, max(end, offset + OVERLAP_MOST * RECORD_LEAST))
+    crowded = len(failed) >= OVERLAP_MOST
+    offset = _next_start(data, max(offset + 1, failed[0] if crowded else 0), stop)
+    while failed and failed[0] <= offset:
+        heapq.heappop(failed)
+    return offset
+
+
+# ==================================================================================================
+# Part 17. Conversations | pure | uses 1, 2, 16
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -4189,6 +4367,10 @@ class Vanishing:
         if event["event"] in ("message", "sent", "queued") and lifetime:
             heapq.heappush(self._due, (vanishing_time(now, lifetime), event["id"]))
 
+    def remind(self, when: float) -> None:
+        """Something else is due then."""
+        heapq.heappush(self._due, (when, ""))
+
     def next_due(self):
         return self._due[0][0] if self._due else None
 
@@ -4206,7 +4388,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 17. Keys and widths | pure | uses 2
+# Part 18. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -4542,7 +4724,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 18. Line editor | pure | uses 2, 17
+# Part 19. Line editor | pure | uses 2, 18
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -4872,7 +5054,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 19. Screen | pure | uses 17
+# Part 20. Screen | pure | uses 18
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -5075,7 +5257,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 20. Settings | pure | uses 1, 2
+# Part 21. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -5266,7 +5448,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 21. Settings and paths | uses 1, 2, 4, 20
+# Part 22. Settings and paths | uses 1, 2, 4, 21
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -5541,7 +5723,119 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 22. Dependencies | uses 1, 21
+# Part 23. Events and threads | uses 2, 22
+#
+# Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
+# waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
+# oldest and is told so, and nothing else ever waits for it.
+# ==================================================================================================
+
+
+EVENTS_MOST = 100_000
+
+
+def spawn(name: str, routine, *args):
+    """Starts a thread; `routine` is named _routine_*."""
+    guarded = (routine, *args)
+    thread = threading.Thread(target=_routine_guarded, args=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _routine_guarded(routine, *args) -> None:
+    try:
+        routine(*args)
+    except Exception as error:  # a bug of ours: one line, not a traceback
+        sys.stderr.write(f"trchat: {internal_error(error)}\n")
+
+
+def internal_error(error: Exception) -> str:
+    """One sentence for a bug; with TRCHAT_DEBUG=1 its traceback goes to stderr."""
+    if os.environ.get("TRCHAT_DEBUG"):
+        traceback.print_exception(type(error), error, error.__traceback__)
+    kind = type(error).__name__
+    return f"Internal error ({kind}: {one_line(str(error))}). TRCHAT_DEBUG=1 shows more."
+
+
+class Inbox:
+    """Calls for an owner thread, from any thread, with a socket that wakes its selector."""
+
+    def __init__(self):
+        self._calls = collections.deque()
+        self.wake_socket, self._waker = socket.socketpair()
+        self.wake_socket.setblocking(False)
+        self._waker.setblocking(False)
+
+    def post(self, function, *args) -> None:
+        self._calls.append((function, args))
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full: it will wake anyway; closed: nobody is left to wake
+
+    def run_all(self) -> None:
+        """In the owner thread: does what was posted."""
+        try:
+            while self.wake_socket.recv(4096):
+                pass
+        except OSError:
+            pass
+        while self._calls:
+            function, args = self._calls.popleft()
+            function(*args)
+
+    def close(self) -> None:
+        self.wake_socket.close()
+        self._waker.close()
+
+
+class Subscription:
+    """One face's queue of events; `get` waits for the next, None when the stream has ended."""
+
+    def __init__(self, most: int = EVENTS_MOST):
+        self._events = collections.deque()
+        self._most, self._lost, self._ended = most, 0, False
+        self._news = threading.Condition()
+
+    def put(self, event) -> None:
+        with self._news:
+            if event is None:
+                self._ended = True
+            else:
+                self._events.append(event)
+            if len(self._events) > self._most:
+                self._events.popleft()
+                self._lost += 1
+            self._news.notify()
+
+    def get(self, timeout: float | None = None):
+        with self._news:
+            self._news.wait_for(lambda: self._events or self._ended, timeout)
+            if self._lost:
+                text = f"{self._lost} events were dropped because nobody read them in time."
+                self._lost = 0
+                return {"event": "error", "code": "rate-limited", "text": text}
+            return self._events.popleft() if self._events else None
+
+
+class Publisher:
+    """Hands every event to every subscription."""
+
+    def __init__(self):
+        self._subscriptions: list = []
+
+    def subscribe(self, most: int = EVENTS_MOST) -> Subscription:
+        subscription = Subscription(most)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    def publish(self, event) -> None:
+        for subscription in self._subscriptions:
+            subscription.put(event)
+
+
+# ==================================================================================================
+# Part 24. Dependencies | uses 1, 22
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -5902,7 +6196,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 23. Vault | uses 1-4, 21
+# Part 25. Vault | uses 1-4, 22
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -6119,7 +6413,480 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 24. Contacts | uses 1-4, 6, 21
+# Part 26. History and outbox | uses 1-3, 16, 22, 23
+#
+# What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
+# is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
+# what another key could open. Erasing overwrites in place: as good as the disk does that.
+#
+# All of it belongs to the storage thread, so that a slow disk never holds the chat up.
+# ==================================================================================================
+
+itertools = Lazy("itertools")
+
+LOG_MOST = 1 << 30  # bytes of one log
+
+
+def _plain_open(path: str, flags: int) -> int:
+    """A descriptor of a file that is not reached through a link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o600)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    """One call, unless the disk takes only a part; then the next call says why."""
+    done = 0
+    while done < len(data):
+        done += os.write(handle, data[done:] if done else data)
+
+
+def _log_error(action: str, path: str, error: OSError) -> ChatError:
+    if error.errno == errno.ELOOP:
+        text = f"{path} is a link, and what is private is not read or written through one."
+        return ChatError(text, "Move the link away.", "storage")
+    return storage_error(action, path, error)
+
+
+class SealedLog:
+    """One file of sealed records; an error of the disk is a ChatError `storage`.
+
+    It is made (mode 0600) by the first record; its folder must be there. One process at a time.
+    """
+
+    def __init__(self, path: str, key: bytes, name: bytes):
+        self.path = path
+        self._records = SealedRecords(key, name)
+        self._expiring: list | None = None  # heap of (expiry, offset, end), once the file was looked through
+
+    @property
+    def damaged(self) -> int:
+        """How many bad places were come across."""
+        return len(self._records.damaged)
+
+    def append(self, plaintext: bytes, expires: int = 0, fsync: bool = False) -> tuple:
+        """(offset, end) of the new record; if it cannot be written, the file is as before."""
+        record = self._records.seal(plaintext, expires)
+        try:
+            handle = _plain_open(self.path, os.O_RDWR | os.O_CREAT)
+            try:
+                offset = self._append(handle, record, fsync)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise _log_error("Writing", self.path, error) from None
+        if expires and self._expiring is not None:
+            heapq.heappush(self._expiring, (expires, offset, offset + len(record)))
+        return offset, offset + len(record)
+
+    def _append(self, handle: int, record: bytes, fsync: bool) -> int:
+        end = os.lseek(handle, 0, os.SEEK_END)
+        try:
+            _write_all(handle, record)
+            if fsync:
+                os.fsync(handle)
+        except OSError:
+            try:
+                os.ftruncate(handle, end)
+            except OSError:
+                pass  # a torn record costs only itself
+            raise
+        if fsync and end == 0:
+            _sync_folder(os.path.dirname(self.path))
+        return end
+
+    def _read(self) -> bytes:
+        try:
+            with os.fdopen(_plain_open(self.path, os.O_RDONLY), "rb") as file:
+                if os.fstat(file.fileno()).st_size > LOG_MOST:
+                    text = f"{self.path} has grown beyond {LOG_MOST >> 30} GiB."
+                    raise ChatError(text, "Move it away to start anew.", "storage")
+                return file.read()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise _log_error("Reading", self.path, error) from None
+
+    def read(self):
+        """Iterates over (offset, end, expiry, plaintext), the oldest first."""
+        return self._records.scan(self._read())
+
+    def newest(self):
+        """The same from the newest on, opening only what is taken."""
+        return self._records.newest_first(self._read())
+
+    def erase(self, offset: int, end: int) -> bool:
+        """Overwrites a record's nonce and ciphertext; False if no readable one is there."""
+        return bool(self._overwrite([(offset, end)], None))
+
+    def replace(self, offset: int, end: int, plaintext: bytes) -> bool:
+        """Puts another plaintext of the same length in a record's place; False as for `erase`."""
+        return bool(self._overwrite([(offset, end)], self._records.seal(plaintext)))
+
+    def _overwrite(self, places: list, record: bytes | None) -> list:
+        """Replaces whole records by `record`, or erases them; returns what stood there."""
+        try:
+            handle = _plain_open(self.path, os.O_RDWR)
+            try:
+                former = [self._overwrite_one(handle, o, e, record) for o, e in places]
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise _log_error("Writing", self.path, error) from None
+        return [plaintext for plaintext in former if plaintext is not None]
+
+    def _overwrite_one(self, handle: int, offset: int, end: int, record: bytes | None):
+        os.lseek(handle, offset, os.SEEK_SET)
+        old = os.read(handle, end - offset)
+        plaintext = self._records.open_record(old)
+        new = record or old[: RECORD_HEADER.size].ljust(len(old), b"\0")
+        if plaintext is None or len(new) != len(old):
+            return None
+        os.lseek(handle, offset, os.SEEK_SET)
+        _write_all(handle, new)
+        return plaintext
+
+    def expire(self, now: float) -> tuple:
+        """Erases what is due; ([its plaintexts], when the next is due or None)."""
+        if self._expiring is None:
+            found = self._records.newest_first(self._read(), expiring_only=True)
+            self._expiring = [(expiry, offset, end) for offset, end, expiry, _ in found if expiry]
+            heapq.heapify(self._expiring)
+        due = []
+        while self._expiring and self._expiring[0][0] <= now:
+            due.append(heapq.heappop(self._expiring)[1:])
+        following = self._expiring[0][0] if self._expiring else None
+        if not due:
+            return [], following
+        waiting, self._expiring = self._expiring, None  # if it fails, look again
+        plaintexts = self._overwrite(due, None)
+        self._expiring = waiting
+        return plaintexts, following
+
+    def rewrite(self, records) -> None:
+        """Replaces the whole file by records of these (plaintext, expires)."""
+        write_file(self.path, b"".join(self._records.seal(*record) for record in records))
+        self._forget()
+
+    def remove(self) -> None:
+        try:
+            os.unlink(self.path)
+            _sync_folder(os.path.dirname(self.path))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise storage_error("Removing", self.path, error) from None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._expiring = None
+        self._records.damaged.clear()
+
+
+VAULT_KEY_LABEL = PROTOCOL + b" vault key"
+VAULT_BEGIN, VAULT_END = "-----BEGIN TRCHAT VAULT KEY-----", "-----END TRCHAT VAULT KEY-----"
+
+
+def load_vault_key(paths: Paths, identity: Identity) -> bytes:
+    """The 32 bytes that seal a profile's history and outbox; made at first use.
+
+    They stand in `vault.key`, encrypted to one's own identity (RSA-OAEP).
+    """
+    path = paths.file("vault.key")
+    text = read_file(path)
+    if text is not None:
+        return _open_vault_key(path, text, identity)
+    kept = [name for name in ("history", "outbox") if _holds_something(paths.file(name))]
+    if kept:
+        hint = f"Restore it from a backup, or move {' and '.join(kept)} away to start anew."
+        raise ChatError(f"{path} is missing, which opens what is kept beside it.", hint, "storage")
+    key = random_bytes(32)
+    sealed = RSAPublic(identity.spki).encrypt(key, VAULT_KEY_LABEL)
+    data = binascii.b2a_base64(sealed, newline=False).decode("ascii")
+    lines = [data[i : i + 64] for i in range(0, len(data), 64)]
+    write_file(path, "\n".join([VAULT_BEGIN, *lines, VAULT_END, ""]).encode("ascii"))
+    return key
+
+
+def _holds_something(folder: str) -> bool:
+    try:
+        return bool(os.listdir(folder))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise storage_error("Reading", folder, error) from None
+
+
+def _open_vault_key(path: str, pem: bytes, identity: Identity) -> bytes:
+    try:
+        text = pem.decode("ascii").strip()
+        if not text.startswith(VAULT_BEGIN) or not text.endswith(VAULT_END):
+            raise ValueError
+        sealed = binascii.a2b_base64(text[len(VAULT_BEGIN) : -len(VAULT_END)])
+        key = identity.decrypt(sealed, VAULT_KEY_LABEL)
+        if len(key) != 32:
+            raise ValueError
+        return key
+    except (ValueError, RemoteProtocolError):
+        hint = "Restore the identity that belongs to it (cert/client_key.pem), or move vault.key, "
+        hint += "history and outbox away to start anew."
+        text = f"{path} is damaged or belongs to another identity."
+        raise ChatError(text, hint, "storage") from None
+
+
+ENTRY_FIELDS = (
+    "id", "room", "direct", "from", "fingerprint", "text", "time", "verified", "own", "to",
+    "action",
+)  # fmt: skip
+TITLE_BYTES = 512 - RECORD_LEAST  # a title's record is one sector, so it is replaced in one go
+
+
+def _packed(values) -> bytes:
+    """A list as JSON. Half of a surrogate pair, which no line may hold, becomes `?`."""
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+class History:
+    """Conversations, one log each, in a folder whose file names tell nothing.
+
+    A conversation is named by a text like `room:FINGERPRINT:lobby`. An entry is a dict with
+    ENTRY_FIELDS. The first record of a log is [conversation, title for people].
+    """
+
+    def __init__(self, folder: str, vault_key: bytes):
+        self._folder = folder
+        self._naming = vault_subkey(vault_key, b"history names")
+        self._key = vault_subkey(vault_key, b"history")
+        self._logs: dict = {}  # file name -> SealedLog
+        self._titles: dict = {}  # conversation -> title, of those written to
+        make_private_folder(folder)
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            raise storage_error("Reading", folder, error) from None
+        for name in names:
+            if name.endswith(".log"):
+                self._open(name)
+
+    def _open(self, name: str) -> SealedLog:
+        if name not in self._logs:
+            path = os.path.join(self._folder, name)
+            self._logs[name] = SealedLog(path, self._key, b"history " + name.encode("utf-8"))
+        return self._logs[name]
+
+    def _log(self, conversation: str) -> SealedLog:
+        digest = hmac_sha256(self._naming, conversation.encode("utf-8"))
+        return self._open(digest.hex()[:32] + ".log")
+
+    @property
+    def damaged(self) -> int:
+        """How many damaged places were come across, in all conversations."""
+        return sum(log.damaged for log in self._logs.values())
+
+    def append(self, conversation: str, title: str, entry: dict, expires: float = 0) -> None:
+        """Keeps an entry, until `expires` (Unix seconds) if that is not 0."""
+        log = self._log(conversation)
+        if self._titles.get(conversation) != title:
+            self._keep_title(log, conversation, title)
+        log.append(_packed([entry[name] for name in ENTRY_FIELDS]), int(expires))
+
+    def _keep_title(self, log: SealedLog, conversation: str, title: str) -> None:
+        place, _, former = self._find_title(log)
+        plaintext = _title_record(conversation, title)
+        if not place:
+            log.append(plaintext)
+        elif former != title:
+            log.replace(place[0], place[1], plaintext)
+        self._titles[conversation] = title
+
+    def _find_title(self, log: SealedLog) -> tuple:
+        """((offset, end), conversation, title); three times None if no record holds them."""
+        for offset, end, _, plaintext in log.read():
+            values = json.loads(plaintext.decode("utf-8"))
+            if len(values) == 2:
+                return (offset, end), values[0], values[1]
+        return None, None, None
+
+    def conversations(self) -> list:
+        """[(conversation, title)], sorted by title."""
+        found = [self._find_title(log)[1:] for log in self._logs.values()]
+        return sorted((pair for pair in found if pair[0]), key=lambda pair: pair[::-1])
+
+    def _newest(self, conversation: str):
+        """The entries from the newest on."""
+        for *_, plaintext in self._log(conversation).newest():
+            yield from _entries(plaintext)
+
+    def tail(self, conversation: str, count: int) -> list:
+        """The newest `count` entries, the oldest of them first."""
+        return list(itertools.islice(self._newest(conversation), count))[::-1]
+
+    def ids(self, conversation: str, most: int = 2000) -> set:
+        """The ids of the newest `most` entries."""
+        return {entry["id"] for entry in itertools.islice(self._newest(conversation), most)}
+
+    def search(self, conversation: str, words: str, most: int = 200) -> list:
+        """The newest `most` entries whose text holds all words, however they are capitalised."""
+        wanted = words.casefold().split()
+        found = itertools.islice(self._matches(conversation, wanted), most)
+        return list(found)[::-1]
+
+    def _matches(self, conversation: str, wanted: list):
+        # Most records are told by the words as JSON writes them, without being taken apart.
+        written = [json.dumps(word, ensure_ascii=False)[1:-1] for word in wanted]
+        for *_, plaintext in self._log(conversation).newest():
+            line = plaintext.decode("utf-8").casefold()
+            if not [word for word in written if word not in line]:
+                for entry in _entries(plaintext):
+                    text = entry["text"].casefold()
+                    if all(word in text for word in wanted):
+                        yield entry
+
+    def clear(self, conversation: str) -> None:
+        self._log(conversation).remove()
+        self._titles.pop(conversation, None)
+
+    def expire(self, now: float) -> tuple:
+        """Erases what is due; ([ids of erased entries], when the next is due or None)."""
+        gone, following = [], []
+        for log in self._logs.values():
+            plaintexts, moment = log.expire(now)
+            gone += [entry["id"] for plaintext in plaintexts for entry in _entries(plaintext)]
+            following += [moment] if moment else []
+        return gone, min(following, default=None)
+
+    def remove_all(self) -> None:
+        for log in self._logs.values():
+            log.remove()
+        self._logs, self._titles = {}, {}
+
+
+def _title_record(conversation: str, title: str) -> bytes:
+    """Always TITLE_BYTES long: a short title is filled up with spaces, a long one cut."""
+    title = title[:TITLE_BYTES]
+    while title and len(_packed([conversation, title])) > TITLE_BYTES:
+        title = title[:-1]
+    return _packed([conversation, title]).ljust(TITLE_BYTES)
+
+
+def _entries(plaintext: bytes) -> list:
+    """The entry that a record holds, in a list; an empty one for a title."""
+    values = json.loads(plaintext.decode("utf-8"))
+    return [dict(zip(ENTRY_FIELDS, values))] if len(values) == len(ENTRY_FIELDS) else []
+
+
+OUTBOX_FIELDS = ("id", "to", "name", "kind", "text", "created", "lifetime")
+
+
+class Outbox:
+    """Direct messages for people who are away, in the order in which they were written.
+
+    An entry is a dict with OUTBOX_FIELDS. The log has one record for each that was added (a list
+    of its fields) and one for each that was removed ([id]).
+    """
+
+    def __init__(self, folder: str, vault_key: bytes):
+        make_private_folder(folder)
+        key = vault_subkey(vault_key, b"outbox")
+        self._log = SealedLog(os.path.join(folder, "outbox.log"), key, b"outbox")
+        self._waiting: dict = {}  # id -> entry
+        self._places: dict = {}  # id -> (offset, end) in the log
+        if self._load() > 2 * len(self._waiting):
+            self._compact()
+
+    def _load(self) -> int:
+        """How many records there are."""
+        count = 0
+        for offset, end, _, plaintext in self._log.read():
+            values = json.loads(plaintext.decode("utf-8"))
+            count += 1
+            if len(values) == 1:
+                self._waiting.pop(values[0], None)
+            else:
+                self._waiting[values[0]] = dict(zip(OUTBOX_FIELDS, values))
+                self._places[values[0]] = offset, end
+        return count
+
+    def _compact(self) -> None:
+        kept = [(_packed(list(entry.values())), 0) for entry in self._waiting.values()]
+        try:
+            self._log.rewrite(kept)
+        except ChatError:
+            return  # a full disk: the old file says the same
+        self._load()
+
+    def add(self, entry: dict) -> None:
+        """Keeps an entry; when this returns, no loss of power takes it back."""
+        kept = {name: entry[name] for name in OUTBOX_FIELDS}
+        self._places[entry["id"]] = self._log.append(_packed(list(kept.values())), fsync=True)
+        self._waiting[entry["id"]] = kept
+
+    def remove(self, id: str) -> None:
+        """Lets an entry go that was delivered or given up; its text too, if it was to disappear."""
+        if id not in self._waiting:
+            return
+        self._log.append(_packed([id]))
+        if self._waiting.pop(id)["lifetime"]:
+            self._log.erase(*self._places[id])
+
+    def entries(self) -> list:
+        return list(self._waiting.values())
+
+    def clear(self) -> None:
+        self._log.remove()
+        self._waiting, self._places = {}, {}
+
+
+class Storekeeper:
+    """The storage thread: does what is posted, one after the other."""
+
+    def __init__(self):
+        self._calls = queue.SimpleQueue()
+        self._open, self._lock = True, threading.Lock()
+        self._thread = spawn("store", self._routine_store)
+
+    def post(self, function, *args, then=None, failed=None) -> None:
+        """Has `function(*args)` called; its result goes to `then`, a ChatError to `failed`.
+
+        Both are called in the storage thread. After `close` nothing is taken any more.
+        """
+        with self._lock:
+            if self._open:
+                self._calls.put((function, args, then, failed))
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Lets it finish what was posted; False if that took longer than `timeout` seconds."""
+        with self._lock:
+            self._open = False
+            self._calls.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _routine_store(self) -> None:
+        for call in iter(self._calls.get, None):
+            try:
+                _store(*call)
+            except Exception as error:  # in an answer: the next calls are not to suffer for it
+                sys.stderr.write(f"trchat: {internal_error(error)}\n")
+
+
+def _store(function, args: tuple, then, failed) -> None:
+    try:
+        result = function(*args)
+    except Exception as error:
+        problem = error
+        if not isinstance(error, ChatError):
+            problem = ChatError(internal_error(error), code="storage")
+        if failed is None:
+            sys.stderr.write(f"trchat: {problem}\n")
+        else:
+            failed(problem)
+        return
+    if then is not None:
+        then(result)
+
+
+# ==================================================================================================
+# Part 27. Contacts | uses 1-4, 6, 22
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -6575,7 +7342,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 25. Network | uses 1-4, 21, 23
+# Part 28. Network | uses 1-4, 22, 25
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -6813,119 +7580,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 26. Events and threads | uses 2, 21
-#
-# Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
-# waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
-# oldest and is told so, and nothing else ever waits for it.
-# ==================================================================================================
-
-
-EVENTS_MOST = 100_000
-
-
-def spawn(name: str, routine, *args):
-    """Starts a thread; `routine` is named _routine_*."""
-    guarded = (routine, *args)
-    thread = threading.Thread(target=_routine_guarded, args=guarded, name=name, daemon=True)
-    thread.start()
-    return thread
-
-
-def _routine_guarded(routine, *args) -> None:
-    try:
-        routine(*args)
-    except Exception as error:  # a bug of ours: one line, not a traceback
-        sys.stderr.write(f"trchat: {internal_error(error)}\n")
-
-
-def internal_error(error: Exception) -> str:
-    """One sentence for a bug; with TRCHAT_DEBUG=1 its traceback goes to stderr."""
-    if os.environ.get("TRCHAT_DEBUG"):
-        traceback.print_exception(type(error), error, error.__traceback__)
-    kind = type(error).__name__
-    return f"Internal error ({kind}: {one_line(str(error))}). TRCHAT_DEBUG=1 shows more."
-
-
-class Inbox:
-    """Calls for an owner thread, from any thread, with a socket that wakes its selector."""
-
-    def __init__(self):
-        self._calls = collections.deque()
-        self.wake_socket, self._waker = socket.socketpair()
-        self.wake_socket.setblocking(False)
-        self._waker.setblocking(False)
-
-    def post(self, function, *args) -> None:
-        self._calls.append((function, args))
-        try:
-            self._waker.send(b"\0")
-        except OSError:
-            pass  # full: it will wake anyway; closed: nobody is left to wake
-
-    def run_all(self) -> None:
-        """In the owner thread: does what was posted."""
-        try:
-            while self.wake_socket.recv(4096):
-                pass
-        except OSError:
-            pass
-        while self._calls:
-            function, args = self._calls.popleft()
-            function(*args)
-
-    def close(self) -> None:
-        self.wake_socket.close()
-        self._waker.close()
-
-
-class Subscription:
-    """One face's queue of events; `get` waits for the next, None when the stream has ended."""
-
-    def __init__(self, most: int = EVENTS_MOST):
-        self._events = collections.deque()
-        self._most, self._lost, self._ended = most, 0, False
-        self._news = threading.Condition()
-
-    def put(self, event) -> None:
-        with self._news:
-            if event is None:
-                self._ended = True
-            else:
-                self._events.append(event)
-            if len(self._events) > self._most:
-                self._events.popleft()
-                self._lost += 1
-            self._news.notify()
-
-    def get(self, timeout: float | None = None):
-        with self._news:
-            self._news.wait_for(lambda: self._events or self._ended, timeout)
-            if self._lost:
-                text = f"{self._lost} events were dropped because nobody read them in time."
-                self._lost = 0
-                return {"event": "error", "code": "rate-limited", "text": text}
-            return self._events.popleft() if self._events else None
-
-
-class Publisher:
-    """Hands every event to every subscription."""
-
-    def __init__(self):
-        self._subscriptions: list = []
-
-    def subscribe(self, most: int = EVENTS_MOST) -> Subscription:
-        subscription = Subscription(most)
-        self._subscriptions.append(subscription)
-        return subscription
-
-    def publish(self, event) -> None:
-        for subscription in self._subscriptions:
-            subscription.put(event)
-
-
-# ==================================================================================================
-# Part 27. Relay server | uses 1, 2, 7, 21, 23, 25, 26
+# Part 29. Relay server | uses 1, 2, 7, 22, 23, 25, 28
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -7399,7 +8054,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 28. Where to connect | uses 1, 2, 4, 21, 25, 26
+# Part 30. Where to connect | uses 1, 2, 4, 22, 23, 28
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -7512,7 +8167,7 @@ def _routine_dial(target: Target, address: str, timeout: float, won, answers) ->
 
 
 # ==================================================================================================
-# Part 29. Connections | uses 1, 3, 21, 25-28
+# Part 31. Connections | uses 1, 3, 22, 23, 28-30
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -7709,7 +8364,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 30. Records of a chat | uses 1, 2, 7, 12, 16, 21
+# Part 32. Records of a chat | uses 1, 2, 7, 12, 16, 17, 22, 25-27
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -7762,8 +8417,8 @@ class Profile:
         """servers.json: where we are, under which name and in which room."""
         machine = connection.machine
         shown = fingerprint_text(machine.server)
-        entry = (machine.server_address, shown, connection.target.room, machine.name)
-        self.save(self.servers.remember, *entry)
+        room = connection.target.room or DEFAULT_ROOM
+        self.servers.remember(machine.server_address, shown, room, machine.name)
 
 
 class NoRecords:
@@ -7772,7 +8427,15 @@ class NoRecords:
     def attach(self, chat) -> None:
         """A chat begins."""
 
-    prepare = note = note_internal = expire = close = attach
+    def prepare(self, connection, server: bytes) -> None:
+        """A server is about to be entered."""
+
+    note = note_internal = prepare
+
+    def expire(self) -> None:
+        """Something on disk may be due to be erased."""
+
+    close = expire
 
     def require(self) -> Profile:
         raise ChatError("This chat keeps nothing on disk.", "Use `connect`.", "usage")
@@ -7905,7 +8568,8 @@ class ChatRecords(NoRecords):
             key, title = direct_key(parse_fingerprint(event["fingerprint"])), "@" + event["from"]
         else:
             key, title = room_key(server, event["room"]), "#" + event["room"]
-        self._file(key, title, {**event, "own": False, "to": []}, event.get("disappear", 0))
+        entry = {**event, "own": False, "to": [], "action": event.get("action", False)}
+        self._file(key, title, entry, event.get("disappear", 0))
 
     def _file_own(self, connection, message: Outgoing) -> None:
         machine = connection.machine
@@ -7943,7 +8607,15 @@ class ChatRecords(NoRecords):
 
     def expire(self) -> None:
         """Erases what is due on disk."""
-        self.profile.save(self.profile.history.expire, time.time())
+        self.ask(self._note_expired, self.profile.history.expire, time.time())
+
+    def _note_expired(self, outcome: tuple) -> None:
+        """What /tail has shown may be gone now, too; and when to look again."""
+        gone, following = outcome
+        if gone:
+            self._chat.events.publish({"event": "_vanished", "ids": gone})
+        if following:
+            self._chat.vanishing.remind(following)
 
     def conversation_key(self, conversation: Conversation) -> str:
         """How the history names a conversation; ChatError for somebody whose key is not known."""
@@ -7995,7 +8667,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 31. Chat client | uses 1, 2, 14, 16, 21, 26, 27, 29, 30
+# Part 33. Chat client | uses 1, 2, 14, 17, 22, 23, 29, 31, 32
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -8030,7 +8702,7 @@ class ChatClient:
         self.wants_status = False  # whether a face shows what `_status` events carry
         self._leave_by = 0.0
         self._status: dict = {}
-        self._vanishing = Vanishing()
+        self.vanishing = Vanishing()
         self.ended = threading.Event()
         self.settled = threading.Event()  # in the room, or known to have to wait, or ended
         self.has_capacity = threading.Event()  # few lines are on their way: more may come
@@ -8159,7 +8831,7 @@ class ChatClient:
         times = [connection.next_deadline() for connection in self.connections]
         if self.leaving:
             times.append(self._leave_by)
-        due = self._vanishing.next_due()
+        due = self.vanishing.next_due()
         if due is not None:
             times.append(now + due - time.time())
         soonest = min((t for t in times if t is not None), default=None)
@@ -8204,7 +8876,7 @@ class ChatClient:
         if kind == "ready" and connection.on_ready is not None:
             self._guarded_records(connection.on_ready)
         self._guarded_records(self.records.note, connection, event)
-        self._vanishing.note(event, time.time())
+        self.vanishing.note(event, time.time())
         if connection is not self.connections[0]:
             event["server"] = connection.machine.server_address
         self.events.publish(event)
@@ -8243,9 +8915,9 @@ class ChatClient:
 
     def _vanish(self) -> None:
         """Messages whose time has come leave screen and disk."""
-        numbers = self._vanishing.take_due(time.time())
+        numbers = self.vanishing.take_due(time.time())
         if numbers:
-            self.events.publish({"event": "_vanished", "ids": numbers})
+            self.events.publish({"event": "_vanished", "ids": [n for n in numbers if n]})
             self.records.expire()
 
     def _publish_status(self) -> None:
@@ -8326,7 +8998,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 32. Commands | uses 1, 2
+# Part 34. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -8435,6 +9107,21 @@ def help_table(place: str) -> list:
     return [f"{usage:<{width}}  {text}" for usage, text in rows]
 
 
+def _invite_options(rest: str, uses: int) -> tuple:
+    """(uses, seconds) of `--uses N --expires 24h`; 0 means without end."""
+    words, seconds = rest.split(), float(INVITATION_SECONDS)
+    while words:
+        option = words.pop(0)
+        value = words.pop(0) if words else ""
+        if option == "--uses" and value.isascii() and value.isdigit() and int(value) < 1 << 31:
+            uses = int(value)
+        elif option == "--expires" and value:
+            seconds = 0.0 if value == "never" else parse_duration(value)
+        else:
+            raise ChatError("This is not how it is written.", "/invite [--uses N] [--expires 24h]")
+    return uses, seconds
+
+
 def _words(rest: str, most: int) -> list:
     return rest.split(None, most - 1)
 
@@ -8460,7 +9147,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 33. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 32
+# Part 35. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 34
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -8756,7 +9443,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 34. Chat commands: people and records | uses 1, 2, 6, 15, 20, 21, 26, 28, 32, 33
+# Part 36. Chat commands: people and records | uses 1, 2, 4, 6, 15, 21-23, 30, 34, 35
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -9198,7 +9885,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 35. Console commands | uses 1, 2, 7, 27, 32
+# Part 37. Console commands | uses 1, 2, 7, 29, 34
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -9318,7 +10005,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 36. Terminal input | uses 21
+# Part 38. Terminal input | uses 22
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -9524,7 +10211,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 37. Terminal | uses 2, 17-19, 21, 36
+# Part 39. Terminal | uses 2, 18-20, 22, 38
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -9875,7 +10562,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 38. Words for events | uses 2, 7, 17, 32, 33
+# Part 40. Words for events | uses 2, 7, 18, 34, 35
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -10087,7 +10774,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 39. Faces: terminal and JSON lines | uses 2, 17, 21, 26, 32, 37, 38
+# Part 41. Faces: terminal and JSON lines | uses 2, 18, 22, 23, 34, 39, 40
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -10391,7 +11078,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 40. Activities | uses 1-4, 8, 9, 15, 21, 23, 25-28, 30-32, 35, 39
+# Part 42. Activities | uses 1-4, 8, 9, 15, 22, 23, 25, 28-30, 32-34, 37, 41
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -10684,7 +11371,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 41. Demonstration | uses 1, 3, 4, 7-9, 15, 23, 25, 27, 28, 31, 32
+# Part 43. Demonstration | uses 1, 3, 4, 7-9, 15, 25, 28-30, 33, 34
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -10866,7 +11553,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 42. Shell commands | uses 1, 2, 7, 17, 20-23, 26, 28, 32, 37, 39-41
+# Part 44. Shell commands | uses 1, 2, 4, 7, 18, 21-27, 30, 32, 34, 36, 39, 41-43
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -11324,7 +12011,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 43. Menu and door | uses 1, 2, 4, 20, 21, 25, 26, 28, 32, 39, 42
+# Part 45. Menu and door | uses 1, 2, 4, 21-23, 28, 30, 34, 36, 41, 44
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

@@ -7204,7 +7204,7 @@ class LineEditorTest(unittest.TestCase):
         self.assertEqual(self.state(), "/msg folder/| hello")
 
     def test_up_and_down_move_between_lines(self):
-        self.remember("old", ("paste", "a\nb"))
+        self.remember("old", ("paste", "abc\nde"))
         type_keys(self.editor, ("paste", "one two\nx\n日本語 end"), *["<left>"] * 4)
         steps = [
             ("<up>", "one two\nx|\n日本語 end"), ("<up>", "one tw|o\nx\n日本語 end"),
@@ -7215,8 +7215,9 @@ class LineEditorTest(unittest.TestCase):
             ("<home>", "one two\nx\n|日本語 end"), ("<ctrl-e>", "one two\nx\n日本語 end|"),
             ("<up>", "one two\nx|\n日本語 end"), ("<ctrl-a>", "one two\n|x\n日本語 end"),
             ("<end>", "one two\nx|\n日本語 end"), ("<up>", "o|ne two\nx\n日本語 end"),
-            ("<up>", "a\nb|"), ("<up>", "a|\nb"), ("<up>", "old|"), ("<down>", "a\nb|"),
-            ("<down>", "one two\nx\n日本語 end|"), ("<ctrl-p>", "a\nb|"), ("<ctrl-p>", "old|"),
+            ("<up>", "abc\nde|"), ("<up>", "ab|c\nde"), ("<up>", "old|"), ("<down>", "abc\nde|"),
+            ("<down>", "one two\nx\n日本語 end|"), ("<ctrl-p>", "abc\nde|"),
+            ("<ctrl-p>", "old|"),
         ]  # fmt: skip
         for number, (key, state) in enumerate(steps):
             self.assertIsNone(self.editor.handle(key), (number, key))
@@ -8084,6 +8085,7 @@ with Terminal(sys.stdin, sys.stdout) as face:
     face.read_line("\\x1b[31m>\\x1b[0m ", on_key=on_key)
     face.redraw("")
     face.print("end")
+face.print("\\x1b[31mlast\\x1b[0m")
 """
 
     def test_redraw(self):
@@ -8098,14 +8100,15 @@ with Terminal(sys.stdin, sys.stdout) as face:
         child.send("\x1b2")
         child.wait_for_rows(["status", "> abc"])
         child.send("\r")
-        child.wait_for_rows(["end"])
+        child.wait_for_rows(["end", "last"])
+        self.assertEqual(child.screen.buffer[1][0].fg, "default")
         self.assertEqual(child.raw.count(b"\x1b[H\x1b[2J\x1b[3J"), 3)
 
     def test_redraw_on_a_dumb_terminal_does_nothing(self):
         child = self.start(self.REDRAW, term="dumb")
         child.wait_for_rows(["secret", ">"])
         child.send("x\n")
-        child.wait_for_rows(["secret", "> x", "end"])
+        child.wait_for_rows(["secret", "> x", "end", "last"])
         self.assertNotIn(b"\x1b", child.raw)
 
     def test_no_colours_if_unwanted(self):

@@ -4754,8 +4754,8 @@ class LineEditor:
         self._place = len(self._history)
         self._draft = ("", "")
         self._last_key = None
-        self._goal = None  # the column that Up and Down keep to
-        self._query = None  # what is searched for in the history
+        self._goal: int | None = None  # the column that Up and Down keep to
+        self._query: str | None = None  # what is searched for in the history
         self._before_search: tuple = ()
 
     def forget(self) -> None:
@@ -10349,7 +10349,9 @@ class Terminal:
             self.colours = choice == "on" or wants_colour(os.environ, self.interactive)
 
     def _as_wanted(self, text: str) -> str:
-        return text if self.colours else _SGR.sub("", text)
+        # A Windows console that is not (or no longer) ours would show the codes themselves.
+        usable = self._active or not self.interactive
+        return text if self.colours and usable else _SGR.sub("", text)
 
     def redraw(self, text: str) -> None:
         """Clear the screen and all that has scrolled off it, then show whole lines (or "")."""

@@ -543,7 +543,9 @@ class Part02TextAndBytes(PureCase):
             self.assertEqual(error.code, "name-invalid")
             return
         self.assertTrue(1 <= len(name) <= 32)
-        self.assertTrue(all(c.isalnum() or c in "_-." for c in name))
+        for char in name:
+            mark = unicodedata.category(char) in ("Mn", "Mc") and not unicodedata.name(char).startswith("COMBINING")
+            self.assertTrue(char.isalnum() or char in "_-." or mark, ascii(name))
         self.assertEqual(trchat.check_name(name), name)
 
     def test_rooms_come_with_or_without_hash_in_any_case(self):
@@ -6664,6 +6666,139 @@ class ContactsFileTest(FileTest):
         self.assertEqual(self.content(), before)
         contacts.save()
         self.assertEqual(trchat.Contacts(self.file()).find("rob").fingerprint, key_of(1))
+
+
+class NamesTest(PureCase):
+    """Which names there may be (UTS #39), and which of them are taken for each other."""
+
+    GOOD = [
+        "bob", "Bob_1.x-y", "007", "Zoë", "Łukasz", "Nguyễn", "Əli", "Keʻala", "Đỗ", "straße",
+        "Алиса", "Юрий2", "Марʼяна", "Ελένη", "Νίκος", "Արամ", "გიორგი", "דוד", "דָּוִד", "محمد",
+        "مُحَمَّد", "علی۱۲", "मोहन", "प्रिया", "ख़ाँ", "মোহন", "ਹਰਪ੍ਰੀਤ", "ગીતા", "தமிழ்", "రాము", "ಗೀತಾ",
+        "മോഹൻ", "සුනිල්", "สมชาย", "ไม้", "ລາວ", "ကျော်", "មករា", "བསྟན", "አበበ",
+        "ᏣᎳᎩ", "ꓡꓲ", "ⵣⵉⵔⵉ", "李", "王小明", "さくら", "データ", "山田たろう", "김민수", "ㄅㄆ", "々木",
+        "Mr李", "Kimさん", "金Kim김", "李ㄌㄧ", "x李1", "ߒߞߏ", "𞤀𞤣𞤤𞤢𞤥",
+    ]  # fmt: skip
+    MIXED = {
+        "аlice": "Cyrillic and Latin", "bоb": "Cyrillic and Latin", "Αnna": "Greek and Latin",
+        "Иvan": "Cyrillic and Latin", "аα": "Cyrillic and Greek", "aա": "Armenian and Latin",
+        "Ꭺnna": "Cherokee and Latin", "ꓐob": "Latin and Lisu", "bob٣": "Arabic and Latin",
+        "दav": "Devanagari and Latin", "สa": "Latin and Thai", "カ김": "Hangul and Katakana",
+        "ㄅ김": "Bopomofo and Hangul", "さㄅ": "Bopomofo and Hiragana", "李б": "Cyrillic and Han",
+        "кofe李": "Cyrillic and Han and Latin", "हি": "Bengali and Devanagari", "१২": "Bengali and Devanagari",
+    }  # fmt: skip
+    UNFIT = [
+        "x\u0302", "x\u0301y", "и\u0302", "α\u0323", "李\u302a", "नि\u200dक", "می\u200cخواهم",
+        "न\u093e\u093e", "ा", "-ा", "1ा", "न" + "ािी्ं", "កិ\u17b4", "ᠠ\u180b", "م\u0640د", "\u0640",
+        "ʼ", "ʻ1", "𐌀𐌁", "ᚠᚢ", "𓀀", "𐐀𐐨", "ʹ", "〼", "☺", "½", "❶", "Ⅷ⅟", "a\u034f", "क\u0301", "ﷺ",
+    ]  # fmt: skip
+
+    def test_names_of_the_world(self):
+        for name in self.GOOD:
+            with self.subTest(name=name):
+                name = unicodedata.normalize("NFC", name)
+                clean = trchat.check_name(name)
+                self.assertEqual(clean, unicodedata.normalize("NFKC", name))
+                self.assertEqual(trchat.check_name(clean), clean)
+                self.assertTrue(trchat.name_skeleton(clean))
+
+    def test_mixed_scripts_are_refused_and_named(self):
+        for name, scripts in self.MIXED.items():
+            with self.subTest(name=name):
+                error = self.refused(trchat.check_name, name, kind=trchat.ChatError)
+                self.assertEqual(error.code, "name-invalid")
+                self.assertEqual(error.text, f"The name {name!r} mixes {scripts} letters.")
+                self.assertTrue(error.hint)
+                self.refused(trchat.check_room, name, kind=trchat.ChatError)
+                self.refused(trchat.check_peer_name, name)
+
+    def test_marks_and_signs_in_the_wrong_place_are_refused(self):
+        for name in self.UNFIT:
+            with self.subTest(name=ascii(name)):
+                error = self.refused(trchat.check_name, name, kind=trchat.ChatError)
+                self.assertEqual(error.code, "name-invalid")
+                self.assertEqual(str(error), trchat.one_line(str(error)))
+
+    LETTERS = "aoIl01_-.éßıſøаоеЯαοΗνאבاهـ٣कखािी्ंกัน้あカ々ー李工김ㅇㄅᏣꓐაա\u0301\u0302\u200dʼﬁ𝐀Ⅷ"
+
+    @MANY_EXAMPLES
+    @given(st.text(st.one_of(st.sampled_from(LETTERS), st.characters(categories=["L", "M", "N"])), max_size=12))
+    def test_an_accepted_name_is_accepted_unchanged(self, text):
+        try:
+            name = trchat.check_name(text)
+        except trchat.ChatError as error:
+            self.assertEqual(error.code, "name-invalid")
+            self.assertEqual(str(error), trchat.one_line(str(error)))
+            return
+        self.assertEqual(trchat.check_name(name), name)
+        trchat.check_peer_name(name)
+        self.assertTrue(trchat.name_skeleton(name))
+        self.assertEqual(trchat.name_skeleton(name), trchat.name_skeleton(f"-{name}."))
+        for form in ("NFD", "NFKC", "NFKD"):
+            self.assertEqual(trchat.name_skeleton(name), trchat.name_skeleton(unicodedata.normalize(form, name)))
+        if not re.search("[ΗηΝνΥυ]", unicodedata.normalize("NFD", name)):
+            self.assertEqual(trchat.name_skeleton(name), trchat.name_skeleton(name.casefold()))
+
+    def test_every_letter_alone(self):
+        for code in [*range(0x3500), *range(0xA000, 0xAC10), *range(0xD7A0, 0x10800), *range(0x1D400, 0x1D800)]:
+            try:
+                name = trchat.check_name(chr(code))
+            except trchat.ChatError:
+                continue
+            self.assertEqual(trchat.check_name(name), name)
+            self.assertTrue(trchat.name_skeleton(name), hex(code))
+
+    ALIKE = {
+        "digits": "paul p4ul|lisa l1sa 1isa|bob b0b 8ob|eve 3v3|sam 5am|tom 7om|Il ll 11 II",
+        "pairs of letters": "max rnax|will vvill|anna-marn anna-mam",
+        "case and separators": "bob BOB b.o-b_ Bob|straße STRASSE|мария МАРИЯ|Νίκος ΝΊΚΟΣ νίκος|արամ ԱՐԱՄ|ᏣᎳᎩ ꮳꮃꭹ",
+        "accents and strokes": "jose josé JOSÉ|lukasz łukasz|soren søren|dorde đorđe|zoe zoë|nguyen nguyễn",
+        "odd Latin letters": "ivan ıvan ɪvan İvan|sam ſam|fin ﬁn|bob Ｂｏｂ 𝐁𝐨𝐛 ⓑⓞⓑ|gina ɡina|anna ɑnnɑ|aesop æsop|oeuvre œuvre|lee ǀee|kai ĸai|keala Keʻala",
+        "Cyrillic": "coco сосо|pope роре|alice аӏісе|axe ахе|hans һаns|bob ьоь|max мах МАХ|TOM ТОМ|boris8 ьorls8",
+        "Greek": "max ΜΑΧ|zoe ΖΟΕ|TINA ΤΙΝΑ|nova Νονα|anu αηυ|kiki κικι|HANNA ΗΑΝΝΑ|Hanna Ηαnna",
+        "Armenian": "hong հօոց|us ստ|SUSO ՏՍՏՕ",
+        "Cherokee": "EWA ᎬᎳᎪ|SAMD ᏚᎪᎷᎠ|VP ᏙᏢ|ewa ꭼꮃꭺ",
+        "Lisu": "BOB ꓐꓳꓐ|ALEX ꓮꓡꓰꓫ",
+        "Coptic": "KOHT ⲔⲞⲎⲦ ⲕⲟⲏⲧ",
+        "Tifinagh, Georgian and others": "oo ⵔⵔ|oy ჿყ|bd ᖯᑯ",
+        "East Asia": "工口 エロ|力 カ|二 ニ|ヘル へル|一 ー",
+        "Arabic and Hebrew": "محمد مُحَمَّد|أحمد احمد|علي علی|كريم کریم|محمد1 محمد١ محمد۱|דוד דָּוִד",
+        "India and Thailand": "आम अाम|แม่ เเม่|मोहन१ मोहन1",
+    }  # fmt: skip
+
+    def test_names_that_are_taken_for_each_other(self):
+        for kind, groups in self.ALIKE.items():
+            for group in groups.split("|"):
+                first, *others = group.split()
+                for other in others:
+                    with self.subTest(kind=kind, first=first, other=other):
+                        self.assertEqual(trchat.name_skeleton(first), trchat.name_skeleton(other))
+
+    APART = [
+        "anna hanna anne ann ana", "ali al alia", "bob bop rob bobby", "tim tom jim", "dara clara",
+        "dan clan", "jan ian", "bob bob2 bob22 bob6 bob9", "max mac", "eva ena", "ivan inan",
+        "lea leo", "kim kin", "uwe ute", "mia nia", "михаил михаила мария", "иван ивана",
+        "нина инна", "пётр павел", "Νίκος Νίκη", "Ελένη Έλλη", "Μαρία Μάρω", "李 王 黄",
+        "さくら さくな", "かな がな", "ハナ バナ", "김민수 김민주", "मोहन मोहिन सोहन", "राम रमा",
+        "มานี มานา", "ไม้ ไหม", "محمد محمود", "علي علا", "דוד דויד", "გია გიო", "արամ արայ",
+    ]  # fmt: skip
+
+    def test_names_that_are_not_taken_for_each_other(self):
+        for group in self.APART:
+            skeletons = {name: trchat.name_skeleton(name) for name in group.split()}
+            with self.subTest(group=group):
+                self.assertEqual(len(set(skeletons.values())), len(skeletons), skeletons)
+
+    def test_every_group_is_written_in_its_final_form(self):
+        """A letter in the table that folding changes before it is looked up would never be found."""
+        for latin, group in trchat.LOOKALIKE_GROUPS.items():
+            for char in group:
+                with self.subTest(latin=latin, char=hex(ord(char))):
+                    folded = unicodedata.normalize("NFKD", char.casefold())
+                    self.assertEqual(folded, char)
+                    self.assertEqual(trchat.name_skeleton(char), trchat.name_skeleton(latin))
+        letters = "".join(trchat.LOOKALIKE_GROUPS.values())
+        self.assertEqual(len(set(letters)), len(letters))
 
 
 # ==================================================================================================

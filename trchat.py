@@ -385,33 +385,67 @@ def rfc3339(seconds: float) -> str:
 
 NAME_MOST = 32
 NAME_EXTRA = "_-."
-# Latin letters, each with the digits, signs and letters of other scripts that pass for it.
-LOOKALIKE_GROUPS = {
-    "a": "4@\u0430\u03b1", "b": "8\u0432\u03b2", "c": "\u0441", "e": "3\u0435\u03b5",
-    "h": "\u04bb", "i": "\u0456\u03b9\u0131", "j": "\u0458", "k": "\u043a\u03ba",
-    "l": "1|!\u04cf", "m": "\u043c", "n": "\u043f\u03b7", "o": "0\u043e\u03bf\u03c3",
-    "p": "\u0440\u03c1", "q": "\u051b", "s": "5$\u0455", "t": "7\u0442\u03c4", "u": "\u03c5",
-    "v": "\u0475\u03bd", "w": "\u051d\u03c9", "x": "\u0445\u03c7", "y": "\u0443\u03b3",
-}  # fmt: skip
-LOOKALIKES = {ord(c): latin for latin, group in LOOKALIKE_GROUPS.items() for c in group}
-
-
-INVISIBLE_LETTERS = "\u115f\u1160\u3164\uffa0"  # fillers that count as letters
-# Capitals of other scripts that pass for another Latin letter than their small forms do.
-LOOKALIKE_CAPITALS = str.maketrans("\u041d\u0397\u0396\u039c\u039d\u03a5", "hhzmny")
+WITHOUT_EXTRA = dict.fromkeys(map(ord, NAME_EXTRA))
+# Letters with up to four marks each (UTS #39, 5.4; the Burmese name Kyaw has four), digits, extra.
+NAME_SHAPE = LazyPattern(r"(LM{0,4}|N|-)+\Z")
+NAME_KINDS = dict.fromkeys(("Lu", "Ll", "Lt", "Lm", "Lo"), "L")
+NAME_KINDS.update(Nd="N", Mn="M", Mc="M")
+# Nobody sees these: fillers that count as letters, selectors and vowels that count as marks; and
+# two that only stretch a word.
+INVISIBLE = "\u115f\u1160\u3164\uffa0\u17b4\u17b5\u180b\u180c\u180d\u180f\u0640\u07fa"
+# Scripts in use today (UAX #31, tables 5 and 7), by the first word of their letters' names.
+SCRIPT_NAMES = (
+    "ADLAM ARABIC ARMENIAN BALINESE BAMUM BATAK BENGALI BOPOMOFO CANADIAN CHAKMA CHAM CHEROKEE "
+    "COPTIC CYRILLIC DEVANAGARI ETHIOPIC GEORGIAN GREEK GUJARATI GURMUKHI HANGUL HANIFI HEBREW "
+    "HIRAGANA JAVANESE KANNADA KATAKANA KAYAH KHMER LAO LATIN LEPCHA LIMBU LISU MALAYALAM "
+    "MANDAIC MEETEI MIAO MONGOLIAN MYANMAR NEW NEWA NKO NYIAKENG OL ORIYA OSAGE SAURASHTRA "
+    "SINHALA SUNDANESE SYLOTI SYRIAC TAI TAMIL TELUGU THAANA THAI TIBETAN TIFINAGH VAI WANCHO YI"
+)
+SCRIPTS = {"CJK": "HAN", "IDEOGRAPHIC": "HAN", "HENTAIGANA": "HIRAGANA",
+           "KATAKANA-HIRAGANA": "KATAKANA", "ARABIC-INDIC": "ARABIC", "EXTENDED": "ARABIC",
+           **{script: script for script in SCRIPT_NAMES.split()}}  # fmt: skip
+APOSTROPHES = "\u02bb\u02bc"  # those that are letters: as in Keʻala
+WITHOUT_SCRIPT = NAME_EXTRA + "0123456789" + APOSTROPHES
+WITHOUT_MARKS = {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HAN"}  # they have whole letters
+TOGETHER = (  # UTS #39, 5.2, "highly restrictive"
+    {"LATIN", "HAN", "HIRAGANA", "KATAKANA"},
+    {"LATIN", "HAN", "BOPOMOFO"},
+    {"LATIN", "HAN", "HANGUL"},
+)
 
 
 def check_name(name: str) -> str:
     """A nickname or room name as it counts (NFKC); ChatError `name-invalid` if it cannot be."""
-    clean = unicodedata.normalize("NFKC", name.strip())
-    fit = all(c.isalnum() and c not in INVISIBLE_LETTERS or c in NAME_EXTRA for c in clean)
-    if not fit or len(clean) > NAME_MOST or not any(map(str.isalnum, clean)):
-        raise ChatError(
-            f"The name {printable(name)[:40]!r} cannot be used.",
-            "Take 1 to 32 letters, digits, dots, dashes or underscores.",
-            "name-invalid",
-        )
+    clean = name.strip()
+    clean = clean if clean.isascii() else unicodedata.normalize("NFKC", clean)
+    if clean.isascii():
+        fit, scripts = clean.translate(WITHOUT_EXTRA).isalnum(), {"LATIN"}
+    else:
+        fit, scripts = _is_name_shaped(clean), _scripts(clean)
+    if not fit or not scripts or None in scripts or len(clean) > NAME_MOST:
+        text = f"The name {printable(name)[:40]!r} cannot be used."
+        hint = "Take 1 to 32 letters, digits, dots, dashes or underscores."
+        raise ChatError(text, hint, "name-invalid")
+    if len(scripts) > 1 and not any(scripts <= together for together in TOGETHER):
+        mixed = " and ".join(sorted(script.capitalize() for script in scripts))
+        text = f"The name {printable(name)[:40]!r} mixes {mixed} letters."
+        raise ChatError(text, "Write all of it in one script.", "name-invalid")
     return clean
+
+
+def _is_name_shaped(name: str) -> bool:
+    """Whether a name that is not ASCII has letters, with their marks, and nothing unfit."""
+    kinds = ["-" if c in NAME_EXTRA else NAME_KINDS.get(unicodedata.category(c), "?") for c in name]
+    marks = [char for char, kind in zip(name, kinds) if kind == "M"]
+    doubled = any(mark * 2 in name for mark in marks)  # they would lie upon each other
+    unfit = doubled or any(c in INVISIBLE for c in name) or WITHOUT_MARKS & _scripts(marks)
+    return bool(NAME_SHAPE.match("".join(kinds))) and not unfit
+
+
+def _scripts(chars) -> set:
+    """The scripts of a name's letters, marks and foreign digits; None for what has none."""
+    words = {unicodedata.name(c, "").partition(" ")[0] for c in chars if c not in WITHOUT_SCRIPT}
+    return {SCRIPTS.get(word) for word in words}
 
 
 def check_peer_name(name: str) -> None:
@@ -438,12 +472,83 @@ def check_room(name: str) -> str:
     return check_name(folded)
 
 
+# Letters, each with the digits, signs and letters of other scripts that pass for it once case is
+# folded: from Unicode's confusables.txt, and hooks and strokes, which are as easily overlooked.
+LOOKALIKE_GROUPS = {
+    "a": "4@\u0251\u03b1\u0430\u13aa\u13ce\u15c5\u1d00\u2c81\ua4ee\U00016f40", "aa": "\ua733",
+    "ae": "\u00e6\u04d5", "ao": "\ua735", "au": "\ua737", "av": "\ua739\ua73b", "ay": "\ua73d",
+    "b": "8\u0180\u0185\u0223\u0253\u0299\u03b2\u0432\u044c\u13cf\u13f4\u1472\u15af\u15f7\u2c83"
+         "\ua4d0\ua7b5",
+    "bl": "\u044b", "c": "\u0188\u0441\u13df\u1d04\u2ca5\ua4da",
+    "d": "\u0111\u0256\u0257\u0501\u13a0\u13e7\u146f\u15de\u15ea\u1d05\ua4d2\ua4d3",
+    "e": "3\u021d\u0247\u025b\u025c\u0292\u03b5\u0435\u0437\u04bd\u04e1\u13ac\u1d07\u2c89\u2d39"
+         "\ua4f0\uab32",
+    "f": "\u0192\u03dd\u0584\u15b4\u1e9d\ua4dd\ua730\ua799\uab35",
+    "g": "\u018d\u01e5\u0260\u0261\u0262\u050d\u0581\u13c0\u13f3\u1d83\ua4d6",
+    "h": "\u0127\u0266\u029c\u043d\u04bb\u0570\u13bb\u13c2\u157c\u2c8f\ua4e7",
+    "i": "\u0131\u0268\u0269\u026a\u03b9\u0456\u04cf\u13a5\ua647",
+    "j": "\u0237\u0249\u025f\u029d\u03f3\u0458\u13ab\u148d\u1d0a\ua4d9",
+    "k": "\u0138\u0199\u03ba\u043a\u13e6\u1d0b\u2c95\ua4d7\ua741",
+    "l": "!1|\u0142\u019a\u01c0\u026b\u026d\u029f\u05d5\u05df\u0627\u1175\u13de\u14aa\u2c93\u2cd1"
+         "\u2d4f\u3125\u4e28\ua4e1\ua4f2\U00016f16\U00016f28",
+    "ll": "\u01c1", "lo": "\u044e", "m": "\u0271\u03bc\u03fb\u043c\u13b7\u15f0\u1d0d\u2c99\ua4df",
+    "n": "\u014b\u019e\u0272\u0273\u0274\u03b7\u043f\u0578\u057c\u2c9b\ua4e0",
+    "o": "0\u00f8\u03bf\u043e\u0585\u05e1\u0647\u06be\u06c1\u06d5\u0b20\u0d20\u101d\u10ff\u110b"
+         "\u11bc\u12d0\u1d0f\u1d11\u2c9f\u2d54\ua4f3\uab3d\U000104ea",
+    "oe": "\u0153", "oo": "\ua699\ua74f",
+    "p": "\u00fe\u01a5\u01bf\u03c1\u0440\u13e2\u146d\u1d18\u2ca3\ua4d1",
+    "q": "\u051b\u0563\u0566\u2d55\ua7af",
+    "r": "\u024d\u027c\u027d\u027e\u0280\u0433\u13a1\u13b1\u13d2\u1587\u1d26\u2c85\ua4e3\uab47"
+         "\uab48\U000104dc\U00016f35",
+    "s": "$5\u01a8\u01bd\u0282\u0455\u057f\u13d5\u13da\ua4e2\ua731\U00016f3a",
+    "t": "7\u0167\u01ab\u01ad\u0288\u03c4\u0442\u13a2\u1d1b\u2ca7\u3112\ua4d4\U00016f0a",
+    "u": "\u0289\u028b\u03c5\u057d\u1200\u144c\u1d1c\u3129\ua4f4\ua79f\uab4e\uab52\U000104f6"
+         "\U00016f42",
+    "v": "\u03bd\u0475\u13d9\u142f\u1d20\u2d38\ua4e6\ua6df\U00016f08",
+    "w": "\u026f\u03c9\u0461\u051d\u0561\u13b3\u13d4\u1d21\ua4ea",
+    "x": "\u03c7\u0445\u1541\u157d\u2cad\u2d5d\u3128\ua4eb\uab53",
+    "y": "\u01b4\u0263\u028f\u03b3\u0443\u04af\u04b1\u10e7\u13a9\u13bd\u1d8c\u1eff\u2ca9\u311a"
+         "\ua4ec\uab5a\U00016f43",
+    "z": "\u01b6\u0225\u0290\u0291\u03b6\u13c3\u1d22\u2c8d\ua4dc", "\u0905\u093e": "\u0906",
+    "\u0905\u094b": "\u0913", "\u0905\u094c": "\u0914", "\u0985\u09be": "\u0986",
+    "\u0a85\u0abe": "\u0a86", "\u0e40\u0e40": "\u0e41", "\u0ec0\u0ec0": "\u0ec1",
+    "\u0643": "\u06a9", "\u0649": "\u064a\u06cc", "\u3078": "\u30d8", "\u308a": "\u30ea",
+    "\u4e00": "\u1173\u30fc\u3127", "\u4e3f": "\u30ce", "\u4e8c": "\u30cb", "\u516b": "\u30cf",
+    "\u529b": "\u30ab", "\u535c": "\u30c8", "\u53e3": "\u30ed", "\u5915": "\u30bf",
+    "\u5de5": "\u30a8",
+}  # fmt: skip
+LOOKALIKES = {ord(c): letter for letter, group in LOOKALIKE_GROUPS.items() for c in group}
+LOOKALIKES.update(dict.fromkeys(map(ord, NAME_EXTRA + APOSTROPHES)))
+# Greek capitals that pass for another Latin letter than their small forms do.
+LOOKALIKE_CAPITALS = str.maketrans("\u0397\u039d\u03a5", "hny")
+
+
 def name_skeleton(name: str) -> str:
-    """What a name looks like: names with the same skeleton are taken for each other."""
-    marked = name.translate(LOOKALIKE_CAPITALS).casefold()
-    folded = unicodedata.normalize("NFKD", marked)
-    bare = "".join(c for c in folded if not unicodedata.combining(c) and c not in NAME_EXTRA)
-    return bare.translate(LOOKALIKES).replace("rn", "m").replace("vv", "w").replace("i", "l")
+    """What a name looks like: names with the same skeleton are taken for each other.
+
+    It follows UTS #39, section 4, but goes further: case, accents and separators do not count,
+    and digits stand for letters. Of Greek names, those that pass for Latin ones count as they are
+    written, so that there ΝΙΚΗ and νικη differ; all others count as their small letters.
+    """
+    shown = name if name.isascii() else unicodedata.normalize("NFKD", name)
+    looks = _looks(shown.translate(LOOKALIKE_CAPITALS))
+    return looks if looks.isascii() else _looks(shown)
+
+
+def _looks(name: str) -> str:
+    text = name.casefold()
+    if not text.isascii():
+        text = "".join(map(_plain, unicodedata.normalize("NFKD", text)))
+    bare = text.translate(LOOKALIKES)
+    return bare.replace("rn", "m").replace("vv", "w").replace("i", "l")
+
+
+def _plain(char: str) -> str:
+    """An ASCII digit for any other, nothing for an accent or a vowel point."""
+    value, place = unicodedata.decimal(char, None), unicodedata.combining(char)
+    if value is not None:
+        return str(value)
+    return "" if place >= 200 or 10 <= place <= 35 else char
 
 
 BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

@@ -7253,6 +7253,8 @@ class LineEditorTest(unittest.TestCase):
         self.assertEqual(handle("<ctrl-z>"), ("suspend",))
         handle("x")
         self.assertEqual(handle("<ctrl-d>"), ("beep",))
+        self.assertIsNone(handle("<ctrl-c>"), "it gives the line up first")
+        self.assertEqual(self.editor.text, "")
         self.assertEqual(handle("<ctrl-c>"), ("interrupt",))
         self.assertEqual(handle("<enter>"), ("line", "", False))
 
@@ -8015,7 +8017,7 @@ with Terminal(sys.stdin, sys.stdout) as face:
         child.send("\x12日\x12\x1b[C!")
         text = text[:1] + "!" + text[1:]
         self.check_session(child, text, 2, status="alt-2")
-        child.send("\x03")
+        child.send("\x03\x03")
         child.wait_for_text("the end")
         self.assertEqual(child.child.wait(DEADLINE), 0)
 

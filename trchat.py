@@ -2925,7 +2925,10 @@ class Delivery:
         if fingerprint in message.pending:
             message.done[fingerprint] = message.pending.pop(fingerprint)
         if not message.pending and self.release(message):
-            self._emit("delivered", id=message.id.hex(), by=sorted(message.done.values()))
+            self._report(message, "delivered", by=sorted(message.done.values()))
+
+    def _report(self, message: Outgoing, event: str, **names) -> None:
+        self._emit(event, id=message.id.hex(), **names, _message=message)
 
     def person_gone(self, fingerprint: bytes) -> None:
         """That person's connection ended: what is unconfirmed is owed to the next one."""
@@ -2960,8 +2963,8 @@ class Delivery:
         if not self.release(message):
             return
         if message.done:
-            self._emit("delivered", id=message.id.hex(), by=sorted(message.done.values()))
-        self._emit("undelivered", id=message.id.hex(), to=sorted(message.pending.values()))
+            self._report(message, "delivered", by=sorted(message.done.values()))
+        self._report(message, "undelivered", to=sorted(message.pending.values()))
 
 
 # ==================================================================================================
@@ -3531,6 +3534,8 @@ class Directory:
         return fingerprint in self.trust.verified or fingerprint in self.trust.contacts
 
     def name_of(self, fingerprint: bytes) -> str:
+        if fingerprint == self.machine.identity.fingerprint:
+            return self.machine.name
         return self.names.get(fingerprint, fingerprint.hex()[:8])
 
     def names_of(self, fingerprint: bytes) -> list:
@@ -5109,8 +5114,10 @@ class LineEditor:
         return line
 
     def _interrupt(self):
+        """Gives the typed line up; with none, the caller is to stop."""
+        outcome = None if self.text else ("interrupt",)
         self.reset()
-        return ("interrupt",)
+        return outcome
 
     _MOVES = {
         "<left>": _before, "<ctrl-b>": _before, "<right>": _after, "<ctrl-f>": _after,
@@ -8291,6 +8298,7 @@ class Connection:
         self._pending = b""
         self._attempt, self._delay = 0, 0.0
         self._retry_at: float | None = None
+        self._renaming = False
 
     @property
     def is_online(self) -> bool:
@@ -8307,6 +8315,7 @@ class Connection:
         """Comes back under another nickname; the old one is tried again if that is taken."""
         machine = self.machine
         machine.spare_names, machine.name = [machine.name], name
+        self._renaming = True
         if self._link is not None:
             machine.renamed, machine.broken = True, "another name"
 
@@ -8338,7 +8347,10 @@ class Connection:
         if self._attempt:
             fields = {"attempt": self._attempt, "delay": self._delay}
             self.chat.handle_event(self, {"event": "reconnected", **fields})
-        self._attempt = 0
+        if self._renaming:
+            fields = {"text": f"You are {self.machine.name}.", "name": self.machine.name}
+            self.chat.handle_event(self, {"event": "notice", **fields})
+        self._attempt, self._renaming = 0, False
 
     def _attach(self, link: Link) -> None:
         self._link, self._pending = link, b""
@@ -9048,6 +9060,10 @@ class ChatClient:
             return
         for connection in self.connections:
             connection.say_goodbye(self.leaving)
+        waiting = len({n for c in self.connections for n in c.machine.messages.delivery.kept})
+        if waiting:
+            text = f"{waiting} of your messages wait for people who are away, and go out next time."
+            self.show_notice(text, queued=waiting)
         self.reason = self.leaving
 
 
@@ -10692,6 +10708,7 @@ class ChatWords:
     def __init__(self, client: ChatClient):
         self._client = client
         self._open: dict = {}  # id -> text of own messages not confirmed yet
+        self._sent: set = set()  # those of them that went out at once
         self._confirmed = False
 
     def _nick(self, shown: str, fingerprint: str) -> str:
@@ -10702,9 +10719,13 @@ class ChatWords:
         kind = event["event"]
         if kind in ("sent", "queued"):
             self._open[event["id"]] = event["_message"].text
+            if kind == "sent":
+                self._sent.add(event["id"])
         elif kind == "delivered":
             self._confirmed = True
             self._open.pop(event["id"], None)
+            event["_waited"] = event["_message"].kept and event["id"] not in self._sent
+            self._sent.discard(event["id"])
 
     def prompt(self, title: str) -> str:
         state = f" …{len(self._open)}" if self._open else " ✓" if self._confirmed else ""
@@ -10752,6 +10773,12 @@ class ChatWords:
 
     def _on_queued(self, event: dict, here: bool) -> Said:
         return self._own_line(event, here, "(waiting) ")
+
+    def _on_delivered(self, event: dict, here: bool):
+        if not event["_waited"]:
+            return None  # the prompt's mark says it
+        start = one_line(event["_message"].text)[:40]
+        return f'✓ {", ".join(event["by"])} has it: "{start}"'
 
     def _on_undelivered(self, event: dict, here: bool) -> str:
         start = one_line(self._open.pop(event["id"], ""))[:40]
@@ -11044,10 +11071,11 @@ class ChatFace(TerminalFace):
 
     def _show_event(self, event: dict) -> None:
         """Prints what belongs to the view or calls from elsewhere; the rest waits for a visit."""
-        window, here = event.get("_window"), event.get("_here", True)
-        shown = here or not self.interactive or event.get("_called") or "_message" in event
+        window, here = event.get("_window", self._window), event.get("_here", True)
+        own = "_message" in event
+        shown = here or own or not self.interactive or event.get("_called")
         text = self.words(event, here) if shown else None
-        if window is not None and not event.get("history"):
+        if shown or window != self._window:
             self._rolls.setdefault(window, Roll()).add(event, seen=here)
         if text is not None:
             self.say(self._with_day(event, self.lay_out(text)))

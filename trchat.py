@@ -3432,6 +3432,7 @@ class Trust:
         self.blocked: set = set()
         self.ignored: set = set()  # until the end of this session
         self.names: dict = {}  # contact's name -> fingerprint
+        self.keys: dict = {}  # contact's fingerprint -> SPKI, as far as it is known
 
     def lookalike(self, name: str, fingerprint: bytes) -> str:
         """The contact whom a stranger of this name would be taken for, or ""."""
@@ -3754,22 +3755,29 @@ class Directory:
             if name in self.machine.rooms:
                 self.machine.rooms[name].greeted(person, number, epoch, self.machine.now)
 
-    def code(self, name: str) -> None:
+    def _key_of(self, name: str) -> tuple:
+        """(name, identity, SPKI) of somebody who is here, or of a contact whose key is known."""
+        person, contact = self.find(name), self.find_contact(name)
+        if person is None and contact in self.trust.keys:
+            return split_mark(name)[0], contact, self.trust.keys[contact]
         person = self.require(name)
-        digits = safety_number(self.machine.identity.spki, person.bundle.spki)
-        verified = person.fingerprint in self.trust.verified
-        self.machine.emit("code", name=person.name, digits=digits, verified=verified)
+        return person.name, person.fingerprint, person.bundle.spki
+
+    def code(self, name: str) -> None:
+        name, fingerprint, spki = self._key_of(name)
+        digits = safety_number(self.machine.identity.spki, spki)
+        verified = fingerprint in self.trust.verified
+        self.machine.emit("code", name=name, digits=digits, verified=verified)
 
     def verify(self, name: str, digits: str) -> None:
         """Marks a person as verified if the 60 digits are the right ones."""
-        person = self.require(name)
-        right = safety_number(self.machine.identity.spki, person.bundle.spki)
+        name, fingerprint, spki = self._key_of(name)
+        right = safety_number(self.machine.identity.spki, spki)
         if "".join(digits.split()) != right.replace(" ", ""):
-            text = f"These are not the digits that belong to {person.name} and you."
+            text = f"These are not the digits that belong to {name} and you."
             raise ChatError(text, "Compare them by voice; do not trust this person yet.")
-        self.trust.verified.add(person.fingerprint)
-        fields = {"name": person.name, "fingerprint": person.fingerprint}
-        self.machine.emit("_verified", **fields, key=person.bundle.spki)
+        self.trust.verified.add(fingerprint)
+        self.machine.emit("_verified", name=name, fingerprint=fingerprint, key=spki)
         self.code(name)
 
 
@@ -8340,8 +8348,7 @@ class Connection:
             for event in self.machine.take_events():
                 if event["event"] == "_online":
                     self._report_back()
-                else:
-                    self.chat.handle_event(self, event)
+                self.chat.handle_event(self, event)
 
     def _report_back(self) -> None:
         if self._attempt:
@@ -8612,6 +8619,7 @@ class ChatRecords(NoRecords):
         trust.contacts = {c.fingerprint for c in saved}
         trust.blocked = {c.fingerprint for c in everybody if c.blocked}
         trust.names = {c.name: c.fingerprint for c in saved}
+        trust.keys = {c.fingerprint: c.key for c in saved if c.key}
 
     def settings_changed(self) -> None:
         for connection in self._chat.connections:
@@ -8620,7 +8628,8 @@ class ChatRecords(NoRecords):
     # What the machines tell
 
     def note_internal(self, connection, event: dict) -> None:
-        self._internal[event["event"]](connection, event)
+        if event["event"] in self._internal:
+            self._internal[event["event"]](connection, event)
 
     def _on_known(self, connection, event: dict) -> None:
         contacts = self.profile.contacts
@@ -8819,6 +8828,7 @@ class ChatClient:
         self.wants_status = False  # whether a face shows what `_status` events carry
         self._leave_by = 0.0
         self._status: dict = {}
+        self._status_due = True  # whether something may have changed that it shows
         self.vanishing = Vanishing()
         self.ended = threading.Event()
         self.settled = threading.Event()  # in the room, or known to have to wait, or ended
@@ -8840,6 +8850,12 @@ class ChatClient:
         self.records.attach(self)
         self.begin(self.first, link)
         spawn("chat", self._routine_chat)
+
+    def abandon(self) -> None:
+        """Lets go of everything if it was never started."""
+        self.records.close()
+        self.selector.close()
+        self.inbox.close()
 
     def begin(self, connection: Connection, link: Link) -> None:
         """A server has been dialled and is the right one."""
@@ -8872,6 +8888,7 @@ class ChatClient:
     def visit(self, conversation: Conversation) -> None:
         """Switches to a conversation."""
         self.conversations.visit(conversation)
+        self._status_due = True
         fields = {"window": conversation.number, "title": conversation.title}
         self.events.publish({"event": "_switched", **fields, **self._server_field()})
 
@@ -8892,7 +8909,7 @@ class ChatClient:
     # Owner
 
     def guarded(self, function, *args) -> None:
-        now = time.monotonic()
+        now, self._status_due = time.monotonic(), True
         for connection in self.connections:
             connection.machine.now = now
         try:
@@ -8966,20 +8983,21 @@ class ChatClient:
             self.events.publish({"event": "notice", "text": text, "reason": connection.reason})
 
     def _close_conversations(self, connection: Connection) -> None:
-        before = self.here
         for conversation in self.conversations.of(connection):
             self.conversations.close(conversation)
         if not self.conversations.all:
             other = self.connections[0]
             self.conversations.open(other, "#" + other.target.room)
-        if self.here is not before:
-            self.visit(self.here)
+        if self.connection is connection:
+            self.conversations.current = self.conversations.all[0]
+        self.visit(self.here)
 
     # Owner: events
 
     def handle_event(self, connection: Connection, event: dict) -> None:
         """One event of a connection: kept if it is to be, and handed to the faces."""
         kind = event["event"]
+        self._status_due = self._status_due or kind != "message"
         if kind.startswith("_"):
             self._guarded_records(self.records.note_internal, connection, event)
             return
@@ -9027,6 +9045,7 @@ class ChatClient:
         called = event["direct"] or mentions(event["text"], connection.machine.name)
         event["_called"] = called
         if conversation is not self.here:
+            self._status_due = True
             conversation.unread += 1
             conversation.called = conversation.called or called
 
@@ -9038,8 +9057,9 @@ class ChatClient:
             self.records.expire()
 
     def _publish_status(self) -> None:
-        if not self.wants_status:
+        if not (self.wants_status and self._status_due):
             return
+        self._status_due = False
         status = describe_status(self)
         if status != self._status:
             self._status = status
@@ -10996,20 +11016,25 @@ class TerminalFace:
         self._terminal.__exit__(*exception)
 
 
-ROLL_MOST, REDRAWN_MOST = 10_000, 1_000  # events of a conversation: kept, and painted again
+ROLL_MOST, ROLL_CHARACTERS = 10_000, 4 << 20  # events of a conversation that are kept
+REDRAWN_MOST = 1_000  # and how many are painted again
 CONTEXT_LINES = 8  # of a conversation that one comes back to
 
 
 class Roll:
-    """What belongs to one conversation, as far as this session has seen it."""
+    """The newest events of one conversation or view, and how many of them nobody has seen yet."""
 
-    def __init__(self):
-        self.events = collections.deque(maxlen=ROLL_MOST)
+    def __init__(self, events=()):
+        self.events = collections.deque(events)
         self.unseen = 0
+        self._characters = sum(map(_event_size, self.events))
 
-    def add(self, event: dict, seen: bool) -> None:
+    def add(self, event: dict, seen: bool = True) -> None:
         self.events.append(event)
-        self.unseen = 0 if seen else min(self.unseen + 1, ROLL_MOST)
+        self._characters += _event_size(event)
+        self.unseen = 0 if seen else self.unseen + 1
+        while len(self.events) > ROLL_MOST or self._characters > ROLL_CHARACTERS:
+            self._characters -= _event_size(self.events.popleft())
 
     def visit(self) -> list:
         """What to show to somebody who comes here: the unseen, with a little before."""
@@ -11021,8 +11046,13 @@ class Roll:
         """Forgets messages; whether any was here."""
         left = [event for event in self.events if event.get("id") not in numbers]
         found = len(left) < len(self.events)
-        self.events = collections.deque(left, maxlen=ROLL_MOST)
+        self.events, self._characters = collections.deque(left), sum(map(_event_size, left))
         return found
+
+
+def _event_size(event: dict) -> int:
+    own = event.get("_message")
+    return 200 + len(own.text if own is not None else event.get("text", ""))
 
 
 class ChatFace(TerminalFace):
@@ -11034,12 +11064,14 @@ class ChatFace(TerminalFace):
 
     def __init__(self, stdin, stdout, client: ChatClient, settings: dict, plain: bool = False):
         super().__init__(stdin, stdout, None)
-        self.interactive = self.interactive and not plain
+        if plain:
+            self.interactive = self._terminal.interactive = False
         self._client, self._settings = client, settings
         self._terminal.choose_colour(settings["colour"])
         self.words = ChatWords(client)
         self._complete = complete_chat(client)
         self._rolls: dict = {}  # number of a conversation -> Roll
+        self._view = Roll()  # what stands on the screen since the last switch
         self._window, self._title = client.here.number, client.here.title
         self._day = ""
         client.wants_status = self.interactive
@@ -11050,7 +11082,7 @@ class ChatFace(TerminalFace):
         }  # fmt: skip
 
     def read(self) -> tuple:
-        prompt = self.words.prompt(self._title)
+        prompt = self.words.prompt(self._title) if self.interactive else ""
         return self._terminal.read_line(prompt, self._complete, keep=False, on_key=self._on_key)
 
     def _on_key(self, key: str) -> None:
@@ -11075,10 +11107,11 @@ class ChatFace(TerminalFace):
         own = "_message" in event
         shown = here or own or not self.interactive or event.get("_called")
         text = self.words(event, here) if shown else None
-        if shown or window != self._window:
+        if self.interactive:
             self._rolls.setdefault(window, Roll()).add(event, seen=here)
         if text is not None:
-            self.say(self._with_day(event, self.lay_out(text)))
+            self._view.add(event)
+            self._terminal.print(self._with_day(event, self.lay_out(text)))
 
     def _with_day(self, event: dict, text: str) -> str:
         """Before the first message of another day, a line that names it."""
@@ -11108,13 +11141,14 @@ class ChatFace(TerminalFace):
         self._window, self._title = event["window"], event["title"]
         if not self.interactive or same:
             return
-        roll = self._rolls.setdefault(self._window, Roll())
+        self._view = Roll(self._rolls.setdefault(self._window, Roll()).visit())
         server = f" on {event['server']}" if "server" in event else ""
-        lines = [self._rule(self._title + server), *self._painted(roll.visit())]
+        lines = [self._rule(self._title + server), *self._painted(self._view.events)]
         self._terminal.print("\n".join(lines))
 
-    def _painted(self, events: list) -> list:
-        texts = [(event, self.words(event, True)) for event in events]
+    def _painted(self, events) -> list:
+        here = [event.get("_window", self._window) == self._window for event in events]
+        texts = [(event, self.words(event, h)) for event, h in zip(events, here)]
         return [self._with_day(e, self.lay_out(text)) for e, text in texts if text is not None]
 
     def _on_status(self, event: dict) -> None:
@@ -11122,19 +11156,21 @@ class ChatFace(TerminalFace):
 
     def _on_vanished(self, event: dict) -> None:
         numbers = set(event["ids"])
-        found = [roll.drop(numbers) for roll in self._rolls.values()]
-        if any(found):
+        for roll in self._rolls.values():
+            roll.drop(numbers)
+        if self._view.drop(numbers):
             self._redraw()
 
     def _on_cleared(self, event: dict) -> None:
         self._rolls.pop(event["window"], None)
+        self._view = Roll()
         self._redraw()
 
     def _redraw(self) -> None:
         """Paints the view anew, so that what was deleted is on no screen and in no scrollback."""
         self._day = ""
-        roll = self._rolls.get(self._window, Roll())
-        self._terminal.redraw("\n".join(self._painted(list(roll.events)[-REDRAWN_MOST:])))
+        newest = list(self._view.events)[-REDRAWN_MOST:]
+        self._terminal.redraw("\n".join(self._painted(newest)))
 
     def _on_settings(self, event: dict) -> None:
         self._settings = event
@@ -11408,11 +11444,15 @@ def dial_first(client: ChatClient, options: ConnectOptions, face, ask) -> Link:
     target, servers = connection.target, profile.servers
     if face.interactive:
         face.say(f"Connecting to {' or '.join(target.addresses)} ...")
-    link = dial_any(target)
-    saved = servers.find_fingerprint(fingerprint_text(link.fingerprint))
-    choose_name(connection.machine, options.name or "", profile.settings.name, saved)
-    if not options.trust_new:
-        _confirm_server(face, ask, target, link, servers)
+    try:
+        link = dial_any(target)
+        saved = servers.find_fingerprint(fingerprint_text(link.fingerprint))
+        choose_name(connection.machine, options.name or "", profile.settings.name, saved)
+        if not options.trust_new:
+            _confirm_server(face, ask, target, link, servers)
+    except BaseException:
+        client.abandon()
+        raise
     connection.on_ready = functools.partial(profile.remember_server, connection)
     return link
 
@@ -11425,8 +11465,7 @@ def run_connect(
     lock = ProfileLock(paths, "client")
     try:
         client = open_chat(paths, options, settings, ask_passphrase)
-        face = make_face(client, settings)
-        with face:
+        with make_face(client, settings) as face:
             link = dial_first(client, options, face, ask)
             code = run_chat(face, client, link, stay)
     finally:
@@ -11475,7 +11514,7 @@ class Sending:
             raise ChatError("The connection ended before the message arrived.", code="unreachable")
         if event is None:
             raise ChatError(late, "Raise --wait, or try again.", "unreachable")
-        if event["event"] == "error":
+        if event["event"] == "error" and event["code"] not in ("protocol", "storage"):
             raise ChatError(event["text"], code=event["code"])
         return event
 

@@ -6807,6 +6807,8 @@ class NamesTest(PureCase):
 
 
 DEADLINE = 20
+# A loaded machine is slow to draw examples, which says nothing about what is tested.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 FLAG = "\U0001f1e9\U0001f1ea"
 THUMB = "\U0001f44d\U0001f3fd"
@@ -6976,11 +6978,13 @@ class WidthTest(unittest.TestCase):
         self.assertEqual(trchat.display_width("ب\u200dت"), 2)
 
     @given(st.text())
+    @UNHURRIED
     def test_clusters_keep_the_text(self, text):
         self.assertEqual("".join(trchat._clusters(text)), text)
         self.assertGreaterEqual(trchat.display_width(text), 0)
 
     @given(st.text(alphabet="a日" + FAMILY + FLAG + THUMB + HEART + "\n"))
+    @UNHURRIED
     def test_walking_left_reaches_the_start(self, text):
         position = len(text)
         while position:
@@ -7017,9 +7021,14 @@ class WrapTest(unittest.TestCase):
         self.check(hang("a long head ", "one two", 18), "a long head one", "      two")
         self.check(hang("a head too long ", "word\n", 12), "a head too long ", "    word", "    ")
         self.check(hang("a: ", "", 12), "a: ")
+        self.check(hang("a head too long ", "", 12), "a head too long ")
 
     def test_leading_spaces_are_kept(self):
         self.check(trchat.hang("a: ", "    x = 1\n  y", 40), "a:     x = 1", "     y")
+
+    def test_no_row_of_spaces_before_a_token(self):
+        self.check(trchat.hang("a: ", "   " + self.TOKEN, 20), "a:    " + self.TOKEN)
+        self.check(trchat.wrap_text("seven77   " + self.TOKEN, 9), "seven77 ", "   " + self.TOKEN)
 
     def test_text_without_spaces_is_broken_between_wide_characters(self):
         self.check(trchat.hang("a: ", "日" * 17, 20), "a: " + "日" * 8, "   " + "日" * 8, "   日")
@@ -7035,6 +7044,8 @@ class WrapTest(unittest.TestCase):
                    "  \x1b[1;38;5;166mthree\x1b[0m")  # fmt: skip
         self.check(trchat.hang("\x1b[1ma:\x1b[0m ", "b\nc", 9), "\x1b[1ma:\x1b[0m b", "   c")
         self.assertEqual(trchat.display_width(text), 13)
+        rows = trchat.wrap_text("abc \x1b[1m" + "日" * 4, 6).split("\n")
+        self.assertEqual(rows, ["abc", "  \x1b[1m日", *["  日"] * 3])
 
     WORDS = st.lists(
         st.sampled_from(["a", "be", "long", "x" * 9, "y" * 30, "日", "本語", FAMILY, FLAG, HEART,
@@ -7043,7 +7054,7 @@ class WrapTest(unittest.TestCase):
     HEAD = st.sampled_from(["", "a: ", "12:34 alice: ", "日本: "])
 
     @given(HEAD, WORDS, st.integers(4, 40))
-    @settings(max_examples=300, deadline=None)
+    @settings(UNHURRIED, max_examples=300)
     def test_no_row_is_too_wide_and_nothing_is_lost(self, head, words, columns):
         text = "".join(words)
         indent = min(trchat.display_width(head), columns // 3)
@@ -7065,7 +7076,7 @@ class WrapTest(unittest.TestCase):
         self.assertEqual(clusters, [c for c in trchat._clusters(text) if c != " "])
 
     @given(WORDS, st.data(), st.integers(4, 40))
-    @settings(max_examples=200, deadline=None)
+    @settings(UNHURRIED, max_examples=200)
     def test_colour_codes_change_no_row(self, words, data, columns):
         plain = trchat._clusters("".join(words))
         codes = st.sampled_from(["", "", "\x1b[m", "\x1b[0m", "\x1b[1;38;5;166m"])
@@ -7075,6 +7086,7 @@ class WrapTest(unittest.TestCase):
             self.assertEqual(trchat._SGR.sub("", rows), wrap("".join(plain), columns=columns))
 
     @given(st.lists(WORDS, min_size=1, max_size=4), st.integers(4, 40))
+    @UNHURRIED
     def test_lines_are_wrapped_one_by_one(self, lines, columns):
         lines = ["".join(words) for words in lines]
         indent = " " * min(4, columns // 3)
@@ -7092,6 +7104,7 @@ class PrintableTest(unittest.TestCase):
         self.assertEqual(trchat.printable("a\tb\r\nc\rd\u2028e"), "a    b\ncd\ne")
 
     @given(st.text())
+    @UNHURRIED
     def test_nothing_unsafe_is_left(self, text):
         for char in trchat.printable(text):
             self.assertTrue(char == "\n" or unicodedata.category(char) != "Cc", ascii(char))
@@ -7188,7 +7201,7 @@ class KeyDecoderTest(unittest.TestCase):
     )
 
     @given(st.lists(PIECES | st.binary(max_size=6), max_size=12), st.data())
-    @settings(max_examples=400)
+    @settings(UNHURRIED, max_examples=400)
     def test_any_bytes_any_cuts(self, pieces, data):
         stream = b"".join(pieces)
         whole = trchat.KeyDecoder().receive_data(stream)
@@ -7199,6 +7212,7 @@ class KeyDecoderTest(unittest.TestCase):
         self.assertEqual(merged(found), merged(whole))
 
     @given(st.binary(max_size=60))
+    @UNHURRIED
     def test_byte_by_byte(self, stream):
         decoder, found = trchat.KeyDecoder(), []
         for byte in stream:
@@ -7361,6 +7375,7 @@ class LineEditorTest(unittest.TestCase):
             self.assertEqual(self.state(), state, (number, key))
 
     @given(st.lists(st.sampled_from(["a", "日", FAMILY, "e\u0301", "\n"]), max_size=25), st.data())
+    @UNHURRIED
     def test_up_and_down_keep_the_column(self, units, data):
         editor = trchat.LineEditor()
         editor.handle(("paste", "".join(units)))
@@ -7405,6 +7420,16 @@ class LineEditorTest(unittest.TestCase):
             if key == "x":
                 self.assertEqual(self.editor.search_prompt, "(search `tea ax`) ")
         self.assertEqual(self.editor.search_prompt, "")  # <page-up> left the search
+
+    def test_the_same_line_is_not_found_twice(self):
+        self.remember("new tea", "tea", "drink", "tea")
+        type_keys(self.editor, "<ctrl-r>", "tea", "<ctrl-r>")
+        self.assertEqual(self.state(), "new |tea")
+
+    def test_a_longer_query_goes_on_from_the_found_line(self):
+        self.remember("tea one", "tea two", "tea three")
+        type_keys(self.editor, "<ctrl-r>", "t", "<ctrl-r>", "<ctrl-r>", "ea")
+        self.assertEqual(self.state(), "|tea one")
 
     def test_a_shorter_query_is_searched_anew(self):
         self.remember("abc", "ab", "b")
@@ -7497,7 +7522,7 @@ class LineEditorTest(unittest.TestCase):
     )  # fmt: skip
 
     @given(st.lists(KEYS, max_size=15), st.lists(KEYS, max_size=15))
-    @settings(max_examples=300)
+    @settings(UNHURRIED, max_examples=300)
     def test_a_cancelled_search_changes_nothing(self, before, during):
         editor = trchat.LineEditor()
         type_keys(editor, "a", "<enter>", ("paste", "é a\nb"), "<enter>", *before)
@@ -7513,7 +7538,7 @@ class LineEditorTest(unittest.TestCase):
         self.assertEqual(now, kept)
 
     @given(st.lists(KEYS, max_size=40))
-    @settings(max_examples=300)
+    @settings(UNHURRIED, max_examples=300)
     def test_any_keys_keep_the_invariants(self, keys):
         editor = trchat.LineEditor()
         editor.complete = lambda before: (max(0, len(before) - 1), ["ab", "ac"])
@@ -7810,7 +7835,7 @@ class ScreenTest(unittest.TestCase):
     STEPS = st.lists(st.tuples(LINES | st.none(), TEXT, st.integers(0, 40), STATUS), max_size=12)
 
     @given(st.sampled_from([7, 10, 20, 30]), STEPS)
-    @settings(max_examples=300, deadline=None)
+    @settings(UNHURRIED, max_examples=300)
     def test_always_what_the_model_says(self, columns, steps):
         self.new(columns, 14)
         model = ModelScreen(columns, 14)
@@ -7828,7 +7853,7 @@ class ScreenTest(unittest.TestCase):
             self.check(rows, position)
 
     @given(st.lists(st.tuples(st.integers(6, 40), TEXT, st.integers(0, 40), STATUS), max_size=8))
-    @settings(max_examples=150, deadline=None)
+    @settings(UNHURRIED, max_examples=150)
     def test_resizing_keeps_what_is_above(self, steps):
         self.new(30, 20)
         self.stream.feed(self.screen.show_above("one"))

@@ -8560,13 +8560,18 @@ class ReflowTest(unittest.TestCase):
 class TmuxTest(unittest.TestCase):
     """tmux re-wraps its lines at a resize, which pyte cannot."""
 
+    ON_KEY = """
+def on_key(name):
+    face.set_status(name + " " + "x" * 30)
+"""
+
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.socket = os.path.join(folder.name, "tmux")
         script = os.path.join(folder.name, "loop.py")
         with open(script, "w", encoding="utf-8") as file:
-            file.write(PRELUDE + LOOP)
+            file.write(PRELUDE + self.ON_KEY + LOOP.replace("keep=False", "keep=False, on_key=on_key"))
         self.tmux("-f", "/dev/null", "-u", "new-session", "-d", "-x", "40", "-y", "15",
                   "env", "PYTHONPATH=" + os.path.dirname(SOURCE_PATH), "PYTHONDONTWRITEBYTECODE=1", "PYTHONIOENCODING=utf-8", sys.executable,
                   script)  # fmt: skip
@@ -8625,6 +8630,21 @@ class TmuxTest(unittest.TestCase):
 
     def test_wide_characters(self):
         self.check_resize("日" * 15, 36)
+
+    def test_status_row_and_lines(self):
+        self.tmux("send-keys", "above", "Enter")
+        self.tmux("send-keys", "-l", "0123456789" * 3)
+        self.tmux("send-keys", "M-Enter", "日", "M-2", "M-Left", "M-Enter")
+        rows = ["> " + "0123456789" * 3 + "⏎", "日⏎"]
+        above = "got 'above' False"
+        self.wait_for([above, "alt-left " + "x" * 30, *rows])
+        self.tmux("resize-window", "-x", "30", "-y", "15")
+        rows = ["> " + "0123456789" * 2 + "01234567", "89⏎", "日⏎"]
+        self.wait_for([above, "alt-left " + "x" * 20 + "…", *rows], scrolled=True)
+        self.tmux("send-keys", "-l", "last")
+        self.wait_for([above, "alt-left " + "x" * 20 + "…", *rows, "last"], scrolled=True)
+        history = self.tmux("capture-pane", "-p", "-S", "-").splitlines()
+        self.assertEqual(history.count(above), 1)
 
 
 # ==================================================================================================

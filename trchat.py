@@ -4602,10 +4602,10 @@ def _next_boundary(text: str, position: int) -> int:
 
 def display_width(text: str) -> int:
     """Return how many columns `text` takes; colour codes and control characters count nothing."""
-    if "\x1b" in text:
-        text = _SGR.sub("", text)
     if text.isascii() and text.isprintable():
         return len(text)
+    if "\x1b" in text:
+        text = _SGR.sub("", text)
     return sum(map(_cluster_width, _clusters(text)))
 
 
@@ -4640,47 +4640,37 @@ def hang(head: str, text: str, columns: int) -> str:
 
 
 def _wrap_line(head: str, line: str, columns: int, indent: int) -> str:
+    """Fill rows word by word. The last column stays free."""
+    used = display_width(head)
     # A very long line is measured word by word only.
-    if len(line) < 8 * columns and display_width(head) + display_width(line) < columns:
+    if len(line) < 8 * columns and used + display_width(line) < columns:
         return head + line
-    wrapper = _Wrapper(head, columns, indent)
+    pieces, blank = [head], True  # blank: no word stands in this row yet
+    for gap, word, width in _words_to_wrap(line, columns - indent):
+        size = len(gap) + width
+        # A new row does not help what is too wide even for that.
+        if used + size >= columns and size and (not blank or indent + width < columns):
+            pieces.append("\n" + " " * indent)
+            used, blank, gap, size = indent, True, "", width
+        pieces.append(gap + word)
+        used += size
+        blank = blank and not width
+    return "".join(pieces)
+
+
+def _words_to_wrap(line: str, room: int):
+    """Yield the words, each with the gap before it and its width; too wide ones in pieces."""
+    measure = len if line.isascii() and line.isprintable() else display_width
     gap = ""
     for word in line.split(" "):
-        wrapper.add(gap, word)
+        width = measure(word)
+        if width < room:
+            yield gap, word, width
+        else:
+            for piece in _unbreakable_pieces(word):
+                yield gap, piece, display_width(piece)
+                gap = ""
         gap = " "
-    return wrapper.finish()
-
-
-class _Wrapper:
-    """Fills rows word by word. The last column stays free."""
-
-    def __init__(self, head: str, columns: int, indent: int):
-        self._pieces, self._used = [head], display_width(head)
-        self._columns, self._indent = columns, indent
-        self._blank = True  # no word stands in this row yet
-
-    def add(self, gap: str, word: str) -> None:
-        width = display_width(word)
-        if self._indent + width < self._columns:
-            self._put(gap, word, width)
-            return
-        for piece in _unbreakable_pieces(word):
-            self._put(gap, piece, display_width(piece))
-            gap = ""
-
-    def _put(self, gap: str, word: str, width: int) -> None:
-        size = len(gap) + width
-        fits = self._used + size < self._columns or not size
-        # A new row does not help what is too wide even for that.
-        if not fits and not (self._blank and self._indent + width >= self._columns):
-            self._pieces.append("\n" + " " * self._indent)
-            self._used, self._blank, gap = self._indent, True, ""
-        self._pieces.append(gap + word)
-        self._used += len(gap) + width
-        self._blank = self._blank and not width
-
-    def finish(self) -> str:
-        return "".join(self._pieces)
 
 
 def _unbreakable_pieces(word: str) -> list:

@@ -5164,7 +5164,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 20. Screen | pure | uses 18
+# Part 16. Screen | pure | uses 15
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -10136,7 +10136,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 38. Terminal input | uses 22
+# Part 25. Terminal input | uses 17
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -10342,7 +10342,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 39. Terminal | uses 2, 18-20, 22, 38
+# Part 25. Terminal | uses 2, 15-17, 25
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.

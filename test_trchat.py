@@ -1628,7 +1628,7 @@ MEMBERS = st.builds(
     trchat.Member,
     st.binary(min_size=32, max_size=32),
     st.binary(min_size=32, max_size=32),
-    st.text("aZ09._-éж李", max_size=31).map(lambda name: "a" + name),
+    st.text("aZ09._-éß李", max_size=31).map(lambda name: "a" + name),
 )
 ANNOUNCEMENTS = st.builds(
     trchat.Announcement,
@@ -2678,8 +2678,7 @@ class Part08GatekeeperTest(MachineTest):
             "Alice",
             "ALICE",
             "a1ice",
-            "al\u0456ce",
-            "\u0430lice",
+            "\u0430\u04cf\u0456\u0441\u0435",  # all of it Cyrillic
             "a.l_i-ce",
             "aIice",
         ):
@@ -11480,12 +11479,12 @@ class JSONLinesTest(EndToEnd):
 
     def test_names(self):
         server, alice = self.meet("alice")
-        for name in ("alice", "ALICE", "al1ce", "a.l-i_ce", "аlice", "alıce"):
+        for name in ("alice", "ALICE", "al1ce", "a.l-i_ce", "аӏісе", "alıce"):
             other = self.client(name, server.token, ready=False, profile="other")
             self.assertEqual(other.wait_for("error")["code"], "name-taken", name)
             self.assertIn("--name", other.of("error")[0]["text"])
             self.assert_ends(other, "error", 1)
-        for name in ("a b", "x" * 33, "\u202e", "a/b"):
+        for name in ("a b", "x" * 33, "\u202e", "a/b", "аlice"):
             other = self.client(name, server.token, ready=False, profile="other")
             self.assertEqual(other.wait_for("error")["code"], "name-invalid", name)
             self.assert_ends(other, "error", 1)

@@ -12781,6 +12781,993 @@ class VaultTest(EndToEnd):
 
 
 # ==================================================================================================
+# Sealed records, history and outbox
+# ==================================================================================================
+
+LOG_KEY = bytes(range(32))
+
+
+def sealed_records(key=LOG_KEY, name=b"log"):
+    return trchat.SealedRecords(key, name)
+
+
+def plaintexts(records) -> list:
+    return [plaintext for *_, plaintext in records]
+
+
+class CountingCipher:
+    """Stands before an AESGCM and counts how often, and over how much, it is asked to open."""
+
+    def __init__(self, cipher):
+        self._cipher, self.attempts, self.bytes = cipher, 0, 0
+
+    def decrypt(self, nonce, ciphertext, associated):
+        self.attempts += 1
+        self.bytes += len(ciphertext)
+        return self._cipher.decrypt(nonce, ciphertext, associated)
+
+
+SEAL = trchat.SealedRecords.seal
+
+
+def plain_seal(self, plaintext, expires=0):
+    """A record that does not end with what a marker begins with (see the test of those)."""
+    return next(r for r in iter(lambda: SEAL(self, plaintext, expires), None) if r[-1] != 0x9E)
+
+
+class SealedCase(PureCase):
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.object(trchat.SealedRecords, "seal", plain_seal)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+
+class SealedRecordsTest(SealedCase):
+    """The pure part: bytes of a log in, records out."""
+
+    def setUp(self):
+        super().setUp()
+        self.records = sealed_records()
+
+    def log(self, count: int, size: int = 20) -> tuple:
+        """(plaintexts, their records) of a small log; every third one expires."""
+        texts = [f"{n} ".encode().ljust(size, b".") for n in range(count)]
+        return texts, [self.records.seal(t, n % 3 and 1000 + n) for n, t in enumerate(texts)]
+
+    def both_ways(self, data: bytes) -> list:
+        """What a scan finds; newest_first must find the same."""
+        found = list(self.records.scan(data))
+        self.assertEqual(list(self.records.newest_first(data))[::-1], found)
+        return found
+
+    def test_the_bytes_of_a_record(self):
+        record = self.records.seal(b"text", 0x0102030405)
+        size = 12 + 4 + 16
+        self.assertEqual(record[:4], trchat.RECORD_MARKER)
+        self.assertEqual(record[4:16], struct.pack(">IQ", size, 0x0102030405))
+        self.assertEqual(len(record), 16 + size)
+        associated = trchat.block(b"trchat/1 record") + trchat.block(b"log") + record[4:16]
+        cipher = trchat._aead.AESGCM(LOG_KEY)
+        self.assertEqual(cipher.decrypt(record[16:28], record[28:], associated), b"text")
+        self.assertNotEqual(record, self.records.seal(b"text", 0x0102030405))
+
+    def test_round_trip(self):
+        texts = [b"", b"x", b"\0" * 100, trchat.RECORD_MARKER * 20, bytes(range(256)) * 300]
+        data = b"".join(self.records.seal(t, n) for n, t in enumerate(texts))
+        found = self.both_ways(data)
+        self.assertEqual([f[3] for f in found], texts)
+        self.assertEqual([f[2] for f in found], [0, 1, 2, 3, 4])
+        self.assertEqual([f[0] for f in found], [0, *(f[1] for f in found)][:-1])
+        self.assertEqual(found[-1][1], len(data))
+        self.assertEqual(self.records.damaged, set())
+
+    def test_hopping_opens_nothing(self):
+        _, records = self.log(9)
+        self.records._cipher = None
+        claims = trchat.claimed_records(b"".join(records))
+        self.assertEqual([expiry for _, _, expiry in claims], [0, 1001, 1002] + [0, 1004, 1005] + [0, 1007, 1008])
+        self.assertEqual([end - offset for offset, end, _ in claims], list(map(len, records)))
+
+    def test_only_what_is_taken_is_opened(self):
+        texts, records = self.log(300)
+        data = b"".join(records)
+        self.records._cipher = counter = CountingCipher(self.records._cipher)
+        newest = itertools.islice(self.records.newest_first(data), 5)
+        self.assertEqual(plaintexts(newest), texts[:-6:-1])
+        self.assertEqual(counter.attempts, 5)
+        counter.attempts = 0
+        expiring = list(self.records.newest_first(data, expiring_only=True))
+        self.assertEqual(len(expiring), 200)
+        self.assertEqual(counter.attempts, 200)
+
+    def test_too_long_is_refused(self):
+        self.records.seal(bytes(trchat.SEALED_MOST - 28))
+        error = self.refused(
+            self.records.seal, bytes(trchat.SEALED_MOST - 27), kind=trchat.ChatError
+        )
+        self.assertEqual(error.code, "too-large")
+
+    def test_the_longest_text_fits_however_it_is_written(self):
+        entry = entry_of(1, text="\x01" * trchat.MAX_TEXT, to=["\U00010348" * 32] * 4096)
+        plaintext = json.dumps(list(entry.values()), ensure_ascii=False).encode()
+        self.records.seal(plaintext)
+
+    def test_cut_at_every_byte_and_added_to(self):
+        texts, records = self.log(4)
+        data, added = b"".join(records), self.records.seal(b"added")
+        ends = list(itertools.accumulate(map(len, records)))
+        for cut in range(len(data) + 1):
+            whole = sum(end <= cut for end in ends)
+            self.records.damaged.clear()
+            found = plaintexts(self.both_ways(data[:cut] + added * 2))
+            self.assertEqual(found, texts[:whole] + [b"added"] * 2, cut)
+            self.assertEqual(len(self.records.damaged), cut not in (0, *ends))
+
+    def test_one_flipped_byte_costs_one_record(self):
+        for size in (20, 52, 84):  # some of them make a wrong size end exactly at a later marker
+            texts, records = self.log(4, size)
+            data = b"".join(records)
+            ends = list(itertools.accumulate(map(len, records)))
+            for position, bit in itertools.product(range(len(data)), range(8)):
+                hit = sum(end <= position for end in ends)
+                self.records.damaged.clear()
+                found = plaintexts(self.both_ways(flipped(data, position, bit)))
+                self.assertEqual(found, texts[:hit] + texts[hit + 1 :], (size, position, bit))
+                self.assertEqual(len(self.records.damaged), 1)
+
+    def test_the_expiring_are_found_beside_damage(self):
+        texts, records = self.log(6)
+        data = b"".join(records)
+        ends = list(itertools.accumulate(map(len, records)))
+        for position, bit in itertools.product(range(len(data)), range(8)):
+            hit = sum(end <= position for end in ends)
+            damaged = flipped(data, position, bit)
+            found = {f[3]: f[2] for f in self.records.newest_first(damaged, True) if f[2]}
+            wanted = {t: 1000 + n for n, t in enumerate(texts) if n % 3 and n != hit}
+            self.assertEqual(found, wanted, (position, bit))
+
+    @settings(EXAMPLES)
+    @given(st.data())
+    def test_any_damage_costs_what_it_hits(self, draw):
+        sizes = draw.draw(st.lists(st.integers(0, 300), min_size=1, max_size=12))
+        texts = [bytes([n]) * size for n, size in enumerate(sizes)]
+        records = [self.records.seal(text, n % 2) for n, text in enumerate(texts)]
+        ends = [0, *itertools.accumulate(map(len, records))]
+        data = bytearray(b"".join(records))
+        start = draw.draw(st.integers(0, len(data)))
+        junk = draw.draw(st.binary(max_size=200) | st.sampled_from([records[0], records[-1][:50]]))
+        cut = draw.draw(st.integers(0, 200))
+        data[start : start + cut] = junk
+        found = plaintexts(self.both_ways(bytes(data)))
+        touched = max(start + cut, start + (cut == 0))
+        for n, text in enumerate(texts):
+            if ends[n + 1] <= start or ends[n] >= touched:
+                self.assertIn(text, found)
+        self.assertLessEqual(set(found), set(texts))
+
+    @settings(EXAMPLES)
+    @given(st.binary(max_size=400), st.lists(st.sampled_from([28, 29, 60, 200, 4000]), max_size=30))
+    def test_any_bytes_are_read_without_an_error(self, junk, sizes):
+        heads = [trchat.RECORD_MARKER + struct.pack(">IQ", size, 0) + junk[:9] for size in sizes]
+        self.assertEqual(self.both_ways(junk.join(heads)), [])
+
+    def test_many_damaged_in_a_row_cost_no_whole_one(self):
+        short = [self.records.seal(b"", 0) for _ in range(500)]
+        data = b"".join(flipped(record, 20) for record in short) + short[0]
+        self.assertEqual(plaintexts(self.both_ways(data)), [b""])
+        self.assertEqual(len(self.records.damaged), 500)
+
+    def test_an_erased_record_is_passed_over(self):
+        texts, records = self.log(4)
+        records[1] = records[1][:16] + bytes(len(records[1]) - 16)
+        self.assertEqual(plaintexts(self.both_ways(b"".join(records))), texts[:1] + texts[2:])
+        self.assertEqual(self.records.damaged, set())
+        half = records[2][:16] + bytes(20) + records[2][36:]
+        found = plaintexts(self.both_ways(b"".join([*records[:2], half, records[3]])))
+        self.assertEqual(found, [texts[0], texts[3]])
+        self.assertEqual(len(self.records.damaged), 1)
+
+    def test_a_record_that_lost_what_the_next_begins_with(self):
+        """Its last byte is the first of a marker: it is whole again, and the next is not lost."""
+        lost = next(r for r in iter(lambda: SEAL(self.records, b"a", 5), None) if r[-1] == 0x9E)
+        one, two = self.records.seal(b"one", 6), self.records.seal(b"two", 7)
+        for before, after in itertools.product((b"", one), (b"", two)):
+            found = self.both_ways(before + lost[:-1] + two + after)
+            expected = [b"one"] * bool(before) + [b"a", b"two"] + [b"two"] * bool(after)
+            self.assertEqual(plaintexts(found), expected)
+            data = before + lost[:-1] + two + after
+            self.assertEqual(list(self.records.newest_first(data, True))[::-1], found)
+
+    def test_another_key_or_name_reads_nothing(self):
+        data = b"".join(self.log(5)[1])
+        for other in (sealed_records(bytes(32)), sealed_records(name=b"other")):
+            self.assertEqual(list(other.scan(data)), [])
+            self.assertEqual(list(other.newest_first(data)), [])
+            self.assertEqual(len(other.damaged), 5)
+
+    def test_a_hostile_file_is_read_in_bounded_work(self):
+        size = 1 << 18
+        for claimed in (28, 44, 200, 4096, 1 << 16, trchat.SEALED_MOST):
+            for filling in (b"", b"\1" * 8, b"\1" * 200):
+                head = trchat.RECORD_MARKER + struct.pack(">I", claimed) + filling
+                apart = bytes(claimed + 64 * 44)
+                data = head * (size // len(head)) + apart + sealed_records().seal(b"honest")
+                cipher = trchat._aead.AESGCM(LOG_KEY)
+                self.records._cipher = counter = CountingCipher(cipher)
+                found = plaintexts(self.records.scan(data))
+                self.assertEqual(found, [b"honest"])
+                self.assertLessEqual(counter.attempts, len(data) // 44 + 64)
+                self.assertLessEqual(counter.bytes, 64 * len(data))
+                once = counter.attempts
+                self.assertEqual(plaintexts(self.records.newest_first(data)), found)
+                self.assertLessEqual(counter.attempts - 2 * once, len(data) // 44)
+
+    def test_boxes(self):
+        box = trchat.seal_box(LOG_KEY, b"contacts", b"plain")
+        self.assertEqual(len(box), 12 + 5 + 16)
+        self.assertNotEqual(box, trchat.seal_box(LOG_KEY, b"contacts", b"plain"))
+        self.assertEqual(trchat.open_box(LOG_KEY, b"contacts", box), b"plain")
+        key = expand(LOG_KEY, b"", b"trchat/1 vault contacts", 32)
+        self.assertEqual(trchat.vault_subkey(LOG_KEY, b"contacts"), key)
+        self.refused(trchat.open_box, LOG_KEY, b"other", box)
+        self.refused(trchat.open_box, bytes(32), b"contacts", box)
+        for wrong in (*every_flip(box), *every_cut(box)):
+            self.refused(trchat.open_box, LOG_KEY, b"contacts", wrong)
+
+
+def entry_of(number: int, text: str = "", **changes) -> dict:
+    """An entry of the history."""
+    entry = {
+        "id": f"{number:032x}", "room": "lobby", "direct": False, "from": "bob",
+        "fingerprint": "sha256:" + "ab" * 32, "text": text or f"message {number}",
+        "time": "2025-01-02T03:04:05.678Z", "verified": True, "own": False, "to": ["al", "bo"],
+        "action": False,
+    }  # fmt: skip
+    return {**entry, **changes}
+
+
+class LogCase(SealedCase):
+    """Tests with a folder of their own."""
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.path = os.path.join(self.folder, "a.log")
+
+    def sealed_log(self, key=LOG_KEY, name=b"log"):
+        return trchat.SealedLog(self.path, key, name)
+
+    def content(self, path="") -> bytes:
+        with open(path or self.path, "rb") as file:
+            return file.read()
+
+    def storage_refusal(self, function, *args):
+        error = self.refused(function, *args, kind=trchat.ChatError)
+        self.assertEqual(error.code, "storage")
+        self.assertTrue(error.hint)
+        return error
+
+    def mode_of(self, path) -> int:
+        return stat.S_IMODE(os.lstat(path).st_mode)
+
+
+# Adds numbered records to a log until it is ended: what it has said is in the file.
+APPENDER = """
+import sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import trchat
+log = trchat.SealedLog(sys.argv[2], bytes(range(32)), b"log")
+number = int(sys.argv[3])
+while True:
+    log.append(b"%d " % number + bytes(number * 7919 % 5000), fsync=number % 50 == 0)
+    print(number, flush=True)
+    number += 1
+"""
+# Fills a log up to a size that the system refuses to exceed, then frees some and goes on.
+FILLER = """
+import resource, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import trchat
+log = trchat.SealedLog(sys.argv[2], bytes(range(32)), b"log")
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+for size in (300, 300, 900, 100):
+    try:
+        log.append(b"x" * size, fsync=True)
+        print("kept", size)
+    except trchat.ChatError as error:
+        print(error.code, error.text)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+log.append(b"x" * 900)
+"""
+
+
+def run_with_trchat(code: str, *words):
+    """A child process that runs `code`; its argv[1] is where trchat.py is."""
+    command = [sys.executable, "-c", code, os.path.dirname(SOURCE_PATH), *words]
+    environment = bench_environment(os.path.expanduser("~"))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
+
+
+class SealedLogTest(LogCase):
+    def test_round_trip_and_modes(self):
+        log = self.sealed_log()
+        self.assertEqual(list(log.read()), [])
+        first = log.append(b"one", fsync=True)
+        second = log.append(b"two", 77)
+        self.assertEqual((first[0], first[1]), (0, second[0]))
+        expected = [(*first, 0, b"one"), (*second, 77, b"two")]
+        for reader in (log, self.sealed_log()):
+            self.assertEqual(list(reader.read()), expected)
+            self.assertEqual(list(reader.newest()), expected[::-1])
+        self.assertEqual(self.mode_of(self.path), 0o600)
+        self.assertEqual(log.damaged, 0)
+
+    def test_erased_records_leave_no_trace(self):
+        log = self.sealed_log()
+        places = [log.append(b"secret %d" % n) for n in range(4)]
+        before = self.content()
+        self.assertTrue(log.erase(*places[1]))
+        offset, end = places[1]
+        self.assertEqual(self.content()[offset:end], before[offset : offset + 16] + bytes(end - offset - 16))
+        self.assertEqual(plaintexts(log.read()), [b"secret 0", b"secret 2", b"secret 3"])
+        self.assertFalse(log.erase(*places[1]))
+        self.assertEqual(log.damaged, 0)
+
+    def test_nothing_but_a_whole_record_is_erased(self):
+        log = self.sealed_log()
+        (one, two), (_, three) = log.append(b"one"), log.append(b"two")
+        before = self.content()
+        for place in ((one, three), (one + 1, two), (one, two - 1), (three, three + 50), (two, two)):
+            self.assertFalse(log.erase(*place))
+        self.assertFalse(self.sealed_log(key=bytes(32)).erase(one, two))
+        self.assertEqual(self.content(), before)
+
+    def test_replacing_keeps_the_length(self):
+        log = self.sealed_log()
+        place = log.append(b"one")
+        log.append(b"two")
+        self.assertTrue(log.replace(*place, b"ONE"))
+        self.assertFalse(log.replace(*place, b"longer"))
+        self.assertEqual(plaintexts(log.read()), [b"ONE", b"two"])
+
+    def test_what_is_due_is_erased_and_nothing_else(self):
+        log = self.sealed_log()
+        moments = [0, 50, 30, 0, 40, 30]
+        for number, expires in enumerate(moments):
+            log.append(b"secret %d" % number, expires)
+        for reader in (log, self.sealed_log()):
+            self.assertEqual(reader.expire(29.9), ([], 30))
+        records = {f[3]: self.content()[f[0] + 28 : f[1]] for f in log.read()}
+        gone, following = log.expire(40)
+        self.assertEqual(sorted(gone), [b"secret 2", b"secret 4", b"secret 5"])
+        self.assertEqual(following, 50)
+        self.assertEqual(plaintexts(log.read()), [b"secret 0", b"secret 1", b"secret 3"])
+        for plaintext, ciphertext in records.items():
+            self.assertEqual(ciphertext in self.content(), plaintext not in gone)
+        log.append(b"later", 45)
+        self.assertEqual(log.expire(44), ([], 45))
+        self.assertEqual(log.expire(1000)[1], None)
+        self.assertEqual(self.sealed_log().expire(1000), ([], None))
+
+    def test_expiring_looks_through_the_file_once(self):
+        log = self.sealed_log()
+        for number in range(20):
+            log.append(b"x", 100 + number)
+        log.expire(0)
+        with mock.patch.object(log, "_read", side_effect=AssertionError):
+            log.append(b"soon", 50)
+            self.assertEqual(log.expire(60), ([b"soon"], 100))
+            self.assertEqual(len(log.expire(109)[0]), 10)
+
+    def test_expiring_needs_no_opening_of_what_stays(self):
+        log = self.sealed_log()
+        for number in range(100):
+            log.append(b"x", 500 if number == 50 else 0)
+        log._records._cipher = counter = CountingCipher(log._records._cipher)
+        self.assertEqual(log.expire(0), ([], 500))
+        self.assertEqual(counter.attempts, 1)
+
+    def test_a_failed_erasure_is_tried_again(self):
+        log = self.sealed_log()
+        log.append(b"secret", 10)
+        log.expire(0)
+        with mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "broken")):
+            self.storage_refusal(log.expire, 20)
+        log.append(b"secret", 10)
+        self.assertEqual(log.expire(20), ([b"secret"], None))
+
+    def test_a_wrong_key_reads_nothing_and_destroys_nothing(self):
+        log = self.sealed_log()
+        for number in range(5):
+            log.append(b"x", number)
+        before = self.content()
+        for other in (self.sealed_log(key=bytes(32)), self.sealed_log(name=b"other")):
+            self.assertEqual(list(other.read()), [])
+            self.assertEqual(list(other.newest()), [])
+            self.assertEqual(other.expire(1e9), ([], None))
+            self.assertEqual(other.damaged, 5)
+        self.assertEqual(self.content(), before)
+
+    def test_a_wrong_size_makes_nothing_else_expire(self):
+        log = self.sealed_log()
+        for number in range(4):
+            log.append(bytes(20), 10 if number == 0 else 0)
+        data = self.content()
+        for position in range(64):
+            write_bytes(self.path, flipped(data, position, 6))
+            self.sealed_log().expire(1e9)
+            self.assertEqual(len(plaintexts(self.sealed_log().read())), 3)
+
+    def test_rewriting_and_removing(self):
+        log = self.sealed_log()
+        log.append(b"one", 5)
+        write_bytes(self.path, self.content() + b"junk")
+        self.assertEqual(plaintexts(log.read()), [b"one"])
+        self.assertEqual(log.damaged, 1)
+        log.rewrite([(b"two", 7), (b"three", 0)])
+        self.assertEqual(plaintexts(log.read()), [b"two", b"three"])
+        self.assertEqual((log.damaged, self.mode_of(self.path)), (0, 0o600))
+        self.assertEqual(log.expire(8), ([b"two"], None))
+        log.remove()
+        log.remove()
+        self.assertEqual(os.listdir(self.folder), [])
+        self.assertEqual(log.expire(8), ([], None))
+
+    def test_links_are_refused(self):
+        target = os.path.join(self.folder, "target")
+        log = self.sealed_log()
+        place = log.append(b"x", 1)
+        os.rename(self.path, target)
+        os.symlink(target, self.path)
+        before = self.content(target)
+        for call in (log.read, log.newest, lambda: log.append(b"y"), lambda: log.erase(*place), lambda: log.expire(9)):
+            self.assertIn("is a link", str(self.storage_refusal(call)))
+        os.unlink(target)
+        self.storage_refusal(log.append, b"y")
+        write_bytes(target, before)
+        log.remove()
+        self.assertEqual(os.listdir(self.folder), ["target"])
+
+    def test_what_the_disk_refuses(self):
+        log = self.sealed_log()
+        log.append(b"one")
+        for name in ("write", "fsync"):
+            error = OSError(errno.ENOSPC, "No space left on device")
+            with mock.patch.object(os, name, side_effect=error):
+                refusal = self.refused(log.append, b"two", 0, True, kind=trchat.ChatError)
+            self.assertEqual(refusal.hint, "Free some space on that disk.")
+            self.assertEqual(plaintexts(log.read()), [b"one"])
+        self.assertEqual(log.damaged, 0)
+        log.append(b"three")
+        self.assertEqual(plaintexts(log.read()), [b"one", b"three"])
+
+    def test_a_torn_record_that_cannot_be_taken_back(self):
+        log = self.sealed_log()
+        log.append(b"one")
+        write = os.write
+        def half(handle, data):
+            if len(data) < 40:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(handle, data[:30])
+        with mock.patch.object(os, "write", half), mock.patch.object(os, "ftruncate", side_effect=OSError):
+            self.storage_refusal(log.append, b"two")
+        log.append(b"three")
+        self.assertEqual(plaintexts(log.read()), [b"one", b"three"])
+        self.assertEqual(log.damaged, 1)
+
+    def test_no_folder_and_too_long_a_file(self):
+        self.storage_refusal(trchat.SealedLog("/nowhere/a.log", LOG_KEY, b"").append, b"x")
+        self.sealed_log().append(b"x")
+        with mock.patch.object(trchat, "LOG_MOST", 10):
+            self.assertIn("grown", str(self.storage_refusal(self.sealed_log().read)))
+
+    def test_a_full_disk(self):
+        with run_with_trchat(FILLER, self.path) as child:
+            said = child.stdout.read().splitlines()
+        self.assertEqual([said[0], said[1], said[3]], ["kept 300", "kept 300", "kept 100"])
+        self.assertRegex(said[2], "storage Writing .*a.log failed: File too large")
+        log = self.sealed_log()
+        self.assertEqual([len(p) for p in plaintexts(log.read())], [300, 300, 100, 900])
+        self.assertEqual(log.damaged, 0)
+
+    def test_a_writer_that_is_killed(self):
+        """What it said is kept is there after SIGKILL at any moment; the next goes on."""
+        number, chance = 0, random.Random(4)
+        for _ in range(10):
+            with run_with_trchat(APPENDER, self.path, str(number)) as child:
+                child.stdout.readline()
+                time.sleep(chance.random() * 0.15)
+                child.kill()
+                said = [number, *map(int, child.stdout.read().splitlines())]
+            log = self.sealed_log()
+            found = [int(p.split()[0]) for p in plaintexts(log.read())]
+            self.assertEqual(found, list(range(len(found))))
+            self.assertGreaterEqual(len(found), said[-1] + 1)
+            self.assertEqual(plaintexts(log.newest()), plaintexts(log.read())[::-1])
+            self.assertLessEqual(log.damaged, 1)
+            number = len(found)
+
+
+class VaultKeyTest(LogCase):
+    def setUp(self):
+        super().setUp()
+        self.paths = trchat.Paths(self.folder)
+        self.paths.make_folders()
+        self.path = self.paths.file("vault.key")
+
+    def test_made_once_and_opened_again(self):
+        key = trchat.load_vault_key(self.paths, identity(0))
+        self.assertEqual(len(key), 32)
+        self.assertEqual(self.mode_of(self.path), 0o600)
+        before = self.content()
+        self.assertEqual(trchat.load_vault_key(self.paths, identity(0)), key)
+        self.assertEqual(self.content(), before)
+        lines = before.decode().splitlines()
+        self.assertEqual(lines[0], "-----BEGIN TRCHAT VAULT KEY-----")
+        self.assertEqual(lines[-1], "-----END TRCHAT VAULT KEY-----")
+        sealed = base64.b64decode("".join(lines[1:-1]))
+        self.assertEqual(identity(0).decrypt(sealed, b"trchat/1 vault key"), key)
+        write_bytes(self.path, before.replace(b"\n", b"\r\n"))
+        self.assertEqual(trchat.load_vault_key(self.paths, identity(0)), key)
+
+    def test_another_identity_is_refused_and_nothing_overwritten(self):
+        trchat.load_vault_key(self.paths, identity(0))
+        before = self.content()
+        error = self.storage_refusal(trchat.load_vault_key, self.paths, identity(1))
+        self.assertIn(self.path, error.text)
+        self.assertRegex(error.hint, "Restore the identity.*move vault.key, history and outbox")
+        self.assertEqual(self.content(), before)
+
+    def test_damaged_is_refused_and_not_overwritten(self):
+        trchat.load_vault_key(self.paths, identity(0))
+        whole = self.content()
+        short = identity(0).decrypt  # a key of another length
+        wrong = trchat.RSAPublic(identity(0).spki).encrypt(bytes(16), trchat.VAULT_KEY_LABEL)
+        other = whole[:32] + base64.b64encode(wrong) + whole[-32:]
+        self.assertEqual(len(short(wrong, trchat.VAULT_KEY_LABEL)), 16)
+        damaged = [b"", b"\xff\xfe", other, whole[40:], *list(every_cut(whole.rstrip()))[::31]]
+        for content in [*damaged, *(flipped(whole, n, 1) for n in range(0, 500, 29))]:
+            write_bytes(self.path, content)
+            self.storage_refusal(trchat.load_vault_key, self.paths, identity(0))
+            self.assertEqual(self.content(), content)
+
+    def test_missing_beside_what_it_opens(self):
+        history = trchat.History(self.paths.file("history"), LOG_KEY)
+        os.mkdir(self.paths.file("outbox"))
+        trchat.load_vault_key(self.paths, identity(0))
+        os.unlink(self.path)
+        history.append("room:x:lobby", "#lobby", entry_of(1))
+        error = self.storage_refusal(trchat.load_vault_key, self.paths, identity(0))
+        self.assertIn("move history away", error.hint)
+        self.assertFalse(os.path.exists(self.path))
+
+
+LOBBY, BOB = "room:aabbcc:lobby", "direct:ddeeff"
+
+
+class HistoryTest(LogCase):
+    def setUp(self):
+        super().setUp()
+        self.folder = os.path.join(self.folder, "history")
+        self.history = self.opened()
+
+    def opened(self, key=LOG_KEY):
+        return trchat.History(self.folder, key)
+
+    def fill(self, count: int, conversation=LOBBY, title="#lobby", **changes) -> list:
+        entries = [entry_of(n, **changes) for n in range(count)]
+        for entry in entries:
+            self.history.append(conversation, title, entry)
+        return entries
+
+    def file_of(self, conversation=LOBBY) -> str:
+        key = expand(LOG_KEY, b"", b"trchat/1 vault history names", 32)
+        name = hmac.new(key, conversation.encode(), "sha256").hexdigest()[:32] + ".log"
+        return os.path.join(self.folder, name)
+
+    def test_round_trip(self):
+        odd = entry_of(7, text='a "quoted" \\ line\nand \u2028 \U0001f600\0', to=[], room=None)
+        self.history.append(LOBBY, "#lobby", entry_of(1, own=True))
+        self.history.append(LOBBY, "#lobby", odd)
+        for history in (self.history, self.opened()):
+            self.assertEqual(history.tail(LOBBY, 10), [entry_of(1, own=True), odd])
+            self.assertEqual(history.tail(LOBBY, 1), [odd])
+            self.assertEqual(history.tail(LOBBY, 0), [])
+            self.assertEqual(history.tail(BOB, 5), [])
+            self.assertEqual(history.damaged, 0)
+
+    def test_half_a_surrogate_pair_does_no_harm(self):
+        self.history.append(LOBBY, "\ud800", entry_of(1, text="x\ud800y"))
+        self.assertEqual(self.history.tail(LOBBY, 1)[0]["text"], "x?y")
+
+    def test_names_do_not_leak_and_files_are_private(self):
+        self.fill(3)
+        self.fill(3, BOB, "bob")
+        self.assertEqual(sorted(os.listdir(self.folder)), sorted(os.path.basename(self.file_of(c)) for c in (LOBBY, BOB)))
+        self.assertEqual(self.mode_of(self.folder), 0o700)
+        for name in os.listdir(self.folder):
+            path = os.path.join(self.folder, name)
+            self.assertEqual(self.mode_of(path), 0o600)
+            for word in (b"lobby", b"bob", b"message", b"aabbcc", b"direct"):
+                self.assertNotIn(word, name.encode() + self.content(path))
+
+    def test_conversations_and_their_titles(self):
+        self.assertEqual(self.history.conversations(), [])
+        self.fill(2, BOB, "bob")
+        self.fill(2)
+        expected = [(LOBBY, "#lobby"), (BOB, "bob")]
+        self.assertEqual(self.opened().conversations(), expected)
+        size = os.path.getsize(self.file_of(BOB))
+        self.history.append(BOB, "robert", entry_of(3))
+        self.assertLess(os.path.getsize(self.file_of(BOB)) - size, 512)
+        self.assertEqual(self.opened().conversations(), [(LOBBY, "#lobby"), (BOB, "robert")])
+        again = self.opened()
+        again.append(BOB, "bobby", entry_of(4))
+        self.assertEqual(again.conversations(), [(LOBBY, "#lobby"), (BOB, "bobby")])
+        self.assertEqual(len(again.tail(BOB, 9)), 4)
+
+    def test_the_title_takes_one_sector(self):
+        for title in ("", "x", "\U0001f600" * 500, '"' * 600, "a" * 433, "\x01" * 90):
+            self.history.remove_all()
+            self.history.append(LOBBY, title, entry_of(1))
+            found = list(trchat.SealedLog.read(self.history._log(LOBBY)))
+            self.assertEqual(found[0][:2], (0, 512))
+            self.assertTrue(title.startswith(self.history.conversations()[0][1]))
+
+    def test_a_damaged_title_is_written_again(self):
+        self.fill(2)
+        write_bytes(self.file_of(), flipped(self.content(self.file_of()), 100))
+        again = self.opened()
+        self.assertEqual(again.conversations(), [])
+        again.append(LOBBY, "#lobby", entry_of(2))
+        self.assertEqual(self.opened().conversations(), [(LOBBY, "#lobby")])
+        self.assertEqual(again.tail(LOBBY, 9), [entry_of(n) for n in range(3)])
+        self.assertEqual(again.damaged, 1)
+
+    def test_search(self):
+        for number, text in enumerate(("Hello World", "hello", "Stra\u00dfe World", 'say "hi"', "a\nb")):
+            self.history.append(LOBBY, "#lobby", entry_of(number, text=text))
+        for words, expected in (
+            ("hello", [0, 1]), ("WORLD hello", [0]), ("STRASSE", [2]), ("world", [0, 2]),
+            ('"HI"', [3]), ("\\n", []), ("lobby", []), ("bob", []), ("sha256", []), ("b a", [4]),
+            ("", [0, 1, 2, 3, 4]),
+        ):  # fmt: skip
+            found = [int(e["id"], 16) for e in self.opened().search(LOBBY, words)]
+            self.assertEqual(found, expected, words)
+        self.assertEqual([e["text"] for e in self.history.search(LOBBY, "o", 2)], ["hello", "Stra\u00dfe World"])
+        self.assertEqual(self.history.search(BOB, "hello"), [])
+
+    @settings(EXAMPLES)
+    @given(st.lists(st.text(max_size=12), min_size=1, max_size=6), st.text(min_size=1, max_size=3))
+    def test_search_agrees_with_a_plain_one(self, texts, words):
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        self.history.remove_all()
+        for number, text in enumerate(texts):
+            self.history.append(LOBBY, "#lobby", entry_of(number, text=text or "x"))
+        wanted = words.casefold().split()
+        plain = [t or "x" for t in texts if all(w in (t or "x").casefold() for w in wanted)]
+        self.assertEqual([e["text"] for e in self.history.search(LOBBY, words)], plain)
+
+    def test_ids(self):
+        entries = self.fill(30)
+        self.assertEqual(self.history.ids(LOBBY), {e["id"] for e in entries})
+        self.assertEqual(self.opened().ids(LOBBY, 4), {e["id"] for e in entries[-4:]})
+
+    def test_only_the_newest_are_opened(self):
+        self.fill(200)
+        log = self.history._log(LOBBY)
+        log._records._cipher = counter = CountingCipher(log._records._cipher)
+        self.history.tail(LOBBY, 20)
+        self.history.ids(LOBBY, 20)
+        self.assertEqual(counter.attempts, 40)
+
+    def test_clearing(self):
+        self.fill(3)
+        self.fill(3, BOB, "bob")
+        self.history.clear(LOBBY)
+        self.history.clear("room:never:seen")
+        self.assertEqual(self.history.tail(LOBBY, 9), [])
+        self.assertEqual(self.opened().conversations(), [(BOB, "bob")])
+        self.fill(1)
+        self.assertEqual(self.opened().conversations(), [(LOBBY, "#lobby"), (BOB, "bob")])
+        self.history.remove_all()
+        self.assertEqual(os.listdir(self.folder), [])
+        self.fill(1)
+        self.assertEqual(self.opened().conversations(), [(LOBBY, "#lobby")])
+
+    def test_expiry_over_all_conversations(self):
+        self.fill(3)
+        for number, (conversation, expires) in enumerate([(LOBBY, 50), (BOB, 30.7), (BOB, 60)]):
+            self.history.append(conversation, "x", entry_of(10 + number), expires)
+        for history in (self.history, self.opened()):
+            self.assertEqual(history.expire(29), ([], 30))
+        before = {c: self.content(self.file_of(c)) for c in (LOBBY, BOB)}
+        self.assertEqual(self.history.expire(31), ([entry_of(11)["id"]], 50))
+        self.assertEqual(self.history.expire(31), ([], 50))
+        self.assertEqual(self.content(self.file_of()), before[LOBBY])
+        after = self.content(self.file_of(BOB))
+        self.assertEqual(len(after), len(before[BOB]))
+        lost = [n for n in range(len(after)) if after[n] != before[BOB][n]]
+        self.assertEqual(set(after[min(lost) : max(lost) + 1]), {0})
+        self.assertEqual(self.opened().expire(55), ([entry_of(10)["id"]], 60))
+        self.assertEqual(self.opened().tail(BOB, 9), [entry_of(12)])
+        self.assertEqual(self.opened().expire(99), ([entry_of(12)["id"]], None))
+        self.assertEqual(self.history.damaged, 0)
+
+    def test_cut_at_every_byte_and_added_to(self):
+        entries = self.fill(4)
+        data = self.content(self.file_of())
+        ends = [end for _, end, _, _ in self.history._log(LOBBY).read()][1:]
+        for cut in range(len(data) + 1):
+            write_bytes(self.file_of(), data[:cut])
+            for text in ("new", "newer"):
+                self.opened().append(LOBBY, "#lobby", entry_of(9, text=text))
+            history = self.opened()
+            expected = entries[: sum(end <= cut for end in ends)]
+            expected += [entry_of(9, text="new"), entry_of(9, text="newer")]
+            self.assertEqual(history.tail(LOBBY, 99), expected, cut)
+            self.assertEqual(history.search(LOBBY, "MESSAGE"), expected[:-2])
+            self.assertEqual(history.conversations(), [(LOBBY, "#lobby")])
+
+    def test_one_flipped_byte_costs_one_entry(self):
+        entries = self.fill(3)
+        data = self.content(self.file_of())
+        ends = [end for _, end, _, _ in self.history._log(LOBBY).read()][1:]
+        for position in range(len(data)):
+            write_bytes(self.file_of(), flipped(data, position, position % 8))
+            hit = sum(end <= position for end in ends)
+            left = entries if position < 512 else entries[:hit] + entries[hit + 1 :]
+            history = self.opened()
+            self.assertEqual(history.tail(LOBBY, 99), left)
+            self.assertEqual(history.damaged, 1)
+            self.assertEqual(history.expire(1e9), ([], None))
+            self.assertEqual(self.opened().tail(LOBBY, 99), left)
+
+    @settings(EXAMPLES)
+    @given(st.lists(st.tuples(st.text(max_size=40), st.integers(0, 9999), st.integers(0, 2)), max_size=12))
+    def test_cuts_and_additions_in_turn(self, steps):
+        """Each step cuts some bytes off the end and adds an entry; whole ones are never lost."""
+        self.opened().remove_all()
+        kept = []  # (end, entry), of those that are whole
+        for number, (text, cut, way) in enumerate(steps):
+            entry = entry_of(number, text=text.encode("utf-8", "replace").decode() + ".")
+            if way and os.path.exists(self.file_of()):
+                size = os.path.getsize(self.file_of())
+                size -= cut % (size + 1) if way == 1 else min(cut % 300, size)
+                os.truncate(self.file_of(), size)
+                kept = [(end, e) for end, e in kept if end <= size]
+            self.opened().append(LOBBY, "#lobby", entry)
+            kept.append((os.path.getsize(self.file_of()), entry))
+        self.assertEqual(self.opened().tail(LOBBY, 99), [entry for _, entry in kept])
+
+    def test_another_key_reads_nothing_and_destroys_nothing(self):
+        self.fill(3)
+        self.history.append(LOBBY, "#lobby", entry_of(5), 10)
+        before = snapshot(self.folder)
+        other = self.opened(bytes(32))
+        self.assertEqual(other.conversations(), [])
+        self.assertEqual(other.expire(1e9), ([], None))
+        self.assertEqual(other.tail(LOBBY, 5), [])
+        self.assertEqual(snapshot(self.folder), before)
+
+    def test_the_file_of_another_conversation_reads_nothing(self):
+        self.fill(3)
+        os.rename(self.file_of(), self.file_of(BOB))
+        history = self.opened()
+        self.assertEqual((history.tail(BOB, 9), history.conversations()), ([], []))
+        self.assertEqual(history.damaged, 4)
+        history.append(BOB, "bob", entry_of(7))
+        self.assertEqual(self.opened().tail(BOB, 9), [entry_of(7)])
+        self.assertEqual(self.opened().conversations(), [(BOB, "bob")])
+
+    def test_what_cannot_be_stored(self):
+        with mock.patch.object(os, "write", side_effect=OSError(errno.ENOSPC, "No space left")):
+            self.storage_refusal(self.fill, 1)
+        self.fill(1)
+        self.assertEqual(self.opened().conversations(), [(LOBBY, "#lobby")])
+        path = os.path.join(self.folder, "file")
+        write_bytes(path, b"")
+        self.storage_refusal(trchat.History, path, LOG_KEY)
+        self.storage_refusal(trchat.History, os.path.join(path, "below"), LOG_KEY)
+        os.unlink(self.file_of())
+        os.symlink(path, self.file_of())
+        self.storage_refusal(self.opened().append, LOBBY, "#lobby", entry_of(1))
+        self.storage_refusal(self.opened().tail, LOBBY, 3)
+        self.assertEqual(self.content(path), b"")
+
+
+class StorekeeperTest(LogCase):
+    def setUp(self):
+        super().setUp()
+        self.keeper = trchat.Storekeeper()
+        self.addCleanup(self.keeper.close)
+        self.seen = []
+
+    def post(self, function, *args):
+        self.keeper.post(function, *args, then=self.seen.append, failed=self.seen.append)
+
+    def test_calls_are_done_in_order_in_one_thread(self):
+        for number in range(500):
+            self.post(lambda n: (n, threading.current_thread().name), number)
+        self.keeper.post(self.seen.append, "without an answer")
+        self.assertTrue(self.keeper.close(10))
+        self.assertEqual(self.seen[:-1], [(number, "store") for number in range(500)])
+        self.assertEqual(self.seen[-1], "without an answer")
+
+    def test_failures_are_answers(self):
+        error = trchat.ChatError("No.", "Yes.", "storage")
+        self.post(mock.Mock(side_effect=error))
+        self.post(mock.Mock(side_effect=KeyError("x")))
+        self.post(int, "7")
+        self.keeper.close(10)
+        self.assertIs(self.seen[0], error)
+        self.assertIsInstance(self.seen[1], trchat.ChatError)
+        self.assertIn("Internal error (KeyError", self.seen[1].text)
+        self.assertEqual(self.seen[1].code, "storage")
+        self.assertEqual(self.seen[2], 7)
+
+    def test_failures_that_nobody_takes_are_said(self):
+        with mock.patch.object(sys, "stderr", io.StringIO()) as stderr:
+            self.keeper.post(mock.Mock(side_effect=trchat.ChatError("No.", "Yes.")))
+            self.keeper.post(int, "7", then=mock.Mock(side_effect=ValueError("deaf")))
+            self.keeper.post(int, "x", failed=mock.Mock(side_effect=ValueError("mute")))
+            self.post(int, "8")
+            self.keeper.close(10)
+        self.assertEqual(self.seen, [8])
+        lines = stderr.getvalue().splitlines()
+        self.assertEqual(lines[0], "trchat: No. Yes.")
+        self.assertIn("deaf", lines[1])
+        self.assertIn("mute", lines[2])
+        self.assertEqual(len(lines), 3)
+
+    def test_closing_waits_and_takes_nothing_more(self):
+        go = threading.Event()
+        self.post(go.wait)
+        self.post(int, "1")
+        self.assertFalse(self.keeper.close(0.05))
+        self.post(int, "2")
+        self.assertEqual(self.seen, [])
+        go.set()
+        self.assertTrue(self.keeper.close(10))
+        self.assertEqual(self.seen, [True, 1])
+        self.assertTrue(self.keeper.close(10))
+
+    def test_a_history_behind_it(self):
+        history = trchat.History(os.path.join(self.folder, "history"), LOG_KEY)
+        for number in range(5):
+            self.keeper.post(history.append, LOBBY, "#lobby", entry_of(number))
+        self.post(history.tail, LOBBY, 2)
+        self.keeper.close(10)
+        self.assertEqual(self.seen, [[entry_of(3), entry_of(4)]])
+
+
+def waiting(number: int, **changes) -> dict:
+    """An entry of the outbox."""
+    entry = {
+        "id": f"{number:032x}", "to": "cd" * 32, "name": "bob", "kind": 1,
+        "text": f"message {number}", "created": 1700000000.25, "lifetime": 0,
+    }  # fmt: skip
+    return {**entry, **changes}
+
+
+class OutboxTest(LogCase):
+    def setUp(self):
+        super().setUp()
+        self.folder = os.path.join(self.folder, "outbox")
+        self.path = os.path.join(self.folder, "outbox.log")
+        self.outbox = self.opened()
+
+    def opened(self, key=LOG_KEY):
+        return trchat.Outbox(self.folder, key)
+
+    def test_round_trip(self):
+        entries = [waiting(n, text=f'"{n}"\n\u00e9') for n in range(4)]
+        for entry in entries:
+            self.outbox.add({**entry, "more": 1})
+        self.outbox.remove(entries[1]["id"])
+        self.outbox.remove("unknown")
+        for outbox in (self.outbox, self.opened(), self.opened()):
+            self.assertEqual(outbox.entries(), [entries[0], entries[2], entries[3]])
+        self.assertEqual(self.mode_of(self.folder), 0o700)
+        self.assertEqual(self.mode_of(self.path), 0o600)
+        self.assertNotIn(b"message", self.content())
+        self.outbox.clear()
+        self.assertEqual((self.outbox.entries(), self.opened().entries()), ([], []))
+        self.outbox.add(entries[0])
+        self.assertEqual(self.opened().entries(), entries[:1])
+
+    def test_an_entry_is_on_the_disk_before_it_counts(self):
+        with mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "broken")):
+            self.storage_refusal(self.outbox.add, waiting(1))
+        self.assertEqual((self.outbox.entries(), self.opened().entries()), ([], []))
+        with mock.patch.object(os, "fsync", wraps=os.fsync) as fsync:
+            self.outbox.add(waiting(1))
+        self.assertTrue(fsync.called)
+        with mock.patch.object(os, "write", side_effect=OSError(errno.ENOSPC, "full")):
+            self.storage_refusal(self.outbox.remove, waiting(1)["id"])
+        self.assertEqual(self.outbox.entries(), [waiting(1)])
+
+    def test_mostly_dead_is_written_anew_at_start(self):
+        for number in range(10):
+            self.outbox.add(waiting(number))
+        for number in range(3):
+            self.outbox.remove(waiting(number)["id"])
+        size = os.path.getsize(self.path)
+        self.opened()
+        self.assertEqual(os.path.getsize(self.path), size)
+        self.outbox.remove(waiting(3)["id"])
+        with mock.patch.object(tempfile, "mkstemp", side_effect=OSError(errno.ENOSPC, "full")):
+            self.assertEqual(len(self.opened().entries()), 6)
+        outbox = self.opened()
+        self.assertLess(os.path.getsize(self.path), size * 0.6)
+        self.assertEqual(outbox.entries(), [waiting(n) for n in range(4, 10)])
+        outbox.remove(waiting(4)["id"])
+        self.assertEqual(self.opened().entries(), [waiting(n) for n in range(5, 10)])
+        for number in range(5, 10):
+            outbox.remove(waiting(number)["id"])
+        self.assertEqual(self.opened().entries(), [])
+        self.assertEqual(os.path.getsize(self.path), 0)
+
+    def test_what_was_to_disappear_is_erased(self):
+        self.outbox.add(waiting(1, lifetime=60))
+        sealed = self.content()[16:]
+        self.outbox.add(waiting(2))
+        self.outbox.remove(waiting(1)["id"])
+        self.assertNotIn(sealed[:20], self.content())
+        self.assertNotIn(sealed[-20:], self.content())
+        self.assertEqual(self.opened().entries(), [waiting(2)])
+        outbox = self.opened()
+        outbox.add(waiting(3, lifetime=60))
+        outbox.remove(waiting(2)["id"])
+        again = self.opened()  # written anew: places have moved
+        again.remove(waiting(3)["id"])
+        self.assertEqual(self.opened().entries(), [])
+
+    def test_another_key_reads_nothing_and_destroys_nothing(self):
+        self.outbox.add(waiting(1))
+        before = self.content()
+        self.assertEqual(self.opened(bytes(32)).entries(), [])
+        self.assertEqual(self.content(), before)
+
+    @settings(EXAMPLES, max_examples=20)
+    @given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=8))
+    def test_cut_at_every_byte(self, steps):
+        """What is left is what some first steps left; what is added then is there as well."""
+        with mock.patch.object(os, "fsync"):
+            self.outbox.clear()
+            states = [(0, [])]
+            for adds, number in steps:
+                if adds:
+                    self.outbox.add(waiting(number, text="x" * number))
+                else:
+                    self.outbox.remove(waiting(number)["id"])
+                if os.path.exists(self.path):
+                    states.append((os.path.getsize(self.path), self.outbox.entries()))
+            data = self.content() if os.path.exists(self.path) else b""
+            for cut in range(len(data) + 1):
+                write_bytes(self.path, data[:cut])
+                left = [entries for size, entries in states if size <= cut][-1]
+                outbox = self.opened()
+                self.assertEqual(outbox.entries(), left)
+                outbox.add(waiting(9))
+                self.assertEqual(self.opened().entries(), [*left, waiting(9)])
+
+    def test_one_flipped_byte_costs_one_entry(self):
+        for number in range(4):
+            self.outbox.add(waiting(number))
+        data = self.content()
+        for position in range(len(data)):
+            write_bytes(self.path, flipped(data, position, position % 8))
+            self.assertEqual(len(self.opened().entries()), 3)
+
+
+# ==================================================================================================
 # Benchmarks
 # ==================================================================================================
 
@@ -13461,8 +14448,61 @@ def bench_start():
         print(f"  {title:<24}{took:7.1f} ms {took / base:6.2f}x")
 
 
+BENCH_KEPT = 100_000  # entries of a history
+
+
+def kept_entries():
+    """Entries of a history whose texts are made of a few words; one holds another word."""
+    chance = random.Random(1)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "at", "home"]
+    texts = [" ".join(chance.choices(words, k=24)) for _ in range(BENCH_KEPT)]
+    texts[BENCH_KEPT // 200] += " needle"
+    return [entry_of(number, text=text) for number, text in enumerate(texts)]
+
+
+def decode_plain(path):
+    """What a search would be if nothing were sealed: reads lines of JSON and looks at each."""
+    with open(path, "rb") as file:
+        return sum("needle" in json.loads(line)[5].casefold() for line in file)
+
+
+def quickest(function, times=3):
+    spent = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        spent.append(time.perf_counter() - started)
+    return min(spent)
+
+
+def bench_history():
+    entries = kept_entries()
+    with tempfile.TemporaryDirectory() as folder:
+        plain = os.path.join(folder, "plain")
+        with open(plain, "wb") as file:
+            file.writelines(trchat._packed(list(e.values())) + b"\n" for e in entries)
+        base = quickest(lambda: decode_plain(plain))
+        sealed = os.path.join(folder, "history")
+        opened = lambda: trchat.History(sealed, LOG_KEY)
+        history = opened()
+        appended = quickest(lambda: [history.append(LOBBY, "#lobby", e) for e in entries], 1)
+        path = os.path.join(sealed, os.listdir(sealed)[0])
+        size = os.path.getsize(path) / BENCH_KEPT
+        rows = [
+            ("read, decode, unsealed", base),
+            ("append all, sealed", appended),
+            ("open, newest 20", quickest(lambda: opened().tail(LOBBY, 20))),
+            ("open, search, rare word", quickest(lambda: opened().search(LOBBY, "needle"))),
+            ("open, search, common words", quickest(lambda: opened().search(LOBBY, "fox dog"))),
+            ("open, first look for expiry", quickest(lambda: opened().expire(1))),
+        ]
+    print(f"\nHistory of {BENCH_KEPT:,} entries, {size:.0f} bytes each on disk, best of 3")
+    for title, took in rows:
+        print(f"  {title:<28}{took * 1e3:7.0f} ms {took / base:6.2f}x", flush=True)
+
+
 def bench_main(words):
-    """`bench`: all figures; `bench room|latency|idle|client|start`: some of them."""
+    """`bench`: all figures; `bench room|latency|idle|client|history|start`: some of them."""
     if words[:1] == ["--textbook"]:
         TextbookRelay().serve()
     if words[:1] == ["--load"]:
@@ -13485,6 +14525,7 @@ def bench_main(words):
         "latency": bench_latency,
         "idle": lambda: bench_idle(idle) if on_proc else print("\nIdle clients: needs /proc"),
         "client": bench_client,
+        "history": bench_history,
         "start": bench_start if os.name == "posix" else lambda: print("\nStart: needs a pty"),
     }
     for name, group in groups.items():

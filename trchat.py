@@ -4335,7 +4335,7 @@ class SealedRecords:
         Where there is none, it goes on at the next marker after the bad place.
         """
         stop = len(data) if stop is None else stop
-        offset, bad_end = start, start
+        offset, bad_end, after_good = start, start, start > 0
         failed: list = []  # heap: where failed claims end
         while offset < stop:
             end, expiry = claimed_record(data, offset, stop) or (0, 0)
@@ -4343,12 +4343,16 @@ class SealedRecords:
             if plaintext is not None:
                 if plaintext is not ERASED:
                     yield offset, end, expiry, plaintext
-                offset = end
+                offset, after_good = end, True
                 continue
             if offset >= bad_end:  # what a bad header claims is one bad place
                 self.damaged.add(offset)
                 bad_end = max(end, offset + 1)
-            offset = _after_failure(data, offset, end, stop, failed)
+            if end:
+                heapq.heappush(failed, max(end, offset + OVERLAP_MOST * RECORD_LEAST))
+            # A record may have lost its last bytes, yet the next begins with just the same.
+            again = offset - len(RECORD_MARKER) + 1 if after_good else offset + 1
+            offset, after_good = _next_attempt(data, again, stop, failed), False
 
     def newest_first(self, data: bytes, expiring_only: bool = False):
         """Like `scan`, from the newest on, opening only what is taken.
@@ -4374,17 +4378,15 @@ class SealedRecords:
             yield from reversed(list(self.scan(data, 0, bad_end)))
 
 
-def _after_failure(data: bytes, offset: int, end: int, stop: int, failed: list) -> int:
-    """Where to try again; `end` is what the record at `offset` claimed, 0 if it claimed nothing.
+def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
+    """Where a record may begin, at `start` or later; `failed` is a heap of failed claims' ends.
 
-    What OVERLAP_MOST false headers claim at once is passed over, and each counts for the room of
-    as many smallest records: so a hostile file costs at most one attempt for each 44 of its bytes,
-    and no byte is tried more often than that; short records damaged in a row cost no whole one.
+    What OVERLAP_MOST false headers claim at once is passed over, so a hostile file costs no more
+    than that for each of its bytes. Each claim counts for the room of as many smallest records:
+    that bounds the number of attempts, and yet short ones damaged in a row cost no whole one.
     """
-    if end:
-        heapq.heappush(failed, max(end, offset + OVERLAP_MOST * RECORD_LEAST))
     crowded = len(failed) >= OVERLAP_MOST
-    offset = _next_start(data, max(offset + 1, failed[0] if crowded else 0), stop)
+    offset = _next_start(data, max(start, failed[0] if crowded else 0), stop)
     while failed and failed[0] <= offset:
         heapq.heappop(failed)
     return offset
@@ -5164,7 +5166,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 16. Screen | pure | uses 15
+# Part 20. Screen | pure | uses 18
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -6529,7 +6531,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
 # what another key could open. Erasing overwrites in place: as good as the disk does that.
 #
-# All of it belongs to the storage thread, so that a slow disk never holds the chat up.
+# History and outbox belong to the storage thread, so that a slow disk never holds the chat up.
 # ==================================================================================================
 
 itertools = Lazy("itertools")
@@ -6565,7 +6567,8 @@ class SealedLog:
     def __init__(self, path: str, key: bytes, name: bytes):
         self.path = path
         self._records = SealedRecords(key, name)
-        self._expiring: list | None = None  # heap of (expiry, offset, end), once the file was looked through
+        # A heap of (expiry, offset, end), once the file was looked through.
+        self._expiring: list | None = None
 
     @property
     def damaged(self) -> int:
@@ -10136,7 +10139,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 25. Terminal input | uses 17
+# Part 38. Terminal input | uses 22
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -10342,7 +10345,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 25. Terminal | uses 2, 15-17, 25
+# Part 39. Terminal | uses 2, 18-20, 22, 38
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.

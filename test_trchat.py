@@ -6528,7 +6528,7 @@ class ContactsFileTest(FileTest):
         again = trchat.Contacts(self.file())
         self.assertEqual(again.snapshot(), contacts.snapshot())
         data = json.loads(self.content())
-        self.assertEqual(set(data), {"contacts", "met"})
+        self.assertEqual(set(data), {"contacts", "met", "timers"})
         self.assertEqual(set(data["contacts"][0]), {
             "name", "fingerprint", "key", "verified", "blocked", "saved", "addresses", "servers", "seen",
         })  # fmt: skip

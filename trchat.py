@@ -26,38 +26,39 @@ or thread: bytes in, events out) and each uses only parts above itself:
  11. Rooms *
  12. Delivery *
  13. Messages *
- 14. People and sessions *
- 15. Client machine *
- 16. Sealed records *
- 17. Conversations *
- 18. Keys and widths *
- 19. Line editor *
- 20. Screen *
- 21. Settings *
- 22. Settings and paths
- 23. Events and threads
- 24. Dependencies
- 25. Vault
- 26. History and outbox
- 27. Contacts
- 28. Network
- 29. Relay server
- 30. Where to connect
- 31. Connections
- 32. Records of a chat
- 33. Chat client
- 34. Commands
- 35. Chat commands: talking and rooms
- 36. Chat commands: people and records
- 37. Console commands
- 38. Terminal input
- 39. Terminal
- 40. Words for events
- 41. Faces: terminal and JSON lines
- 42. Activities
- 43. Demonstration
- 44. Shell commands
- 45. Menu and door
+ 14. Reception *
+ 15. People and sessions *
+ 16. Client machine *
+ 17. Sealed records *
+ 18. Conversations *
+ 19. Keys and widths *
+ 20. Line editor *
+ 21. Screen *
+ 22. Settings *
+ 23. Settings and paths
+ 24. Events and threads
+ 25. Dependencies
+ 26. Vault
+ 27. History and outbox
+ 28. Contacts
+ 29. Network
+ 30. Relay server
+ 31. Where to connect
+ 32. Connections
+ 33. Records of a chat
+ 34. Chat client
+ 35. Commands
+ 36. Chat commands: talking and rooms
+ 37. Chat commands: people and records
+ 38. Console commands
+ 39. Terminal input
+ 40. Terminal
+ 41. Words for events
+ 42. Faces: terminal and JSON lines
+ 43. Activities
+ 44. Demonstration
+ 45. Shell commands
+ 46. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -2970,32 +2971,23 @@ class Delivery:
 # ==================================================================================================
 # Part 13. Messages | pure | uses 1-3, 6, 7, 11, 12
 #
-# What a client says and hears: texts, their order, and what became of them.
+# What a client says: to a room in one piece, to a person alone, and to those who were away.
 # ==================================================================================================
 
 
 class Messages:
-    """What this client says and hears: texts, their order, and their acknowledgements."""
+    """What this client says, to rooms and to people, and what became of it."""
 
     def __init__(self, machine):
         self.machine = machine
         self.delivery = Delivery(machine.emit)
-        self._shown: dict = {}  # (fingerprint, id) -> hash of the content
         self._lookups: dict = {}  # name -> [Outgoing] for somebody not yet looked up
         self._answers: dict = {}  # id -> answer, None while a look-up decides on it
         self.lifetimes: dict = {}  # fingerprint -> seconds that direct messages may be kept
         self.outbox_seconds = OUTBOX_SECONDS
-        self.seen_before: Any = None  # whether an earlier run of ours showed a message
-        self.disconnect()
-
-    def disconnect(self) -> None:
-        """Forgets whatever belonged to the connection."""
-        self._to_acknowledge: dict = {}  # people; a dict keeps their order
-        self._acknowledge_at: float | None = None
 
     def connection_lost(self) -> None:
         """From now on what is not confirmed is owed to each person alone."""
-        self.disconnect()
         self.delivery.connection_lost()
         for name, messages in self._lookups.items():
             for message in messages:
@@ -3009,20 +3001,18 @@ class Messages:
         return sorted(names | set(self._lookups))
 
     def next_deadlines(self) -> list:
-        times = [self.delivery.next_deadline(), self._acknowledge_at]
+        times = [self.delivery.next_deadline()]
         times += [messages[0].deadline for messages in self._lookups.values()]
         return [t for t in times if t is not None]
 
     def flush(self) -> None:
-        """After any input: sends what can go now, and acknowledges."""
+        """After any input: sends what can go now."""
         for room in self.machine.rooms.values():
             self._flush_room(room)
-        self._send_acknowledgements()
 
     def person_gone(self, person) -> None:
         """A connection ended: what its owner has not confirmed is owed to the next one."""
         self.delivery.person_gone(person.fingerprint)
-        self._to_acknowledge.pop(person, None)
         for other in self.machine.directory.people.values():
             if other.fingerprint == person.fingerprint:
                 self.flush_owed(other)  # already back on another connection
@@ -3228,6 +3218,88 @@ class Messages:
             for fingerprint in list(message.pending):
                 self._send_or_owe(message, fingerprint)
 
+    def set_timer(self, name: str, seconds: int) -> None:
+        """Agrees with somebody who is here that direct messages disappear after so long."""
+        person = self.machine.directory.require(name)
+        self._check_key(person)
+        self.machine.directory.send(person, TIMER, seconds)
+        self._note_timer(person, seconds, "You")
+        self.machine.settle()
+
+    def content_timer(self, person, seconds: int) -> None:
+        if seconds > LIFETIME_MOST:
+            raise RemoteProtocolError("Messages were to disappear after too long a time.")
+        if person.fingerprint not in self.machine.directory.trust.blocked:
+            self._note_timer(person, seconds, person.name)
+
+    def _note_timer(self, person, seconds: int, who: str) -> None:
+        if self.lifetimes.get(person.fingerprint, 0) == seconds:
+            return
+        self.lifetimes[person.fingerprint] = seconds
+        self.machine.emit("_timer", fingerprint=person.fingerprint, seconds=seconds)
+        other = "with " + person.name if who == "You" else "with you"
+        text = f"{who} set the messages {other} to {lifetime_words(seconds)}."
+        self.machine.emit("notice", text=text, name=person.name, disappear=seconds)
+
+    def content_ack(self, person, entries: list) -> None:
+        for stream, count, missing in entries:
+            key = person.hash if stream == DIRECT_STREAM else stream
+            self.delivery.acknowledge(person.fingerprint, key, count, missing)
+
+    def on_absent(self, name: str) -> None:
+        """The server knows nobody of this name."""
+        for message in self._lookups.pop(name, ()):
+            self._answers.pop(message.id, None)
+            shown = one_line(name)[:40]
+            text = f"{shown} is not on this server, and no contact for whom it could wait."
+            self.machine.emit("error", code="no-such-person", text=f"{text} /names shows who is.")
+            if message.answered:
+                self.machine.emit("undelivered", id=message.id.hex(), to=[name])
+        self._give_answers()
+
+    def expire(self, now: float) -> None:
+        """Reports what was not confirmed, or whose reader was not found, in time."""
+        self.delivery.expire(now)
+        for name, messages in list(self._lookups.items()):
+            if messages[0].deadline <= now:
+                self.on_absent(name)
+
+    def unfinished(self) -> bool:
+        """Whether something typed has neither arrived nor been reported."""
+        return bool(self.delivery.open or self._lookups or self.delivery.in_flight())
+
+    def give_up(self) -> None:
+        """Reports all that is not confirmed, before leaving."""
+        for message in list(self.delivery.open.values()):
+            self.delivery.give_up(message)
+        for name in list(self._lookups):
+            self.on_absent(name)
+
+
+# ==================================================================================================
+# Part 14. Reception | pure | uses 1-3, 6, 7, 12
+#
+# What a client hears: texts in their order, each shown once and acknowledged.
+# ==================================================================================================
+
+
+class Reception:
+    """What this client hears, and has to acknowledge."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self._shown: dict = {}  # (fingerprint, id) -> hash of the content
+        self.seen_before: Any = None  # whether an earlier run of ours showed a message
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Forgets whatever belonged to the connection."""
+        self._to_acknowledge: dict = {}  # people; a dict keeps their order
+        self.acknowledge_at: float | None = None
+
+    def person_gone(self, person) -> None:
+        self._to_acknowledge.pop(person, None)
+
     def receive_room(self, room: RoomKeeper, person, payload: bytes, now: float) -> None:
         opened = room.keyring.open(person, payload, now)
         if opened is None:
@@ -3319,29 +3391,6 @@ class Messages:
             fields["key_changed"] = True
         return fields
 
-    def set_timer(self, name: str, seconds: int) -> None:
-        """Agrees with somebody who is here that direct messages disappear after so long."""
-        person = self.machine.directory.require(name)
-        self._check_key(person)
-        self.machine.directory.send(person, TIMER, seconds)
-        self._note_timer(person, seconds, "You")
-        self.machine.settle()
-
-    def content_timer(self, person, seconds: int) -> None:
-        if seconds > LIFETIME_MOST:
-            raise RemoteProtocolError("Messages were to disappear after too long a time.")
-        if person.fingerprint not in self.machine.directory.trust.blocked:
-            self._note_timer(person, seconds, person.name)
-
-    def _note_timer(self, person, seconds: int, who: str) -> None:
-        if self.lifetimes.get(person.fingerprint, 0) == seconds:
-            return
-        self.lifetimes[person.fingerprint] = seconds
-        self.machine.emit("_timer", fingerprint=person.fingerprint, seconds=seconds)
-        other = "with " + person.name if who == "You" else "with you"
-        text = f"{who} set the messages {other} to {lifetime_words(seconds)}."
-        self.machine.emit("notice", text=text, name=person.name, disappear=seconds)
-
     def _note_received(self, person, stream: bytes, counter: int, missing: int) -> None:
         while len(person.streams) >= STREAMS_MOST and stream not in person.streams:
             del person.streams[next(iter(person.streams))]
@@ -3356,13 +3405,13 @@ class Messages:
         person.unacknowledged.add(stream)
         self._to_acknowledge[person] = None
 
-    def _send_acknowledgements(self) -> None:
+    def acknowledge(self) -> None:
         """At most one frame to a person in ACK_DELAY; the first goes at once."""
-        self._acknowledge_at = None
+        self.acknowledge_at = None
         for person in list(self._to_acknowledge):
             due = person.acked_at + ACK_DELAY
             if due > self.machine.now:
-                self._acknowledge_at = min(self._acknowledge_at or due, due)
+                self.acknowledge_at = min(self.acknowledge_at or due, due)
                 continue
             if not person.confirmed:
                 continue
@@ -3373,43 +3422,9 @@ class Messages:
             person.acked_at = self.machine.now
             del self._to_acknowledge[person]
 
-    def content_ack(self, person, entries: list) -> None:
-        for stream, count, missing in entries:
-            key = person.hash if stream == DIRECT_STREAM else stream
-            self.delivery.acknowledge(person.fingerprint, key, count, missing)
-
-    def on_absent(self, name: str) -> None:
-        """The server knows nobody of this name."""
-        for message in self._lookups.pop(name, ()):
-            self._answers.pop(message.id, None)
-            shown = one_line(name)[:40]
-            text = f"{shown} is not on this server, and no contact for whom it could wait."
-            self.machine.emit("error", code="no-such-person", text=f"{text} /names shows who is.")
-            if message.answered:
-                self.machine.emit("undelivered", id=message.id.hex(), to=[name])
-        self._give_answers()
-
-    def expire(self, now: float) -> None:
-        """Reports what was not confirmed, or whose reader was not found, in time."""
-        self.delivery.expire(now)
-        for name, messages in list(self._lookups.items()):
-            if messages[0].deadline <= now:
-                self.on_absent(name)
-
-    def unfinished(self) -> bool:
-        """Whether something typed has neither arrived nor been reported."""
-        return bool(self.delivery.open or self._lookups or self.delivery.in_flight())
-
-    def give_up(self) -> None:
-        """Reports all that is not confirmed, before leaving."""
-        for message in list(self.delivery.open.values()):
-            self.delivery.give_up(message)
-        for name in list(self._lookups):
-            self.on_absent(name)
-
 
 # ==================================================================================================
-# Part 14. People and sessions | pure | uses 1, 2, 4-7
+# Part 15. People and sessions | pure | uses 1, 2, 4-7
 #
 # Everybody whom the server shows, checked by their bundle, and the pairwise session with each: a
 # person counts as present only after an answer inside it.
@@ -3643,6 +3658,7 @@ class Directory:
             if number in room.members:
                 room.person_left(number, self.machine.now)
         self.machine.messages.person_gone(person)
+        self.machine.reception.person_gone(person)
 
     def _initiate(self, person: Person) -> None:
         if person.session is not None or self.machine.keys.bundle.hash > person.hash:
@@ -3782,7 +3798,7 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 15. Client machine | pure | uses 1-4, 6, 7, 10, 11, 13, 14
+# Part 16. Client machine | pure | uses 1-4, 6, 7, 10, 11, 13-15
 #
 # The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
@@ -3798,6 +3814,7 @@ class ClientMachine:
         self.events: list = []
         self.directory = Directory(self)
         self.messages = Messages(self)
+        self.reception = Reception(self)
         self.rooms: dict = {}  # name -> RoomKeeper
         self.server, self.server_address, self.mode = b"", "", ""
         self.now = 0.0
@@ -3875,6 +3892,7 @@ class ClientMachine:
                 room.waiting.clear()  # from now on owed to each of them alone
         self.directory.disconnect()
         self.messages.connection_lost()
+        self.reception.disconnect()
 
     def take_output(self) -> bytes:
         output, self._output = b"".join(self._output), []
@@ -3921,13 +3939,14 @@ class ClientMachine:
         """After any input: begin sessions, send what can go now, acknowledge."""
         self.directory.begin_sessions()
         self.messages.flush()
+        self.reception.acknowledge()
 
     def next_deadline(self):
         """When `tick` should be called again, or None."""
         if self.phase != "online":
             return None
         times = [self.sent_at + PING_SECONDS, self.heard_at + SILENCE_SECONDS]
-        times += self.messages.next_deadlines()
+        times += [*self.messages.next_deadlines(), self.reception.acknowledge_at]
         times += [room.next_deadline() for room in self.rooms.values()]
         return min(t for t in times if t is not None)
 
@@ -3991,7 +4010,7 @@ class ClientMachine:
 
     def receive_payload(self, person: Person, room: RoomKeeper | None, payload: bytes) -> None:
         if room is not None:
-            receive = self.messages.receive_room
+            receive = self.reception.receive_room
             self.receive_guarded(person, receive, room, person, payload, self.now)
         else:
             self.receive_guarded(person, self.directory.receive, person, payload)
@@ -4082,7 +4101,7 @@ class ClientMachine:
             self.emit("notice", text=text + " Ask them before you trust this room.", warning=True)
 
     def room_rekeyed(self, room: RoomKeeper, now: float) -> None:
-        self.messages.take_held()
+        self.reception.take_held()
         for person in room.members.values():
             if person is not None and room.is_admin():
                 self.directory.greet(person)
@@ -4203,7 +4222,7 @@ _CLIENT_HANDLERS: dict = {
 }
 _CONTENT_HANDLERS: dict = {
     HELLO: lambda machine, *values: machine.directory.content_hello(*values),
-    TEXT: lambda machine, *values: machine.messages.content_text(*values),
+    TEXT: lambda machine, *values: machine.reception.content_text(*values),
     ACK: lambda machine, *values: machine.messages.content_ack(*values),
     EPOCH: ClientMachine._content_epoch,
     FAREWELL: ClientMachine._content_farewell,
@@ -4215,7 +4234,7 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 16. Sealed records | pure | uses 1-3
+# Part 17. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -4393,7 +4412,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 17. Conversations | pure | uses 1, 2, 16
+# Part 18. Conversations | pure | uses 1, 2, 17
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -4508,7 +4527,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 18. Keys and widths | pure | uses 2
+# Part 19. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -4834,7 +4853,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 19. Line editor | pure | uses 2, 18
+# Part 20. Line editor | pure | uses 2, 19
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -5166,7 +5185,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 20. Screen | pure | uses 18
+# Part 21. Screen | pure | uses 19
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -5369,7 +5388,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 21. Settings | pure | uses 1, 2
+# Part 22. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -5560,7 +5579,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 22. Settings and paths | uses 1, 2, 4, 21
+# Part 23. Settings and paths | uses 1, 2, 4, 22
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -5835,7 +5854,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 23. Events and threads | uses 2, 22
+# Part 24. Events and threads | uses 2, 23
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -5947,7 +5966,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 24. Dependencies | uses 1, 22
+# Part 25. Dependencies | uses 1, 23
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -6308,7 +6327,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 25. Vault | uses 1-4, 22
+# Part 26. Vault | uses 1-4, 23
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -6525,7 +6544,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 26. History and outbox | uses 1-3, 16, 22, 23
+# Part 27. History and outbox | uses 1-3, 17, 23, 24
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -6999,7 +7018,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 27. Contacts | uses 1-4, 6, 22
+# Part 28. Contacts | uses 1-4, 6, 23
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -7455,7 +7474,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 28. Network | uses 1-4, 22, 25
+# Part 29. Network | uses 1-4, 23, 26
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -7693,7 +7712,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 29. Relay server | uses 1, 2, 7, 22, 23, 25, 28
+# Part 30. Relay server | uses 1, 2, 7, 23, 24, 26, 29
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -8167,7 +8186,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 30. Where to connect | uses 1, 2, 4, 22, 23, 28
+# Part 31. Where to connect | uses 1, 2, 4, 23, 24, 29
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -8280,7 +8299,7 @@ def _routine_dial(target: Target, address: str, timeout: float, won, answers) ->
 
 
 # ==================================================================================================
-# Part 31. Connections | uses 1, 3, 22, 23, 28-30
+# Part 32. Connections | uses 1, 3, 23, 24, 29-31
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -8481,7 +8500,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 32. Records of a chat | uses 1, 2, 7, 12, 16, 17, 22, 25-27
+# Part 33. Records of a chat | uses 1, 2, 7, 12, 17, 18, 23, 26-28
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -8589,7 +8608,7 @@ class ChatRecords(NoRecords):
         machine.directory.meet(self.profile.contacts.known(server))
         machine.messages.lifetimes = self.profile.contacts.timers
         machine.messages.outbox_seconds = self.profile.settings.outbox
-        machine.messages.seen_before = functools.partial(self._seen_before, server)
+        machine.reception.seen_before = functools.partial(self._seen_before, server)
         for entry in self.waiting.values():
             machine.messages.restore(_waiting_message(entry))
 
@@ -8786,7 +8805,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 33. Chat client | uses 1, 2, 14, 17, 22, 23, 29, 31, 32
+# Part 34. Chat client | uses 1, 2, 15, 18, 23, 24, 30, 32, 33
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -9132,7 +9151,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 34. Commands | uses 1, 2
+# Part 35. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -9281,7 +9300,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 35. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 14, 34
+# Part 36. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 35
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -9577,7 +9596,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 36. Chat commands: people and records | uses 1, 2, 4, 6, 15, 21-23, 30, 34, 35
+# Part 37. Chat commands: people and records | uses 1, 2, 4, 6, 16, 22-24, 31, 35, 36
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -10019,7 +10038,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 37. Console commands | uses 1, 2, 7, 29, 34
+# Part 38. Console commands | uses 1, 2, 7, 30, 35
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -10139,7 +10158,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 38. Terminal input | uses 22
+# Part 39. Terminal input | uses 23
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -10345,7 +10364,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 39. Terminal | uses 2, 18-20, 22, 38
+# Part 40. Terminal | uses 2, 19-21, 23, 39
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -10698,7 +10717,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 40. Words for events | uses 2, 7, 18, 34, 35
+# Part 41. Words for events | uses 2, 7, 19, 35, 36
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -10921,7 +10940,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 41. Faces: terminal and JSON lines | uses 2, 18, 22, 23, 34, 39, 40
+# Part 42. Faces: terminal and JSON lines | uses 2, 19, 23, 24, 35, 40, 41
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -11242,7 +11261,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 42. Activities | uses 1-4, 8, 9, 15, 22, 23, 25, 28-30, 32-34, 37, 41
+# Part 43. Activities | uses 1-4, 8, 9, 16, 23, 24, 26, 29-31, 33-35, 38, 42
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -11538,7 +11557,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 43. Demonstration | uses 1, 3, 4, 7-9, 15, 25, 28-30, 33, 34
+# Part 44. Demonstration | uses 1, 3, 4, 7-9, 16, 26, 29-31, 34, 35
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -11720,7 +11739,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 44. Shell commands | uses 1, 2, 4, 7, 18, 21-27, 30, 32, 34, 36, 39, 41-43
+# Part 45. Shell commands | uses 1, 2, 4, 7, 19, 22-28, 31, 33, 35, 37, 40, 42-44
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -12178,7 +12197,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 45. Menu and door | uses 1, 2, 4, 21-23, 28, 30, 34, 36, 41, 44
+# Part 46. Menu and door | uses 1, 2, 4, 22-24, 29, 31, 35, 37, 42, 45
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

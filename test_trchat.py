@@ -21,6 +21,7 @@ from unittest import mock  # noqa: E402
 import ast  # noqa: E402
 import atexit  # noqa: E402
 import base64  # noqa: E402
+import collections  # noqa: E402
 import contextlib  # noqa: E402
 import copy  # noqa: E402
 import errno  # noqa: E402
@@ -14558,8 +14559,21 @@ def heed_signals() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def outcome_of(result) -> dict:
+    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
+    return {"passed": result.passed, "failed": failed, "skipped": len(result.skipped)}
+
+
+def report(passed: int, failed: int, skipped: int) -> int:
+    print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
+    return 1 if failed or not passed else 0
+
+
 def run_tests(words: list) -> int:
+    """What the words choose, in this process; without words everything, on all processors."""
     heed_signals()
+    if not words and (os.cpu_count() or 1) > 1:
+        return run_all(min(os.cpu_count(), 4))
     program = unittest.main(
         module="__main__",
         argv=[sys.argv[0], *words],
@@ -14568,13 +14582,72 @@ def run_tests(words: list) -> int:
             resultclass=CountingResult, verbosity=1 + ("-v" in words)
         ),
     )
-    result = program.result
-    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
-    print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
-    return 1 if failed or not result.passed else 0
+    return report(**outcome_of(program.result))
+
+
+def work() -> int:
+    """Runs the test classes whose names come in, one after the other; answers with JSON lines."""
+    heed_signals()
+    names, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the tests are not to read or write ours
+    os.dup2(2, 1)
+    for line in names:
+        stream = io.StringIO()
+        tests = unittest.defaultTestLoader.loadTestsFromTestCase(globals()[line.strip()])
+        runner = unittest.TextTestRunner(stream, resultclass=CountingResult)
+        outcome = outcome_of(runner.run(tests))
+        text = stream.getvalue() if outcome["failed"] else ""
+        print(json.dumps({**outcome, "report": text}), file=answers, flush=True)
+    return 0
+
+
+def run_all(workers: int) -> int:
+    """Every class once, on whichever worker is free; the largest first, so that none is last."""
+    classes = [
+        (unittest.defaultTestLoader.loadTestsFromTestCase(c).countTestCases(), issubclass(c, EndToEnd), n)
+        for n, c in globals().items()
+        if isinstance(c, type) and issubclass(c, unittest.TestCase) and c.__module__ == "__main__"
+    ]
+    waiting = collections.deque(
+        name for count, _, name in sorted(classes, key=lambda c: (c[1], c[0]), reverse=True) if count
+    )
+    totals = collections.Counter()
+    threads = [
+        threading.Thread(target=feed_worker, args=(waiting, totals)) for _ in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return report(totals["passed"], totals["failed"], totals["skipped"])
+
+
+def feed_worker(waiting, totals) -> None:
+    """Hands classes to one child process and adds up what it says; a child that dies has failed."""
+    command = [sys.executable, os.path.abspath(__file__), "--work"]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    while waiting:
+        name = waiting.popleft()
+        try:
+            child.stdin.write(name + "\n")
+            child.stdin.flush()
+            outcome = json.loads(child.stdout.readline())
+        except (OSError, ValueError):
+            outcome = {"failed": 1, "report": f"{name} ended the process that ran it.\n"}
+            waiting.clear()
+        text = outcome.pop("report")
+        totals.update(outcome)
+        print(text or f"ok  {name}", flush=True)
+    child.stdin.close()
+    child.wait()
+    child.stdout.close()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         sys.exit(bench_main(sys.argv[2:]))
+    if sys.argv[1:] == ["--work"]:
+        sys.exit(work())
     sys.exit(run_tests(sys.argv[1:]))

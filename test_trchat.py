@@ -6802,6 +6802,514 @@ class NamesTest(PureCase):
 
 
 # ==================================================================================================
+# Rules of a room, timers, presence, trust, the outbox and conversations, pure
+# ==================================================================================================
+
+
+# --------------------------------------------------------------------------------------------------
+# Helpers
+# --------------------------------------------------------------------------------------------------
+
+
+def news(person, field):
+    """The values of one field of all notices that have it, in order."""
+    return [event[field] for event in events(person, "notice") if field in event]
+
+
+def warnings(person):
+    return [event["text"] for event in events(person, "notice") if event.get("warning")]
+
+
+class RulesCase(MachineTest):
+    """People in a lobby that has come to rest, with empty logs."""
+
+    def people(self, names="alice bob carol", **more):
+        network = Network(**more)
+        people = network.joins(names)
+        network.wait(15)
+        clear(*people)
+        return (network, *people)
+
+    def set_rule(self, network, person, name, value, room="lobby"):
+        network.admin("set_rule", person, name, value, room=room)
+
+    def hand_over(self, network, giver, heir, settle=True):
+        giver.now = network.now
+        giver.rooms["lobby"].hand_over(heir.identity.fingerprint, network.now)
+        if settle:
+            network.wait(1)
+
+    def put_out(self, network, admin, person, until):
+        network.admin("remove", admin, person.identity.fingerprint, True, until=until)
+
+    def come_again(self, network, person):
+        """A person whom the room had sent away connects anew and asks again."""
+        if person in network.links:
+            network.drop(person)
+        person.fatal = ""
+        person.join("lobby")
+        network.connect(person)
+        network.wait(1)
+
+    def mute(self, network, admin, person, until=0):
+        mutes = {**admin.rooms["lobby"].admission.rules.mutes}
+        mutes[person.identity.fingerprint] = until
+        self.set_rule(network, admin, "mutes", mutes)
+
+    def rules_of(self, person):
+        return person.rooms["lobby"].admission.rules
+
+    def assert_agreed(self, *people):
+        """The same epoch, and so the same roster, rules and admin, for all; and no alarm."""
+        self.assertEqual(errors(*people), [])
+        rooms = [person.rooms["lobby"] for person in people]
+        self.assertEqual(len({room.last_id for room in rooms}), 1, "a fork")
+        self.assertEqual(len({room.admin() for room in rooms}), 1)
+        for room in rooms:
+            self.assertEqual(room.admission.rules.encode(), rooms[0].admission.rules.encode())
+            self.assertEqual(sum(other.is_admin() for other in rooms), 1)
+        roster = sorted(member.name for member in rooms[0].roster())
+        self.assertEqual(roster, sorted(person.name for person in people))
+
+    def assert_talk(self, network, *people):
+        """Whatever anybody says reaches everybody."""
+        for person in people:
+            clear(*people)
+            network.say(person, f"from {person.name}")
+            network.wait(12)
+            for other in people:
+                self.assertEqual(texts(other), [f"from {person.name}"] * (other is not person))
+            self.assertEqual(len(events(person, "delivered")), 1)
+
+
+def hostile_rules(network, mallory, victim, successor=trchat.NO_ONE, change=None, **fields):
+    """`mallory`, admin or not, announces an epoch with these rules to `victim` alone."""
+    room = victim.rooms["lobby"]
+    rules = room.admission.rules.copy(0)
+    for name, value in fields.items():
+        setattr(rules, name, value)
+    everybody = {p.name: p for p in network.people if p in network.links}
+    names = [mallory.name, *(m.name for m in room.roster() if m.name != mallory.name)]
+    roster = [
+        trchat.Member(everybody[n].identity.fingerprint, everybody[n].keys.bundle.hash, n)
+        for n in names
+        if n in everybody
+    ]
+    said = trchat.Announcement(
+        "lobby", room.last.number + 1, room.last_id, roster, rules, successor
+    )
+    if change is not None:
+        said.rules.encode = lambda: change(trchat.RoomRules.encode(rules))
+    encoded, signature, key = trchat.create_announcement(said, mallory.keys.signer)
+    person = mallory.directory.find(victim.name)
+    mallory.directory.send(person, trchat.EPOCH, encoded, signature, key)
+    mallory.settle()
+    network.run()
+
+
+# --------------------------------------------------------------------------------------------------
+# What an admin decides
+# --------------------------------------------------------------------------------------------------
+
+
+class RoomRulesTest(RulesCase):
+    # Topic
+
+    def test_a_topic_is_set_changed_and_taken_away(self):
+        network, alice, bob, carol = self.people()
+        for topic in ("books", "films \u2014 \U0001f600", ""):
+            self.set_rule(network, alice, "topic", topic)
+            for person in (alice, bob, carol):
+                self.assertEqual(self.rules_of(person).topic, topic)
+        for person in (alice, bob, carol):
+            self.assertEqual(news(person, "topic"), ["books", "films \u2014 \U0001f600", ""])
+            for notice in events(person, "notice"):
+                self.assertEqual(notice["room"], "lobby")
+                self.assertIn("alice", notice["text"])
+        self.assert_agreed(alice, bob, carol)
+
+    def test_a_newcomer_is_shown_the_topic_with_ready(self):
+        network, alice, bob = self.people("alice bob")
+        self.set_rule(network, alice, "topic", "books")
+        self.set_rule(network, alice, "lifetime", 3600)
+        dave = network.join("dave")
+        self.assertEqual(news(dave, "topic"), ["books"])
+        self.assertEqual(news(dave, "disappear"), [3600])
+        kinds = [e["event"] for e in dave.log if e["event"] in ("ready", "notice")]
+        self.assertEqual(kinds, ["ready", "notice", "notice"])
+        erin = network.join("erin", room="other")
+        self.assertEqual(news(erin, "topic"), [])
+        self.assertEqual(news(bob, "topic"), ["books"], "told again for no reason")
+        self.assert_agreed(alice, bob, dave)
+
+    def test_a_room_without_rules_tells_a_newcomer_nothing(self):
+        network, alice, bob = self.people("alice bob")
+        dave = network.join("dave")
+        self.assertEqual(alarms(dave) + alarms(alice) + alarms(bob), [])
+
+    def test_only_the_admin_sets_rules(self):
+        network, alice, bob, carol = self.people()
+        room, key = bob.rooms["lobby"], carol.identity.fingerprint
+        acts = [
+            lambda: room.set_rule("topic", "mine", network.now),
+            lambda: room.set_rule("lock", trchat.ASK, network.now),
+            lambda: room.set_rule("lifetime", 60, network.now),
+            lambda: room.set_rule("mutes", {key: 0}, network.now),
+            lambda: room.remove(key, True, network.now, until=int(network.wall()) + 60),
+            lambda: room.hand_over(key, network.now),
+        ]
+        for act in acts:
+            with self.assertRaises(trchat.ChatError) as caught:
+                act()
+            self.assertEqual(caught.exception.code, "denied")
+            self.assertIn("alice", caught.exception.hint)
+        network.wait(2)
+        self.assertEqual(self.rules_of(bob), no_rules())
+        self.assert_agreed(alice, bob, carol)
+
+    @settings(QUICK, max_examples=60)
+    @given(HOSTILE_TEXT)
+    def test_every_topic_that_may_be_typed_can_be_announced(self, text):
+        topic = trchat.one_line(text).strip()[: trchat.TOPIC_MOST]
+        topic = topic.strip()
+        rules = trchat.RoomRules({}, {}, trchat.OPEN, topic, 0)
+        reader = trchat.Reader(rules.encode())
+        self.assertEqual(trchat.decode_rules(reader), rules)
+        reader.done()
+
+    @settings(QUICK, max_examples=60)
+    @given(st.data())
+    def test_rules_come_back_as_they_were(self, data):
+        keys = st.binary(min_size=32, max_size=32)
+        people = st.dictionaries(keys, st.integers(0, (1 << 64) - 1), max_size=4)
+        letters = st.text("ab \u00e9\U0001f600", max_size=trchat.TOPIC_MOST)
+        rules = trchat.RoomRules(
+            data.draw(people), data.draw(people), data.draw(st.sampled_from(trchat.LOCKS)),
+            data.draw(letters), data.draw(st.integers(0, trchat.LIFETIME_MOST)),
+        )  # fmt: skip
+        self.assertEqual(trchat.decode_rules(trchat.Reader(rules.encode())), rules)
+        now = data.draw(st.integers(1, (1 << 64) - 1))
+        kept = rules.copy(now)
+        for before, after in ((rules.bans, kept.bans), (rules.mutes, kept.mutes)):
+            self.assertEqual(after, {f: u for f, u in before.items() if u == 0 or u > now})
+            self.assertEqual(list(after), sorted(after))
+            self.assertIsNot(before, after)
+
+    def test_odd_rules_are_refused(self):
+        key = bytes(32)
+        for change in (
+            {"lock": 3}, {"lock": 255}, {"topic": "x" * 301}, {"topic": "a\nb"},
+            {"topic": "\x1b[31m"}, {"topic": "\u202eabc"}, {"topic": "a\tb"},
+            {"lifetime": trchat.LIFETIME_MOST + 1}, {"lifetime": (1 << 32) - 1},
+        ):  # fmt: skip
+            with self.subTest(change), self.assertRaises(trchat.RemoteProtocolError):
+                rules = no_rules()
+                vars(rules).update(change)
+                trchat.decode_rules(trchat.Reader(rules.encode()))
+        for cut in range(len(no_rules().encode())):
+            with self.assertRaises(trchat.RemoteProtocolError):
+                trchat.decode_rules(trchat.Reader(no_rules().encode()[:cut]))
+        many = {trchat.u32(n) + bytes(28): 0 for n in range(trchat.MAX_ROSTER + 1)}
+        for field in ("bans", "mutes"):
+            rules = no_rules()
+            setattr(rules, field, many)
+            with self.assertRaises(trchat.RemoteProtocolError):
+                trchat.decode_rules(trchat.Reader(rules.encode()))
+        said = trchat.Announcement(
+            "lobby", 1, bytes(32), [trchat.Member(key, key, "a")], no_rules(), key, key
+        )
+        twice = said.encode().replace(bytes(2) + bytes(2) + b"\0", trchat.u16(2) + (key + bytes(8)) * 2 + bytes(3), 1)  # fmt: skip
+        with self.assertRaises(trchat.RemoteProtocolError):
+            trchat.decode_announcement(twice)
+
+    def test_a_rule_set_while_the_connection_fails_is_set_when_the_admin_is_back(self):
+        network, alice, bob, carol = self.people()
+        alice.now = network.now
+        alice.rooms["lobby"].set_rule("topic", "first", network.now)
+        alice.rooms["lobby"].set_rule("topic", "second", network.now)
+        network.restart_relay()
+        network.come_back(carol, alice, bob)
+        network.wait(40)
+        for person in (alice, bob, carol):
+            self.assertEqual(self.rules_of(person).topic, "second")
+        self.assert_agreed(alice, bob, carol)
+
+    def test_changes_close_together_share_one_epoch_and_are_all_told(self):
+        network, alice, bob = self.people("alice bob")
+        before = alice.rooms["lobby"].last.number
+        self.set_rule(network, alice, "topic", "zero")
+        for name, value in (("topic", "one"), ("lock", trchat.ASK), ("lifetime", 60)):
+            alice.rooms["lobby"].set_rule(name, value, network.now)
+        network.wait(1)
+        self.assertLessEqual(bob.rooms["lobby"].last.number, before + 2)
+        self.assertEqual(news(bob, "topic"), ["zero", "one"])
+        self.assertEqual((news(bob, "lock"), news(bob, "disappear")), (["ask"], [60]))
+
+    # Lock
+
+    def test_lock_changes_are_told(self):
+        network, alice, bob = self.people("alice bob")
+        for lock in (trchat.ASK, trchat.CONTACTS_ONLY, trchat.OPEN):
+            self.set_rule(network, alice, "lock", lock)
+        for person in (alice, bob):
+            self.assertEqual(news(person, "lock"), ["ask", "contacts", "off"])
+        self.assert_agreed(alice, bob)
+
+    def test_contacts_only_denies_a_stranger_at_once_and_asks_nobody(self):
+        network, alice, bob = self.people("alice bob")
+        self.set_rule(network, alice, "lock", trchat.CONTACTS_ONLY)
+        dave = network.join("dave")
+        for person in (alice, bob):
+            self.assertEqual(events(person, "request"), [])
+        self.assertEqual([c for _, c, _ in errors(dave)], ["denied"])
+        self.assertEqual((dave.fatal, events(dave, "ready")), ("denied", []))
+        network.wait(10)
+        self.come_again(network, dave)  # and again, on another connection
+        self.assertEqual((dave.fatal, events(alice, "request")), ("denied", []))
+        self.assertEqual(members(bob), ["alice", "bob"])
+
+    def test_contacts_only_lets_in_whom_the_admin_knows(self):
+        network, alice, bob, carol = self.people()
+        alice.directory.trust.contacts.add(pooled_identity(20).fingerprint)
+        alice.directory.trust.verified.add(pooled_identity(21).fingerprint)
+        bob.directory.trust.contacts.add(pooled_identity(22).fingerprint)
+        self.set_rule(network, alice, "lock", trchat.CONTACTS_ONLY)
+        network.drop(carol)
+        network.wait(2)
+        network.connect(carol)  # a member before
+        network.wait(2)
+        token = person_token(network, bob)
+        dave = network.join("dave", number=20)
+        erin = network.join("erin", number=21)
+        frank = network.join("frank", number=22)  # a contact of bob's only
+        grace = network.join("grace", number=23, token=token)
+        self.assertEqual(sorted(members(alice)), ["alice", "bob", "carol", "dave", "erin", "grace"])
+        self.assertEqual(frank.fatal, "denied")
+        self.assertEqual(events(alice, "request"), [])
+        self.assert_agreed(alice, bob, carol, dave, erin, grace)
+
+    def test_a_blocked_contact_does_not_pass_the_lock(self):
+        network, alice, bob = self.people("alice bob")
+        key = pooled_identity(20).fingerprint
+        alice.directory.trust.contacts.add(key)
+        alice.directory.trust.blocked = {key}
+        self.set_rule(network, alice, "lock", trchat.CONTACTS_ONLY)
+        dave = network.join("dave", number=20)
+        self.assertEqual((dave.fatal, members(bob)), ("denied", ["alice", "bob"]))
+
+    def test_who_was_asked_for_comes_in_when_the_lock_is_lifted(self):
+        for last in (trchat.OPEN, trchat.CONTACTS_ONLY):
+            with self.subTest(last):
+                network, alice, bob = self.people("alice bob")
+                self.set_rule(network, alice, "lock", trchat.ASK)
+                dave = network.join("dave")
+                self.assertEqual([e["from"] for e in events(alice, "request")], ["dave"])
+                if last == trchat.CONTACTS_ONLY:
+                    alice.directory.trust.contacts.add(dave.identity.fingerprint)
+                self.set_rule(network, alice, "lock", last)
+                self.assertEqual(members(dave), ["alice", "bob", "dave"])
+                self.assertEqual(alice.rooms["lobby"].admission.requests, {})
+                self.assert_agreed(alice, bob, dave)
+
+    def test_the_next_admin_is_asked_for_who_still_waits(self):
+        for how in ("leave", "hand over"):
+            with self.subTest(how):
+                network, alice, bob, carol = self.people()
+                self.set_rule(network, alice, "lock", trchat.ASK)
+                dave = network.join("dave")
+                if how == "leave":
+                    network.leave(alice)
+                else:
+                    self.hand_over(network, alice, bob)
+                network.wait(2)
+                self.assertEqual([e["from"] for e in events(bob, "request")], ["dave"])
+                self.assertEqual(events(carol, "request"), [])
+                bob.now = network.now
+                bob.rooms["lobby"].admission.admit("dave", network.now)
+                network.wait(2)
+                self.assertIn("dave", members(carol))
+                self.assertEqual(errors(bob, carol, dave), [])
+
+    def test_who_is_no_longer_admin_neither_admits_nor_denies(self):
+        network, alice, bob, carol = self.people()
+        self.set_rule(network, alice, "lock", trchat.ASK)
+        dave = network.join("dave")
+        self.hand_over(network, alice, bob)
+        clear(dave)
+        for act in (
+            lambda: alice.rooms["lobby"].admission.admit("dave", network.now),
+            lambda: alice.rooms["lobby"].admission.refuse("dave"),
+        ):
+            with self.assertRaises(trchat.ChatError):
+                act()
+            network.wait(1)
+        self.assertEqual(errors(dave), [])
+        self.assertIn("lobby", dave.rooms)
+
+    # Bans and mutes with an end
+
+    def test_a_ban_ends_by_itself(self):
+        network, alice, bob, carol = self.people()
+        until = int(network.wall()) + 120
+        self.put_out(network, alice, carol, until)
+        self.assertEqual(carol.fatal, "banned")
+        for person in (alice, bob):
+            self.assertEqual(news(person, "until"), [until])
+            self.assertEqual(news(person, "name"), ["carol"])
+            self.assertIn("for 2m", events(person, "notice")[0]["text"])
+        network.wait(60)
+        self.come_again(network, carol)
+        self.assertEqual((carol.fatal, members(bob)), ("banned", ["alice", "bob"]))
+        network.wait(until - network.wall() - 2)
+        self.assertTrue(alice.rooms["lobby"].admission.is_banned(carol.identity.fingerprint))
+        network.wait(3)
+        number = alice.rooms["lobby"].last.number
+        self.assertFalse(alice.rooms["lobby"].admission.is_banned(carol.identity.fingerprint))
+        self.assertEqual(alice.rooms["lobby"].last.number, number, "nobody had to announce it")
+        clear(carol)
+        self.come_again(network, carol)
+        self.assertEqual(sorted(members(carol)), ["alice", "bob", "carol"])
+        self.assertEqual(self.rules_of(bob).bans, {}, "pruned with the next announcement")
+        self.assert_agreed(alice, bob, carol)
+        self.assert_talk(network, alice, bob, carol)
+
+    def test_a_ban_that_ended_is_not_said_to_be_lifted_by_the_admin(self):
+        network, alice, bob, carol = self.people()
+        self.put_out(network, alice, carol, int(network.wall()) + 60)
+        clear(alice, bob)
+        network.wait(70)
+        network.admin("schedule", alice)
+        for person in (alice, bob):
+            said = [e["text"] for e in events(person, "notice")]
+            self.assertFalse([text for text in said if "alice lifted" in text], said)
+
+    def test_a_short_mute_is_not_said_to_last_no_time(self):
+        network, alice, bob, carol = self.people()
+        for seconds in (5, 20, 29):
+            clear(bob)
+            self.mute(network, alice, carol, int(network.wall()) + seconds)
+            (notice,) = events(bob, "notice")
+            self.assertNotIn(" for 0s", notice["text"])
+            self.assertIn("muted carol for ", notice["text"])
+
+    def test_a_ban_for_good_stays_and_is_taken_back(self):
+        network, alice, bob, carol = self.people()
+        self.put_out(network, alice, carol, 0)
+        network.wait(4 * 3600)
+        self.come_again(network, carol)
+        self.assertEqual(carol.fatal, "banned")
+        self.set_rule(network, alice, "bans", {})
+        self.assertEqual(news(bob, "until"), [0, None])
+        self.assertIn("lifted the ban of carol", events(bob, "notice")[-1]["text"])
+        clear(carol)
+        self.come_again(network, carol)
+        self.assertEqual(sorted(members(carol)), ["alice", "bob", "carol"])
+        self.assert_agreed(alice, bob, carol)
+
+    def test_a_ban_that_ended_does_not_count_as_having_been_a_member(self):
+        network, alice, bob, carol = self.people()
+        self.set_rule(network, alice, "lock", trchat.ASK)
+        self.put_out(network, alice, carol, int(network.wall()) + 60)
+        network.wait(70)
+        self.come_again(network, carol)
+        self.assertEqual([e["from"] for e in events(alice, "request")], ["carol"])
+        self.assertEqual(members(bob), ["alice", "bob"])
+
+    def test_who_is_not_here_can_be_banned(self):
+        network, alice, bob, carol = self.people()
+        network.drop(carol)
+        network.wait(1)
+        self.put_out(network, alice, carol, 0)
+        network.connect(carol)
+        network.wait(1)
+        self.assertEqual((carol.fatal, members(bob)), ("banned", ["alice", "bob"]))
+        self.assert_talk(network, alice, bob)
+
+    def test_the_next_admin_keeps_a_ban_until_its_end(self):
+        network, alice, bob, carol = self.people()
+        until = int(network.wall()) + 300
+        self.put_out(network, alice, carol, until)
+        network.leave(alice)
+        network.wait(1)
+        self.assertEqual(self.rules_of(bob).bans, {carol.identity.fingerprint: until})
+        self.come_again(network, carol)
+        self.assertEqual(carol.fatal, "banned")
+        network.wait(300)
+        self.come_again(network, carol)
+        self.assertEqual(members(carol), ["bob", "carol"])
+
+    def test_a_mute_ends_by_itself(self):
+        network, alice, bob, carol = self.people()
+        until = int(network.wall()) + 60
+        self.mute(network, alice, carol, until)
+        for person in (alice, bob, carol):
+            self.assertEqual((news(person, "name"), news(person, "until")), (["carol"], [until]))
+        with self.assertRaises(trchat.ChatError) as caught:
+            network.say(carol, "too early")
+        self.assertEqual(caught.exception.code, "denied")
+        self.assertIn("alice", caught.exception.hint)
+        network.tell(carol, "bob", "alone it goes")
+        network.wait(1)
+        self.assertEqual(texts(bob), ["alone it goes"])
+        network.wait(until - network.wall())
+        network.say(carol, "on time")
+        network.wait(1)
+        for person in (alice, bob):
+            self.assertIn("on time", texts(person))
+        self.assert_accounted(carol, ["alone it goes", "on time"])
+        network.admin("schedule", alice)
+        self.assertEqual(self.rules_of(bob).mutes, {})
+        self.assert_agreed(alice, bob, carol)
+
+    def test_a_muted_member_with_another_client_is_ignored_until_the_end(self):
+        network, alice, bob, carol = self.people()
+        self.mute(network, alice, carol, int(network.wall()) + 60)
+        carol.rooms["lobby"].require_voice = lambda: None
+        network.say(carol, "nobody hears this")
+        network.wait(1)
+        self.assertEqual(texts(alice) + texts(bob), [])
+        network.wait(60)
+        network.say(carol, "now all do")
+        network.wait(1)
+        self.assertEqual((texts(alice), texts(bob)), (["now all do"],) * 2)
+        self.assertEqual(errors(alice, bob), [])
+
+    def test_a_mute_is_taken_back(self):
+        network, alice, bob, carol = self.people()
+        self.mute(network, alice, carol)
+        self.set_rule(network, alice, "mutes", {})
+        self.assertEqual(news(carol, "until"), [0, None])
+        self.assert_talk(network, alice, bob, carol)
+
+    def test_a_line_typed_before_the_mute_is_not_called_delivered_and_hidden(self):
+        """It waits for the very epoch that mutes its sender."""
+        network, alice, bob, carol, dave = self.people("alice bob carol dave")
+        network.upstream = lambda p, k, b, f: b"" if p is alice and k == trchat.DATA else None
+        network.drop(dave)
+        network.run()
+        network.say(carol, "typed in time")
+        self.assertEqual(answers(carol)[0]["event"], "queued")
+        network.upstream = None
+        self.mute(network, alice, carol)
+        network.wait(90)
+        self.assert_accounted(carol, ["typed in time"])
+        named = [name for e in events(carol, "delivered") for name in e["by"]]
+        for person in (alice, bob):
+            self.assertEqual("typed in time" in texts(person), person.name in named)
+
+    def test_muted_and_banned_people_stay_so_for_newcomers(self):
+        network, alice, bob, carol = self.people()
+        self.mute(network, alice, carol)
+        dave = network.join("dave")
+        carol.rooms["lobby"].require_voice = lambda: None
+        network.say(carol, "nobody hears this")
+        network.wait(1)
+        self.assertEqual(texts(dave), [])
+        self.assertEqual(errors(dave), [])
+        self.assert_agreed(alice, bob, carol, dave)
+
+
+# ==================================================================================================
 # Keys, line editor, screen and terminal
 # ==================================================================================================
 

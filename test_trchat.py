@@ -6837,6 +6837,7 @@ class RulesCase(MachineTest):
         giver.now = network.now
         giver.rooms["lobby"].hand_over(heir.identity.fingerprint, network.now)
         if settle:
+            network.wait(0.5)
             network.wait(1)
 
     def put_out(self, network, admin, person, until):
@@ -7307,6 +7308,868 @@ class RoomRulesTest(RulesCase):
         self.assertEqual(texts(dave), [])
         self.assertEqual(errors(dave), [])
         self.assert_agreed(alice, bob, carol, dave)
+
+
+# --------------------------------------------------------------------------------------------------
+# The room is handed over
+# --------------------------------------------------------------------------------------------------
+
+
+class HandOverTest(RulesCase):
+    def assert_admin(self, name, *people):
+        for person in people:
+            self.assertEqual(person.rooms["lobby"].admin_name(), name, person.name)
+        self.assert_agreed(*people)
+
+    def test_the_heir_makes_the_next_epoch_and_all_agree(self):
+        network, alice, bob, carol = self.people()
+        number = alice.rooms["lobby"].last.number
+        self.hand_over(network, alice, carol)
+        self.assert_admin("carol", alice, bob, carol)
+        self.assertEqual(carol.rooms["lobby"].last.number, number + 2)
+        self.assertEqual(carol.rooms["lobby"].last.roster[0].name, "carol")
+        self.assertEqual(members(bob)[0], "carol")
+        for person in (alice, bob, carol):
+            self.assertEqual(news(person, "admin"), ["carol"])
+            (notice,) = events(person, "notice")
+            self.assertEqual((notice["room"], notice.get("warning")), ("lobby", None))
+            self.assertEqual([e["admin"] for e in events(person, "rekeyed")], ["carol", "carol"])
+            self.assertEqual(events(person, "joined", "left"), [])
+        with self.assertRaises(trchat.ChatError):
+            alice.rooms["lobby"].set_rule("topic", "still mine", network.now)
+        self.set_rule(network, carol, "topic", "mine now")
+        self.assertEqual(news(alice, "topic"), ["mine now"])
+        self.assert_talk(network, alice, bob, carol)
+
+    def test_the_heir_keeps_what_was_decided(self):
+        network, alice, bob, carol = self.people()
+        self.set_rule(network, alice, "topic", "books")
+        self.mute(network, alice, bob, int(network.wall()) + 900)
+        rules = self.rules_of(alice).copy(0)
+        clear(alice, bob, carol)
+        self.hand_over(network, alice, carol)
+        self.assertEqual(self.rules_of(carol), rules)
+        self.assertEqual(news(bob, "topic") + news(bob, "until"), [])
+        self.set_rule(network, carol, "mutes", {})
+        self.assert_talk(network, alice, bob, carol)
+
+    def test_the_former_admin_lets_nobody_in_and_the_heir_does(self):
+        network, alice, bob, carol = self.people()
+        self.hand_over(network, alice, carol)
+        self.set_rule(network, carol, "lock", trchat.ASK)
+        dave = network.join("dave")
+        self.assertEqual([e["from"] for e in events(carol, "request")], ["dave"])
+        self.assertEqual(events(alice, "request"), [])
+        carol.now = network.now
+        carol.rooms["lobby"].admission.admit("dave", network.now)
+        network.wait(1)
+        self.assert_admin("carol", alice, bob, carol, dave)
+
+    def test_after_the_heir_the_former_admin_follows(self):
+        network, alice, bob, carol = self.people()
+        self.hand_over(network, alice, carol)
+        network.leave(carol)
+        network.wait(2)
+        self.assert_admin("alice", alice, bob)
+
+    def test_the_former_admins_announcements_are_refused(self):
+        for reconnected in (False, True):
+            with self.subTest(reconnected=reconnected):
+                network, mallory, bob, carol = self.people("mallory bob carol")
+                self.hand_over(network, mallory, carol)
+                dave = network.join("dave")
+                if reconnected:
+                    network.drop(mallory)
+                    network.wait(5)
+                    network.connect(mallory)
+                    network.wait(5)
+                clear(bob, carol, dave)
+                kept = carol.rooms["lobby"].last_id
+                for victim in (bob, carol, dave):
+                    hostile_rules(network, mallory, victim, topic="mine again")
+                    self.assert_refused(victim)
+                    self.assertEqual(victim.rooms["lobby"].last_id, kept)
+                    self.assertEqual(news(victim, "topic"), [])
+                    self.assertEqual(victim.rooms["lobby"].admin_name(), "carol")
+
+    def test_who_was_away_does_not_follow_the_former_admin_either(self):
+        """bob missed the hand-over, but knows who is admin now, and that mallory is behind."""
+        network, mallory, bob, carol = self.people("mallory bob carol")
+        network.drop(bob)
+        network.wait(5)
+        self.hand_over(network, mallory, carol)
+        network.connect(bob)
+        network.wait(8)
+        self.assertEqual(bob.rooms["lobby"].admin_name(), "carol")
+        clear(bob)
+        kept = bob.rooms["lobby"].last_id
+        hostile_rules(network, mallory, bob, topic="mine again")
+        self.assertEqual(bob.rooms["lobby"].last_id, kept)
+        self.assert_refused(bob)
+
+    def test_a_hand_over_that_never_was_is_refused(self):
+        network, alice, bob, mallory = self.people("alice bob mallory")
+        for successor in (mallory, bob, alice):
+            network.now += 6
+            kept = bob.rooms["lobby"].last_id
+            clear(alice, bob)
+            for victim in (alice, bob):
+                hostile_rules(network, mallory, victim, successor.identity.fingerprint)
+                self.assert_refused(victim)
+                self.assertEqual(news(victim, "admin"), [])
+                self.assertEqual(victim.rooms["lobby"].last_id, kept)
+                self.assertEqual(victim.rooms["lobby"].admin_name(), "alice")
+        clear(alice, bob, mallory)
+        self.assert_admin("alice", alice, bob, mallory)
+
+    def test_an_announcement_that_hands_over_to_an_outsider_is_refused(self):
+        network, mallory, bob, carol = self.people("mallory bob carol")
+        outsider = network.join("dave", room="other")
+        for successor in (outsider.identity.fingerprint, os.urandom(32)):
+            network.now += 6
+            clear(bob)
+            kept = bob.rooms["lobby"].last_id
+            hostile_rules(network, mallory, bob, successor)
+            self.assert_refused(bob)
+            self.assertEqual(bob.rooms["lobby"].last_id, kept)
+            self.assertEqual(news(bob, "admin"), [])
+
+    def test_an_admin_who_names_two_heirs_is_noticed(self):
+        network, mallory, bob, carol = self.people("mallory bob carol")
+        hostile_rules(network, mallory, bob, bob.identity.fingerprint)
+        hostile_rules(network, mallory, carol, carol.identity.fingerprint)
+        network.wait(30)
+        self.assertTrue(errors(bob) and errors(carol), "a lasting fork, and nobody is told")
+        network.say(bob, "who reads this?")
+        network.wait(80)
+        self.assert_accounted(bob, ["who reads this?"])
+
+    def test_a_lost_connection_of_any_one_right_after(self):
+        """At once, in the middle, or when all is done; back soon, late or not in that order."""
+        for index, moment, away in itertools.product(range(3), (0, 0.1, 1), (0, 3, 40)):
+            with self.subTest(index=index, moment=moment, away=away):
+                network, *people = self.people()
+                alice, bob, carol = people
+                self.hand_over(network, alice, carol, settle=False)
+                network.wait(moment)
+                lost = people[index]
+                network.drop(lost)
+                network.wait(away)
+                network.connect(lost)
+                network.wait(45)
+                expected = {"alice"} if lost is alice and not moment else {"carol"}
+                if lost is alice and not moment:
+                    expected = {"alice", "bob"}  # nobody heard of it
+                if lost is carol:
+                    expected = {"alice", "carol"}
+                self.assertIn(people[0].rooms["lobby"].admin_name(), expected)
+                self.assert_agreed(*people)
+                self.assert_talk(network, *people)
+
+    def test_the_announcement_is_lost_on_its_way_to_some(self):
+        """alice's connection ends after the first, the second or the third frame of it."""
+        for most, heir, comes in itertools.product(range(1, 4), (1, 2, 3), (True, False)):
+            with self.subTest(most=most, heir=heir, comes=comes):
+                network, *people = self.people("alice bob carol dave")
+                alice = people[0]
+                self.hand_over(network, alice, people[heir], settle=False)
+                alice.tick(network.now)
+                frames = split_frames(alice.take_output())
+                for _, _, frame in frames[:most]:
+                    network.relay.receive(network.links[alice], frame, network.now)
+                network.drop(alice)
+                network.wait(20)
+                if comes:
+                    network.connect(alice)
+                else:
+                    people.remove(alice)
+                network.wait(60)
+                last = {person.name: person.rooms["lobby"].last_id for person in people}
+                self.assertEqual(len(set(last.values())), 1, "a lasting fork")
+                self.assert_talk(network, *people)
+
+    def test_the_heir_leaves_before_its_first_epoch(self):
+        for how in ("bye", "dead", "leave"):
+            with self.subTest(how):
+                network, alice, bob, carol = self.people()
+                self.hand_over(network, alice, carol, settle=False)
+                alice.tick(network.now)
+                network.up(alice)
+                network.down(carol), network.down(bob)
+                self.assertTrue(carol.rooms["lobby"].is_admin())
+                if how == "bye":
+                    carol.goodbye()
+                    network.up(carol)
+                elif how == "leave":
+                    carol.leave("lobby")
+                else:
+                    network.drop(carol)
+                network.wait(3)
+                self.assertEqual(members(bob), ["alice", "bob"])
+                network.people.remove(carol)
+                self.assert_admin("alice", alice, bob)
+                self.assert_talk(network, alice, bob)
+
+    def test_to_somebody_who_is_just_leaving(self):
+        network, alice, bob, carol = self.people()
+        network.drop(carol)  # alice has not heard of it
+        self.hand_over(network, alice, carol)
+        network.wait(2)
+        self.assert_admin("alice", alice, bob)
+        self.assertEqual(news(bob, "admin"), [])
+        self.assert_talk(network, alice, bob)
+
+    def test_to_oneself_or_to_nobody_changes_nothing(self):
+        network, alice, bob = self.people("alice bob")
+        for heir in (alice.identity.fingerprint, os.urandom(32), trchat.NO_ONE):
+            alice.rooms["lobby"].hand_over(heir, network.now)
+            network.wait(1)
+            self.assert_admin("alice", alice, bob)
+        self.assertEqual(news(bob, "admin"), [])
+
+    def test_two_in_a_row(self):
+        for settle in (True, False):
+            with self.subTest(settle=settle):
+                network, alice, bob, carol = self.people()
+                self.hand_over(network, alice, bob, settle=settle)
+                if not settle:
+                    alice.tick(network.now)
+                    network.up(alice), network.down(bob)
+                self.hand_over(network, bob, carol)
+                self.assert_admin("carol", alice, bob, carol)
+                self.assertEqual(news(alice, "admin"), ["bob", "carol"])
+                self.assert_talk(network, alice, bob, carol)
+
+    def test_there_and_back(self):
+        network, alice, bob, carol = self.people()
+        for _ in range(3):
+            self.hand_over(network, alice, carol)
+            self.assert_admin("carol", alice, bob, carol)
+            self.hand_over(network, carol, alice)
+            self.assert_admin("alice", alice, bob, carol)
+        network.drop(alice)
+        network.wait(3)
+        network.connect(alice)
+        network.wait(8)
+        self.assert_agreed(alice, bob, carol)
+        self.assert_talk(network, alice, bob, carol)
+
+    def test_a_change_of_mind_before_it_is_announced(self):
+        network, alice, bob, carol = self.people()
+        network.admin("schedule", alice)  # so that the next must wait a little
+        alice.rooms["lobby"].hand_over(bob.identity.fingerprint, network.now)
+        alice.rooms["lobby"].hand_over(carol.identity.fingerprint, network.now)
+        network.wait(2)
+        self.assert_admin("carol", alice, bob, carol)
+        self.assertEqual(news(bob, "admin"), ["carol"])
+
+    def test_newcomers_in_the_middle(self):
+        for moment in (0, 0.05, 0.2, 0.3):
+            with self.subTest(moment):
+                network, alice, bob, carol = self.people()
+                self.hand_over(network, alice, carol, settle=False)
+                network.wait(moment)
+                dave = network.join("dave", settle=False)
+                network.up(dave)
+                erin = network.join("erin", settle=False)
+                network.wait(5)
+                people = (alice, bob, carol, dave, erin)
+                self.assert_admin("carol", *people)
+                for person in (alice, bob, carol):
+                    said = [e["text"] for e in events(person, "notice") if "put" in e["text"]]
+                    self.assertEqual(said, [])
+                self.assertEqual([len(events(p, "ready")) for p in (dave, erin)], [1, 1])
+                network.drop(alice), network.wait(3), network.connect(alice), network.wait(8)
+                self.assert_admin("carol", *people)
+                self.assert_talk(network, *people)
+
+    def test_who_was_admitted_by_hand_stays_under_the_heir(self):
+        """The heir has no session with the newcomer yet when it makes its first epoch."""
+        network, alice, bob, carol = self.people()
+        self.set_rule(network, alice, "lock", trchat.ASK)
+        held = []
+
+        def hold(person, kind, body, frame):
+            between = kind == trchat.DATA and person.name in ("carol", "dave")
+            if between and {person.id, int.from_bytes(body[:4], "big")} == ids:
+                held.append((person, frame))
+                return b""
+            return None
+
+        dave = network.join("dave", settle=False)
+        for _ in range(4):
+            network.up(dave), network.down(dave)
+        ids = {carol.id, dave.id}
+        network.upstream = hold
+        network.wait(1)
+        alice.now = network.now
+        alice.rooms["lobby"].admission.admit("dave", network.now)
+        self.hand_over(network, alice, carol)
+        network.upstream = None
+        for person, frame in held:
+            network.relay.receive(network.links[person], frame, network.now)
+        network.wait(5)
+        self.assert_admin("carol", alice, bob, carol, dave)
+        self.assertEqual(events(carol, "request"), [])
+
+    def test_lines_on_their_way_are_not_lost(self):
+        network, alice, bob, carol = self.people()
+        for person in (alice, bob, carol):
+            network.say(person, f"before {person.name}")
+        self.hand_over(network, alice, carol, settle=False)
+        for person in (alice, bob, carol):
+            network.say(person, f"during {person.name}")
+        alice.tick(network.now)
+        network.up(alice), network.down(bob)
+        for person in (alice, bob, carol):
+            network.say(person, f"after {person.name}")
+        network.wait(80)
+        for person in (alice, bob, carol):
+            lines = [f"{when} {person.name}" for when in ("before", "during", "after")]
+            self.assert_accounted(person, lines)
+            self.assertEqual(events(person, "undelivered"), [])
+            for other in (alice, bob, carol):
+                self.assertEqual(texts(other, person.name), lines if other is not person else [])
+        self.assert_admin("carol", alice, bob, carol)
+
+    # Any order of anything
+
+    def after_all(self, network, people, lines):
+        for person in people:
+            if person not in network.links:
+                network.connect(person)
+                network.run()
+        network.wait(250)
+        self.assert_agreed(*people)
+        for person in people:
+            self.assertEqual(sorted(members(person)), sorted(p.name for p in people))
+            self.assert_accounted(person, lines[person])
+            for other in people:
+                shown = texts(other, person.name)
+                self.assertEqual(len(shown), len(set(shown)), f"shown twice to {other.name}")
+
+    @settings(QUICK, max_examples=60)
+    @given(st.data())
+    def test_hand_overs_rules_and_reconnects_in_any_order(self, data):
+        network = Network()
+        people = network.joins("alice bob carol")
+        network.wait(1)
+        lines = {person: [] for person in people}
+        who = st.sampled_from(people)
+        what = st.sampled_from(
+            ["op", "op", "op", "topic", "lifetime", "lock", "say", "say", "up", "down", "down", "run", "wait", "drop", "back"]
+        )
+        for act, person in data.draw(st.lists(st.tuples(what, who), max_size=30)):
+            room = person.rooms["lobby"]
+            person.now = network.now
+            if act == "say":
+                lines[person].append(f"{person.name} {len(lines[person])}")
+                network.say(person, lines[person][-1])
+            elif act == "op" and room.is_admin():
+                heir = data.draw(who, "heir")
+                room.hand_over(heir.identity.fingerprint, network.now)
+            elif act in ("topic", "lifetime", "lock") and room.is_admin():
+                value = {"topic": f"topic {network.now}", "lifetime": int(network.now) % 9}
+                room.set_rule(act, value.get(act, int(network.now) % 3), network.now)
+            elif act == "up":
+                person.tick(network.now)
+                network.up(person)
+            elif act == "down":
+                network.down(person, 1)
+            elif act == "run":
+                network.run()
+            elif act == "wait":
+                network.wait(data.draw(st.sampled_from([0.1, 0.3, 1, 7, 40])))
+            elif act == "drop" and person in network.links:
+                network.drop(person)
+            elif act == "back" and person not in network.links:
+                network.connect(person)
+        self.after_all(network, people, lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# The outbox: direct messages to contacts who are away
+# --------------------------------------------------------------------------------------------------
+
+
+class OutboxTest(MachineTest):
+    """alice, whose contact bob is; both in the lobby unless said otherwise."""
+
+    BOB = 30
+
+    def pair(self, room="lobby", **more):
+        network = Network(**more)
+        alice = network.make("alice")
+        self.befriend(alice)
+        network.connect(alice)
+        network.run()
+        bob = network.join("bob", room=room, number=self.BOB)
+        network.wait(15)
+        clear(alice, bob)
+        return network, alice, bob
+
+    def befriend(self, person, name="bob", number=None):
+        key = pooled_identity(self.BOB if number is None else number).fingerprint
+        person.directory.trust.contacts.add(key)
+        person.directory.trust.names[name] = key
+
+    def internal(self, person):
+        """What the store was told: the ids kept and let go of."""
+        kept = [event["message"].id.hex() for event in events(person, "_kept")]
+        return kept, [event["id"].hex() for event in events(person, "_unkept")]
+
+    def again(self, network, old, *waiting):
+        """The sender after a restart: another machine, and what its outbox held."""
+        if old in network.links:
+            network.drop(old)
+        network.people.remove(old)
+        person = network.make(old.name, number=old.number)
+        self.befriend(person)
+        for message in waiting:
+            self.restored(person, message)
+        return person
+
+    def restored(self, person, message):
+        """As the store gives a message back: nothing of the old connection is in it."""
+        pending = {**message.pending, **message.done}
+        fields = (message.id, "", message.kind, message.text, message.created, 0.0)
+        person.messages.restore(
+            trchat.Outgoing(*fields, pending, {}, True, message.lifetime, True)
+        )
+
+    def assert_through(self, network, alice, bob, *lines):
+        self.assertEqual(texts(bob, "alice"), list(lines))
+        self.assertEqual([e["by"] for e in events(alice, "delivered")], [["bob"]] * len(lines))
+        self.assertEqual(events(alice, "undelivered"), [])
+        self.assertEqual(alice.messages.delivery.kept, {})
+        self.assertEqual(errors(alice, bob), [])
+
+    def test_to_a_contact_who_is_here_it_goes_at_once(self):
+        network, alice, bob = self.pair()
+        network.tell(alice, "bob", "hello")
+        self.assertEqual([(e["event"], e["to"]) for e in answers(alice)], [("sent", ["bob"])])
+        network.wait(1)
+        self.assert_through(network, alice, bob, "hello")
+        kept, let_go = self.internal(alice)
+        self.assertEqual((len(kept), let_go), (1, kept))
+
+    def test_to_a_contact_who_is_away_it_waits_as_long_as_it_takes(self):
+        network, alice, bob = self.pair()
+        network.drop(bob)
+        network.run()
+        network.tell(alice, "bob", "when you are back")
+        self.assertEqual([(e["event"], e["to"]) for e in answers(alice)], [("queued", ["bob"])])
+        self.assertFalse(alice.messages.unfinished(), "leaving must not wait for it")
+        network.wait(7200)
+        self.assertEqual(events(alice, "undelivered", "delivered", "error"), [])
+        network.connect(bob)
+        network.wait(2)
+        self.assert_through(network, alice, bob, "when you are back")
+        self.assertEqual(len(answers(alice)), 1)
+        kept, let_go = self.internal(alice)
+        self.assertEqual((len(kept), let_go), (1, kept))
+
+    def test_to_a_contact_whom_this_server_never_saw(self):
+        network = Network()
+        alice = network.join("alice")
+        self.befriend(alice)
+        network.tell(alice, "bob", "one")
+        network.tell(alice, "@bob", "two")
+        network.wait(300)
+        self.assertEqual([(e["event"], e["to"]) for e in answers(alice)], [("queued", ["bob"])] * 2)
+        self.assertEqual(events(alice, "undelivered", "error"), [])
+        bob = network.join("bob", room="kitchen", number=self.BOB)
+        network.wait(2)
+        self.assert_through(network, alice, bob, "one", "two")
+
+    def test_not_to_somebody_else_of_that_name(self):
+        network = Network()
+        alice = network.join("alice")
+        self.befriend(alice)
+        network.tell(alice, "bob", "for the real one")
+        stranger = network.join("bob", number=40)
+        network.wait(100)
+        self.assertEqual(texts(stranger), [])
+        self.assertTrue(warnings(alice))
+        network.tell(alice, "bob", "for the contact, too")
+        network.wait(100)
+        self.assertEqual(texts(stranger), [], "a stranger took a contact's name")
+        mark = stranger.identity.fingerprint.hex()[:8]
+        network.tell(alice, f"bob~{mark}", "who are you?")
+        network.wait(1)
+        self.assertEqual(texts(stranger), ["who are you?"])
+
+    def test_to_a_contact_under_another_name_here(self):
+        network = Network()
+        alice = network.join("alice")
+        self.befriend(alice, "Bobby")
+        bob = network.join("bob", number=self.BOB)
+        network.tell(alice, "Bobby", "by our name")
+        network.tell(alice, "bob", "by the name here")
+        network.wait(1)
+        self.assertEqual(texts(bob), ["by our name", "by the name here"])
+        network.drop(bob)
+        network.wait(1)
+        network.tell(alice, "Bobby", "three")
+        network.tell(alice, "bob", "four")
+        network.connect(bob)
+        network.wait(2)
+        self.assertEqual(texts(bob)[2:], ["three", "four"])
+        self.assertEqual(errors(alice, bob), [])
+
+    def test_over_reconnects_of_either(self):
+        for who in ("alice", "bob", "both", "relay"):
+            with self.subTest(who):
+                network, alice, bob = self.pair()
+                lost = {"alice": [alice], "bob": [bob]}.get(who, [alice, bob])
+                network.tell(alice, "bob", "one")
+                network.up(alice)
+                if who == "relay":
+                    network.restart_relay()
+                else:
+                    for person in lost:
+                        network.drop(person)
+                network.run()
+                network.tell(alice, "bob", "two")
+                network.wait(100)
+                network.tell(alice, "bob", "three")
+                self.assertEqual(events(alice, "undelivered"), [])
+                for person in reversed(lost):
+                    network.connect(person)
+                    network.wait(5)
+                network.tell(alice, "bob", "four")
+                network.wait(5)
+                self.assert_through(network, alice, bob, "one", "two", "three", "four")
+                kept, let_go = self.internal(alice)
+                self.assertEqual((len(set(kept)), sorted(let_go)), (4, sorted(kept)))
+
+    def test_typed_before_the_first_connection(self):
+        network = Network()
+        alice = network.make("alice")
+        self.befriend(alice)
+        network.tell(alice, "bob", "early")
+        bob = network.join("bob", number=self.BOB)
+        network.connect(alice)
+        network.wait(3)
+        self.assert_through(network, alice, bob, "early")
+
+    def test_over_a_restart_of_the_sender(self):
+        network, alice, bob = self.pair()
+        network.drop(bob)
+        network.run()
+        for line in ("one", "two"):
+            network.tell(alice, "bob", line)
+        waiting = list(alice.messages.delivery.kept.values())
+        alice = self.again(network, alice, *waiting)
+        network.connect(alice)
+        network.wait(2)
+        network.tell(alice, "bob", "three")
+        network.wait(100)
+        self.assertEqual(events(alice, "undelivered"), [])
+        network.connect(bob)
+        network.wait(3)
+        self.assert_through(network, alice, bob, "one", "two", "three")
+        self.assertEqual(len(self.internal(alice)[0]), 1, "restored ones are kept already")
+        self.assertEqual(len(self.internal(alice)[1]), 3)
+        self.assertEqual([e["event"] for e in answers(alice)], ["queued"], "answered long ago")
+
+    def test_over_a_restart_on_a_computer_that_runs_for_months(self):
+        """The machine's clock begins with its first connection; its outbox comes before that."""
+        network, alice, bob = self.pair()
+        network.drop(bob)
+        network.run()
+        network.tell(alice, "bob", "one")
+        (message,) = alice.messages.delivery.kept.values()
+        alice = self.again(network, alice, message)
+        network.now += 0
+        offset = 90 * 86400.0  # monotonic time of such a computer; the wall clock is right
+        wall = network.wall
+        network.now += offset
+        alice.wall_clock = lambda: wall() - offset
+        network.relay = network.make_relay()
+        network.connect(alice)
+        network.wait(5)
+        self.assertEqual(events(alice, "undelivered"), [])
+        network.connect(bob)
+        network.wait(5)
+        self.assert_through(network, alice, bob, "one")
+
+    def test_what_arrived_but_was_not_confirmed_is_shown_once(self):
+        """The acknowledgement is lost, then the sender starts anew, then even the receiver."""
+        for receiver_too in (False, True):
+            with self.subTest(receiver_too=receiver_too):
+                network, alice, bob = self.pair()
+                network.tell(alice, "bob", "once")
+                network.up(alice), network.down(bob)
+                self.assertEqual(texts(bob), ["once"])
+                (message,) = alice.messages.delivery.kept.values()
+                shown = [(e["fingerprint"], e["id"]) for e in events(bob, "message")]
+                network.drop(bob)
+                alice = self.again(network, alice, message)
+                if receiver_too:
+                    network.people.remove(bob)
+                    bob = network.make("bob", number=self.BOB)
+                    asked = []
+
+                    def seen_before(fingerprint, room, number, moment, shown=shown, asked=asked):
+                        asked.append((room, moment))
+                        return (trchat.fingerprint_text(fingerprint), number) in shown
+
+                    bob.messages.seen_before = seen_before
+                network.connect(alice), network.connect(bob)
+                network.wait(5)
+                self.assertEqual(texts(bob), [] if receiver_too else ["once"])
+                self.assertEqual(len(events(alice, "delivered")), 1)
+                self.assertEqual(len(self.internal(alice)[1]), 1)
+                self.assertEqual(errors(alice, bob), [])
+                if receiver_too:
+                    self.assertEqual(asked, [("", int(message.created * 1000))])
+
+    def test_expiry(self):
+        for restart in (False, True):
+            with self.subTest(restart=restart):
+                network, alice, bob = self.pair()
+                network.drop(bob)
+                network.run()
+                alice.messages.outbox_seconds = 3600.0
+                network.tell(alice, "bob", "one")
+                network.wait(1000)
+                if restart:
+                    (message,) = alice.messages.delivery.kept.values()
+                    alice = self.again(network, alice)
+                    alice.messages.outbox_seconds = 3600.0
+                    network.connect(alice)
+                    network.run()
+                    self.restored(alice, message)
+                network.wait(2590)
+                self.assertEqual(events(alice, "undelivered"), [])
+                network.wait(20)
+                self.assertEqual([e["to"] for e in events(alice, "undelivered")], [["bob"]])
+                self.assertEqual(len(self.internal(alice)[1]), 1)
+                network.connect(bob)
+                network.wait(5)
+                self.assertEqual(texts(bob), [])
+                self.assertEqual(len(events(alice, "undelivered", "delivered")), 1)
+
+    def test_without_an_outbox_a_contact_is_like_anybody(self):
+        network, alice, bob = self.pair()
+        alice.messages.outbox_seconds = 0
+        network.drop(bob)
+        network.run()
+        network.tell(alice, "bob", "one")
+        network.wait(70)
+        self.assertEqual([e["to"] for e in events(alice, "undelivered")], [["bob"]])
+        self.assertEqual(self.internal(alice), ([], []))
+
+    def test_taking_a_message_back(self):
+        network, alice, bob = self.pair()
+        network.drop(bob)
+        network.run()
+        for line in ("one", "two", "three"):
+            network.tell(alice, "bob", line)
+        delivery = alice.messages.delivery
+        one, two, three = delivery.kept.values()
+        self.assertTrue(delivery.release(two))
+        self.assertFalse(delivery.release(two))
+        network.connect(bob)
+        network.wait(3)
+        network._collect(alice)
+        self.assertEqual(texts(bob), ["one", "three"])
+        self.assertEqual(len(events(alice, "delivered")), 2)
+        self.assertEqual(sorted(self.internal(alice)[1]), sorted(self.internal(alice)[0]))
+        self.assertEqual(errors(alice, bob), [])
+
+    def test_taking_back_what_is_on_its_way_reports_nothing_twice(self):
+        network, alice, bob = self.pair()
+        network.tell(alice, "bob", "one")
+        network.tell(alice, "bob", "two")
+        network.up(alice)
+        delivery = alice.messages.delivery
+        self.assertTrue(delivery.release(next(iter(delivery.kept.values()))))
+        network.wait(3)
+        self.assertEqual(len(events(alice, "delivered")), 1)
+        self.assertEqual(len(self.internal(alice)[1]), 2)
+        network.drop(bob), network.wait(2), network.connect(bob), network.wait(3)
+        self.assertEqual(texts(bob), ["one", "two"])
+        self.assertEqual(errors(alice, bob), [])
+
+    def test_leaving_waits_for_what_is_in_flight_only(self):
+        network, alice, bob = self.pair()
+        network.tell(alice, "bob", "on its way")
+        network.up(alice)
+        self.assertTrue(alice.messages.unfinished())
+        network.wait(1)
+        self.assertFalse(alice.messages.unfinished())
+        network.drop(bob)
+        network.run()
+        network.tell(alice, "bob", "waits")
+        self.assertFalse(alice.messages.unfinished())
+        alice.messages.give_up()
+        network._collect(alice)
+        self.assertEqual(events(alice, "undelivered"), [])
+        self.assertEqual(len(alice.messages.delivery.kept), 1)
+
+    def test_what_goes_to_somebody_who_does_not_confirm_stays(self):
+        network, alice, bob = self.pair()
+        network.upstream = lambda p, k, b, f: b"" if p is bob else None
+        network.tell(alice, "bob", "one")
+        network.wait(65)
+        self.assertEqual(events(alice, "undelivered"), [])
+        self.assertTrue(alice.messages.unfinished())
+        alice.messages.give_up()
+        self.assertEqual(len(alice.messages.delivery.kept), 1)
+        network.upstream = None
+        network.drop(bob), network.wait(1), network.connect(bob), network.wait(3)
+        self.assert_through(network, alice, bob, "one")
+
+    def test_one_message_on_two_servers(self):
+        """Delivered here, there or on both: shown once on each at most, and never an alarm."""
+        for both in (True, False):
+            with self.subTest(both=both):
+                here, alice, bob = self.pair()
+                there, alice_too, bob_too = self.pair()
+                there.now = here.now
+                for network, person in ((here, bob), (there, bob_too)):
+                    network.drop(person)
+                    network.run()
+                here.tell(alice, "bob", "wherever you are")
+                (message,) = alice.messages.delivery.kept.values()
+                alice_too.now = there.now
+                self.restored(alice_too, message)
+                there.connect(bob_too)
+                there.run()
+                self.assertEqual(texts(bob_too), ["wherever you are"])
+                if both:
+                    here.connect(bob)
+                    here.wait(2)
+                    self.assertEqual(texts(bob), ["wherever you are"])
+                    self.assertEqual(events(bob, "message")[0]["id"], message.id.hex())
+                else:
+                    alice.messages.delivery.release(message)
+                    here.connect(bob)
+                    here.wait(2)
+                    self.assertEqual(texts(bob), [])
+                there.wait(2)
+                for sender in (alice, alice_too):
+                    here._collect(sender)
+                    self.assertEqual(len(self.internal(sender)[1]), 1)
+                    self.assertEqual(sender.messages.delivery.kept, {})
+                self.assertEqual(errors(alice, bob, alice_too, bob_too), [])
+
+    def test_one_message_restored_twice_goes_once(self):
+        network, alice, bob = self.pair()
+        network.drop(bob)
+        network.run()
+        network.tell(alice, "bob", "one")
+        (message,) = alice.messages.delivery.kept.values()
+        self.restored(alice, message)
+        network.connect(bob)
+        network.wait(3)
+        self.assertEqual(texts(bob), ["one"])
+        self.assertEqual(len(events(alice, "delivered")), 1)
+        self.assertEqual(len(self.internal(alice)[1]), 1)
+        self.assertEqual(errors(alice, bob), [])
+
+    def test_lines_in_a_room_and_alone_keep_each_their_order(self):
+        network, alice, bob = self.pair()
+        network.drop(bob)
+        for number in range(3):
+            network.say(alice, f"room {number}")
+            network.tell(alice, "bob", f"alone {number}")
+        network.run()
+        network.connect(bob)
+        network.wait(3)
+        self.assertEqual(texts(bob, room="lobby"), ["room 0", "room 1", "room 2"])
+        alone = [e["text"] for e in events(bob, "message") if e["direct"]]
+        self.assertEqual(alone, ["alone 0", "alone 1", "alone 2"])
+        self.assertEqual(errors(alice, bob), [])
+
+    def test_a_look_up_is_not_given_up_for_the_time_without_a_server(self):
+        """It was asked for just before the connection was lost; the answer comes a bit later."""
+        network = Network()
+        alice = network.join("alice")
+        bob = network.join("bob", room="kitchen")
+        network.tell(alice, "bob", "are you there?")
+        network.drop(alice)
+        network.now += 300
+        network.connect(alice)
+        while alice.phase != "online":
+            network.up(alice), network.down(alice)
+        alice.tick(network.now)  # as the owner does before the server's next bytes come
+        network.wait(5)
+        self.assertEqual(errors(alice), [])
+        self.assertEqual(texts(bob), ["are you there?"])
+
+    def test_a_mark_holds_for_somebody_not_met_yet(self):
+        network = Network()
+        alice = network.join("alice")
+        bob = network.join("bob", room="kitchen")
+        mark = bob.identity.fingerprint.hex()[:4]
+        other = "0000" if mark != "0000" else "1111"
+        network.tell(alice, f"bob~{other}", "for another bob")
+        network.wait(70)
+        self.assertEqual(texts(bob), [])
+        self.assertIn("no-such-person", [code for _, code, _ in errors(alice)])
+        network.tell(alice, f"bob~{mark}", "for this one")
+        network.wait(2)
+        self.assertEqual(texts(bob), ["for this one"])
+
+    @settings(QUICK, max_examples=60)
+    @given(st.data())
+    def test_any_order_of_anything(self, data):
+        """Each line arrives once, in order, and is let go of once, whatever happens meanwhile."""
+        network, alice, bob = self.pair(data.draw(st.sampled_from(["lobby", "kitchen"])))
+        store, lines = {}, []
+        log = []
+
+        def note():
+            network._collect(alice)
+            for event in alice.log:
+                if event["event"] == "_kept":
+                    self.assertNotIn(event["message"].id, store)
+                    store[event["message"].id] = event["message"]
+                elif event["event"] == "_unkept":
+                    del store[event["id"]]
+            log.extend(alice.log)
+            alice.log.clear()
+
+        steps = ["tell", "tell", "tell", "up", "down", "run", "wait", "drop a", "drop b", "back a", "back b", "restart", "relay"]
+        for step in data.draw(st.lists(st.sampled_from(steps), max_size=25)):
+            act, _, which = step.partition(" ")
+            person = bob if which == "b" else alice
+            if act == "tell":
+                lines.append(str(len(lines)))
+                network.tell(alice, "bob", lines[-1])
+            elif act == "up":
+                network.up(alice)
+            elif act == "down":
+                network.down(bob, 1)
+            elif act == "run":
+                network.run()
+            elif act == "wait":
+                network.wait(data.draw(st.sampled_from([0.1, 1, 100])))
+            elif act == "drop" and person in network.links:
+                network.drop(person)
+            elif act == "back" and person not in network.links:
+                network.connect(person)
+            elif act == "relay":
+                network.restart_relay()
+            elif act == "restart":
+                note()
+                alice = self.again(network, alice, *store.values())
+            note()
+        for person in (alice, bob):
+            if person not in network.links:
+                network.connect(person)
+                network.run()
+        network.wait(20)
+        note()
+        self.assertEqual(texts(bob), lines)
+        self.assertEqual(store, {})
+        self.assertEqual([e for e in log if e["event"] in ("undelivered", "error")], [])
+        answered = [e for e in log if e["event"] in ("sent", "queued")]
+        self.assertEqual(len(answered), len(lines))
+        self.assertEqual(errors(bob), [])
 
 
 # ==================================================================================================

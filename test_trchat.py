@@ -7410,7 +7410,7 @@ class HandOverTest(RulesCase):
     def test_a_hand_over_that_never_was_is_refused(self):
         network, alice, bob, mallory = self.people("alice bob mallory")
         for successor in (mallory, bob, alice):
-            network.now += 6
+            network.wait(6)
             kept = bob.rooms["lobby"].last_id
             clear(alice, bob)
             for victim in (alice, bob):
@@ -7426,7 +7426,7 @@ class HandOverTest(RulesCase):
         network, mallory, bob, carol = self.people("mallory bob carol")
         outsider = network.join("dave", room="other")
         for successor in (outsider.identity.fingerprint, os.urandom(32)):
-            network.now += 6
+            network.wait(6)
             clear(bob)
             kept = bob.rooms["lobby"].last_id
             hostile_rules(network, mallory, bob, successor)
@@ -8279,7 +8279,7 @@ class TimerTest(RulesCase):
         network, alice, mallory = self.people("alice mallory")
         person = mallory.directory.find("alice")
         for seconds in (trchat.LIFETIME_MOST + 1, (1 << 32) - 1):
-            network.now += 6
+            network.wait(6)
             mallory.directory.send(person, trchat.TIMER, seconds)
             network.run()
         self.assertEqual((alice.messages.lifetimes, news(alice, "disappear")), ({}, []))
@@ -8775,7 +8775,7 @@ class HostileRulesTest(RulesCase):
         kept = alice.rooms["lobby"].last_id
         for name, change in changes.items():
             with self.subTest(name):
-                network.now += 6
+                network.wait(6)
                 clear(alice)
                 hostile_rules(network, mallory, alice, change=change)
                 self.assertEqual([code for _, code, _ in errors(alice)], ["protocol"])
@@ -8794,7 +8794,7 @@ class HostileRulesTest(RulesCase):
             {"topic": "mine"}, {"lock": trchat.CONTACTS_ONLY}, {"lifetime": 5},
             {"bans": {key: wall + 60}}, {"mutes": {key: 0}},
         ):  # fmt: skip
-            network.now += 6
+            network.wait(6)
             clear(alice, bob)
             for victim in (alice, bob):
                 hostile_rules(network, mallory, victim, **fields)
@@ -8890,7 +8890,7 @@ class HostileRulesTest(RulesCase):
             trchat.encode_content(trchat.TIMER, 5), trchat.encode_content(trchat.AWAY, "lunch"),
             trchat.encode_content(trchat.REMOVED, "lobby", trchat.KICKED),
         ):  # fmt: skip
-            network.now += 6
+            network.wait(6)
             clear(alice)
             _, payload = room.epoch.seal(mallory.keys, content)
             mallory.send_bytes(trchat.encode_data(room.id, mallory.id, payload))
@@ -8910,7 +8910,7 @@ class HostileRulesTest(RulesCase):
                if p is alice and way == "down" and k == trchat.DATA]  # fmt: skip
         clear(alice)
         for frame in old:
-            network.now += 6
+            network.wait(6)
             network.inject(alice, frame)
         self.assertEqual(list(alice.messages.lifetimes.values()), [0])
         self.assertEqual(news(alice, "disappear"), [])

@@ -8349,6 +8349,14 @@ class PresenceTest(RulesCase):
         network.wait(2)
         self.assertEqual(news(alice, "away"), [])
 
+    def test_who_talks_to_nobody_does_not_take_the_server_for_dead(self):
+        network, alice = self.people("alice")
+        for number in range(12):
+            network.say(alice, f"echo {number}")
+            network.wait(20)
+        self.assertIn(alice, network.links)
+        self.assertEqual(alice.broken, "")
+
     def test_whois(self):
         network, alice, bob = self.people("alice bob")
         bob.join("kitchen"), network.wait(1), alice.join("kitchen"), network.wait(1)
@@ -8775,6 +8783,7 @@ class HostileRulesTest(RulesCase):
         kept = alice.rooms["lobby"].last_id
         for name, change in changes.items():
             with self.subTest(name):
+                network.say(alice, "what are you doing?")
                 network.wait(6)
                 clear(alice)
                 hostile_rules(network, mallory, alice, change=change)

@@ -2748,10 +2748,12 @@ class RoomKeeper:
         ):
             for fingerprint in [*before, *(f for f in after if f not in before)]:
                 name, until = self.machine.directory.name_of(fingerprint), after.get(fingerprint)
-                if before.get(fingerprint) == until:
+                over = until is None and 0 < before[fingerprint] <= wall
+                if before.get(fingerprint) == until or over:
                     continue
                 act = undone if until is None else done
-                span = f" for {short_duration(round((until - wall) / 60) * 60)}" if until else ""
+                left = until - wall if until else 0
+                span = f" for {short_duration(round(left / 60) * 60 or round(left))}" if until else ""
                 text = f"{said.roster[0].name} {act} {name}{span} in #{self.name}."
                 news.append((text, {"name": name, "until": until}))
         return news

@@ -2209,11 +2209,13 @@ class Admission:
         return True
 
     def admit(self, name: str, now: float) -> None:
+        self.room.require_admin()
         person = self._find_request(name)
         self.admitted.add(person.fingerprint)
         self.consider(person, now)
 
     def refuse(self, name: str) -> None:
+        self.room.require_admin()
         person = self._find_request(name)
         del self.requests[person.fingerprint]
         self.removed.add(person.hash)

@@ -3211,7 +3211,9 @@ class Messages:
         if room.waiting and room.can_send(self.machine.now):
             waiting, room.waiting = room.waiting, []
             for message in waiting:
-                if message.id in self.delivery.open:
+                if room.admission.is_muted(room.own):
+                    self.delivery.give_up(message)
+                elif message.id in self.delivery.open:
                     self._send_waiting(room, message)
 
     def _send_waiting(self, room: RoomKeeper, message: Outgoing) -> None:

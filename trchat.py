@@ -2324,6 +2324,9 @@ class Succession:
         self.refused[person.fingerprint] = times + 1
         if times < REFUSED_MOST:
             self.room.machine.directory.greet(person, again=True)
+        elif times == REFUSED_MOST:
+            text = f"{person.name} has another #{self.room.name} than ours (a fork)."
+            self.room.machine.alarm(text, "Compare /names with the others.")
 
     def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
         in_turn = is_next_admin(self.room.last.ranks(), person.fingerprint, self.room.present())

@@ -2702,6 +2702,8 @@ class RoomKeeper:
         here = {person.hash for person in self.members.values() if person is not None}
         stayed = {member.fingerprint for member in said.roster}
         for member in before.roster if before else []:
+            if said.roster[0].fingerprint == self.own and member.bundle not in self.admission.removed:
+                continue
             if member.bundle in here and member.fingerprint not in stayed:
                 self.admission.earlier.discard(member.fingerprint)
                 if member.fingerprint not in said.rules.bans:

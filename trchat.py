@@ -3164,13 +3164,21 @@ class Messages:
     def restore(self, message: Outgoing) -> None:
         """Takes in a message of the outbox, from an earlier run or another connection."""
         ((fingerprint, name),) = message.pending.items()
-        age = self.machine.wall_clock() - message.created
-        message.deadline = self.machine.now + self.outbox_seconds - age
+        self._set_deadline(message)
         message.kept = message.answered = True
         self.machine.directory.names.setdefault(fingerprint, name)
         self.delivery.add(message)
         self._send_or_owe(message, fingerprint)
         self._ask_for(fingerprint)
+
+    def _set_deadline(self, message: Outgoing) -> None:
+        age = self.machine.wall_clock() - message.created
+        message.deadline = self.machine.now + self.outbox_seconds - age
+
+    def connection_made(self) -> None:
+        """What was restored before the first connection had no time to count from."""
+        for message in self.delivery.kept.values():
+            self._set_deadline(message)
 
     def _ask_for(self, fingerprint: bytes) -> None:
         """Has the server say when somebody comes, if they are not here."""
@@ -3891,6 +3899,7 @@ class ClientMachine:
         self.now = now
         self._reset()
         self.phase, self.server, self.server_address = "greeting", server, address
+        self.messages.connection_made()
 
     def connection_lost(self, now: float) -> None:
         self.now = now

@@ -2953,9 +2953,9 @@ class Delivery:
             for fingerprint in message.pending:
                 self.owe(message, fingerprint)
 
-    def postpone(self, seconds: float) -> None:
+    def postpone(self, seconds: float, looked_up=()) -> None:
         """The time without a connection does not count."""
-        for message in self.open.values():
+        for message in [*self.open.values(), *looked_up]:
             message.deadline += seconds
 
     def next_deadline(self):
@@ -3986,7 +3986,8 @@ class ClientMachine:
             raise RemoteProtocolError("The server's welcome came at the wrong time.")
         self.phase, self.id = "online", number
         if self.lost_at is not None:
-            self.messages.delivery.postpone(self.now - self.lost_at)
+            looked_up = itertools.chain(*self.messages._lookups.values())
+            self.messages.delivery.postpone(self.now - self.lost_at, looked_up)
             self.lost_at = None
         self.was_online = True
         self.emit("_online")

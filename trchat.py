@@ -2991,6 +2991,7 @@ class Messages:
         self.machine = machine
         self.delivery = Delivery(machine.emit)
         self._lookups: dict = {}  # name -> [Outgoing] for somebody not yet looked up
+        self._marks: dict = {}  # id -> mark of whom it is for
         self._answers: dict = {}  # id -> answer, None while a look-up decides on it
         self.lifetimes: dict = {}  # fingerprint -> seconds that direct messages may be kept
         self.outbox_seconds = OUTBOX_SECONDS
@@ -3031,8 +3032,13 @@ class Messages:
 
     def person_found(self, person) -> None:
         """Somebody who was looked up by name is here: from now on it is owed to their key."""
+        found, others = [], []
         for message in self._lookups.pop(person.name, ()):
+            fits = person.fingerprint.hex().startswith(self._marks.pop(message.id, ""))
+            (found if fits else others).append(message)
+        for message in found:
             self._owe_found(message, person.fingerprint, person.name)
+        self._report_absent(person.name, others)
 
     def say(self, room_name: str, text: str, kind: int = SAID) -> None:
         """Sends text to a room; answered by `sent` or `queued`."""
@@ -3132,7 +3138,7 @@ class Messages:
     def tell(self, name: str, text: str, kind: int = SAID) -> None:
         """Sends text to one person; answered by `sent` or `queued`, or an error."""
         message = self._new_message("", text, kind)
-        directory, (wanted, _) = self.machine.directory, split_mark(name)
+        directory, (wanted, mark) = self.machine.directory, split_mark(name)
         person, contact = directory.find(name), directory.find_contact(name)
         if wanted == self.machine.name:
             raise ChatError("That is you.", "/names shows who else is here.", "no-such-person")
@@ -3144,7 +3150,7 @@ class Messages:
             self._send_direct(message, contact, wanted)
             self._ask_for(contact)
         else:
-            self._look_up(check_name(wanted), message)
+            self._look_up(check_name(wanted), message, mark)
         self.machine.settle()
 
     def _send_direct(self, message: Outgoing, fingerprint: bytes, name: str) -> None:
@@ -3187,17 +3193,18 @@ class Messages:
             for name in self.machine.directory.names_of(fingerprint):
                 self.machine.send_frame(LOOKUP, name)
 
-    def _look_up(self, name: str, message: Outgoing) -> None:
+    def _look_up(self, name: str, message: Outgoing, mark: str) -> None:
         """For somebody not met on this connection: the server is asked for the name."""
         known = self.machine.directory.known.get(name)
         if self.machine.phase == "online":
             self._answers[message.id] = None
             self.machine.send_frame(LOOKUP, name)
-        elif known is not None and name not in self._lookups:
+        elif known is not None and name not in self._lookups and known.hex().startswith(mark):
             self.machine.directory.names.setdefault(known, name)
             self._owe_found(message, known, name)
             return
         self._lookups.setdefault(name, []).append(message)
+        self._marks[message.id] = mark
         if self.machine.phase != "online":
             message.pending = {b"": name}  # whose key we shall learn
             self._answer(message, "queued")
@@ -3440,6 +3447,44 @@ class Reception:
             person.unacknowledged.clear()
             person.acked_at = self.machine.now
             del self._to_acknowledge[person]
+
+    def content_ack(self, person, entries: list) -> None:
+        for stream, count, missing in entries:
+            key = person.hash if stream == DIRECT_STREAM else stream
+            self.delivery.acknowledge(person.fingerprint, key, count, missing)
+
+    def on_absent(self, name: str) -> None:
+        """The server knows nobody of this name."""
+        self._report_absent(name, self._lookups.pop(name, []))
+
+    def _report_absent(self, name: str, messages: list) -> None:
+        for message in messages:
+            self._marks.pop(message.id, None)
+            self._answers.pop(message.id, None)
+            shown = one_line(name)[:40]
+            text = f"{shown} is not on this server, and no contact for whom it could wait."
+            self.machine.emit("error", code="no-such-person", text=f"{text} /names shows who is.")
+            if message.answered:
+                self.machine.emit("undelivered", id=message.id.hex(), to=[name])
+        self._give_answers()
+
+    def expire(self, now: float) -> None:
+        """Reports what was not confirmed, or whose reader was not found, in time."""
+        self.delivery.expire(now)
+        for name, messages in list(self._lookups.items()):
+            if messages[0].deadline <= now:
+                self.on_absent(name)
+
+    def unfinished(self) -> bool:
+        """Whether something typed has neither arrived nor been reported."""
+        return bool(self.delivery.open or self._lookups or self.delivery.in_flight())
+
+    def give_up(self) -> None:
+        """Reports all that is not confirmed, before leaving."""
+        for message in list(self.delivery.open.values()):
+            self.delivery.give_up(message)
+        for name in list(self._lookups):
+            self.on_absent(name)
 
 
 # ==================================================================================================

@@ -3633,6 +3633,8 @@ class Directory:
         people = [p for p in self.people.values() if p.fingerprint.hex().startswith(mark)]
         contact = self.trust.names.get(wanted)
         found = [p for p in people if p.name == wanted]
+        if contact is not None and not mark:
+            found = [p for p in found if p.fingerprint == contact or p.key_changed]
         found = found or [p for p in people if p.fingerprint == contact]
         return found[-1] if found else None
 

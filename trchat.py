@@ -3686,7 +3686,7 @@ class Directory:
         like = like or self.trust.lookalike(person.name, person.fingerprint)
         if skeleton == name_skeleton(self.machine.name):
             like = self.machine.name
-        if like:
+        if like and self.trust.names.get(person.name) != person.fingerprint:
             mark = person.fingerprint.hex()[:4]
             whom = "you" if like == self.machine.name else f"the {like} whom you know"
             text = f"{person.name}~{mark} is not {whom}, only alike in name."

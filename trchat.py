@@ -4541,8 +4541,11 @@ class Conversations:
 
     def find(self, text: str) -> Conversation:
         """By place (1 is the first), title or name; ChatError if there is none."""
-        if text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= len(self.all):
+        if text.isascii() and text.isdigit() and len(text) < 5 and 1 <= int(text) <= len(self.all):
             return self.all[int(text) - 1]
+        for conversation in self.all:
+            if text.casefold() == conversation.title.casefold():
+                return conversation
         for conversation in self.all:
             if text.lstrip("#@").casefold() == conversation.target.lstrip("#").casefold():
                 return conversation

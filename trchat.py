@@ -3963,8 +3963,6 @@ class ClientMachine:
 
     def take_output(self) -> bytes:
         output, self._output = b"".join(self._output), []
-        if output:
-            self.sent_at = self.now
         return output
 
     def send_frame(self, kind: int, *values) -> None:

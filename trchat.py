@@ -3369,7 +3369,7 @@ class Reception:
     def _pass_over(self, person, sequence: int) -> None:
         """A direct message of somebody blocked: not shown, and not confirmed either."""
         state = person.streams.setdefault(DIRECT_STREAM, [0, []])
-        state[1] = [*state[1], *range(state[0], sequence + 1)][-MAX_SKIPPED_KEYS:]
+        state[1] = [*state[1], *range(state[0], sequence + 1)][-0x7FFF:]
         state[0] = sequence + 1
 
     def _was_member(self, room: str, person) -> bool:

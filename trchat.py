@@ -4031,7 +4031,7 @@ class ClientMachine:
             raise RemoteProtocolError("The server's welcome came at the wrong time.")
         self.phase, self.id = "online", number
         if self.lost_at is not None:
-            looked_up = itertools.chain(*self.messages._lookups.values())
+            looked_up = [m for found in self.messages._lookups.values() for m in found]
             self.messages.delivery.postpone(self.now - self.lost_at, looked_up)
             self.lost_at = None
         self.was_online = True

@@ -5835,7 +5835,7 @@ class Part13ClientMachineTest(MachineTest):
             st.builds(lambda *v: trchat.encode_content(trchat.TEXT, *v), fixed(16), big, big,
                       st.integers(0, 255), room, st.sampled_from([0, 9, (1 << 32) - 1]),
                       st.text(max_size=5)),
-            st.builds(lambda v: trchat.encode_content(trchat.TIMER, v), st.integers(0, (1 << 32) - 1)),
+            st.builds(lambda v: trchat.encode_content(trchat.TIMER, v, v % 2), st.integers(0, (1 << 32) - 1)),
             st.builds(lambda v: trchat.encode_content(trchat.AWAY, v), st.text(max_size=300)),
             st.builds(lambda v: trchat.encode_content(trchat.ACK, v), st.lists(entry, max_size=3)),
             st.builds(lambda v: trchat.encode_content(trchat.FAREWELL, v), st.lists(room, max_size=3)),
@@ -6271,14 +6271,14 @@ class ContactsTest(FileTest):
         self.contacts.block(key_of(2), "bob")
         self.assertEqual(self.names(), ["bob", "bob2"])
         two = key_of(2)
-        self.assertTrue(self.contacts.is_blocked(two))
-        self.assertFalse(self.contacts.is_contact(two) or self.contacts.is_verified(two))
+        entry = self.contacts.by_fingerprint(two)
+        self.assertEqual((entry.blocked, entry.saved, entry.verified), (True, False, False))
         self.contacts.block(two, "bob", True)
         self.assertEqual(self.names(), ["bob", "bob2"])
         self.contacts.block(two, "bob", False)
         self.contacts.block(key_of(3), "eve", False)
         self.assertEqual(self.names(), ["bob"])
-        self.assertFalse(self.contacts.is_blocked(two))
+        self.assertIsNone(self.contacts.by_fingerprint(two))
 
     def test_a_blocked_strangers_name_is_given_up_for_a_contact(self):
         self.contacts.block(key_of(2), "bob")
@@ -6303,7 +6303,8 @@ class ContactsTest(FileTest):
         self.contacts.mark_verified(key_of(1), "robert")
         self.assertEqual(self.names(), ["bob", "bob2", "bob3", "bob4"])
         self.assertEqual(self.contacts.find("bob").key, spki(1))
-        self.assertEqual(self.contacts.verified(), {key_of(n) for n in range(1, 5)})
+        verified = {c.fingerprint for c in self.contacts.all() if c.verified}
+        self.assertEqual(verified, {key_of(n) for n in range(1, 5)})
 
     def test_free_names_are_valid_names(self):
         for name in ("x" * 32, ".".join("abcdefghijklmnop"), "." * 31 + "a", "李" * 32):
@@ -6383,25 +6384,6 @@ class ContactsTest(FileTest):
         self.assertEqual(self.contacts.known(key_of(9)), {"n0": key_of(7), "n1": key_of(1), "n2": key_of(2)})
         self.assertEqual(self.contacts.known(key_of(8)), {"other": key_of(5)})
 
-    def test_who_could_be_taken_for_somebody_known(self):
-        self.contacts.add("max", key_of(1))
-        self.contacts.remember(key_of(9), "anna", key_of(2))
-        self.contacts.block(key_of(3), "mallory")
-        looks_like = self.contacts.looks_like
-        self.assertEqual(looks_like("rnax", key_of(4)), "max")
-        self.assertEqual(looks_like("4nna", key_of(4)), "anna")
-        self.assertIsNone(looks_like("anna", key_of(2)))
-        self.assertIsNone(looks_like("max", key_of(1)))
-        self.assertIsNone(looks_like("eve", key_of(4)))
-        self.assertIsNone(looks_like("mallory", key_of(4)), "nobody's friend can be imitated")
-        self.assertEqual(looks_like("anna", key_of(1)), "anna", "a contact under another name")
-        self.contacts.remember(key_of(9), "anna", key_of(5))
-        self.assertEqual(looks_like("anna", key_of(2)), "anna")
-        self.assertIsNone(looks_like("anna", key_of(5)))
-        self.contacts.remember(key_of(8), "max", key_of(6))
-        self.assertIsNone(looks_like("max", key_of(1)), "the contact itself")
-        self.assertEqual(trchat.Contacts(self.store).looks_like("m4x", key_of(6)), "max")
-
     def test_a_snapshot_shares_nothing(self):
         taken = []
         contacts = trchat.Contacts(MemoryStore(), taken.append)
@@ -6433,7 +6415,7 @@ class ContactsTest(FileTest):
         self.assertEqual((bob.fingerprint, bob.key, bob.verified, bob.blocked, bob.saved),
                          (key_of(1), spki(1), False, False, True))  # fmt: skip
         self.assertEqual(other.import_json(exported), ([], ["ann", "bob"]))
-        self.assertTrue(other.is_blocked(key_of(2)))
+        self.assertTrue(other.by_fingerprint(key_of(2)).blocked)
         self.assertEqual(trchat.Contacts(MemoryStore(other.snapshot())).all(), other.all())
 
     def test_what_is_no_export_is_refused_whole(self):
@@ -6493,10 +6475,6 @@ class ContactsTest(FileTest):
         for number in range(6):
             one, other = contacts.by_fingerprint(key_of(number)), loaded.by_fingerprint(key_of(number))
             self.assertEqual(one, other)
-            for name in NAMES:
-                self.assertEqual(
-                    *(c.looks_like(name, key_of(number)) for c in (contacts, loaded))
-                )
 
 
 class ContactsFileTest(FileTest):
@@ -6816,7 +6794,7 @@ def news(person, field):
     return [event[field] for event in events(person, "notice") if field in event]
 
 
-def warnings(person):
+def flagged(person):
     return [event["text"] for event in events(person, "notice") if event.get("warning")]
 
 
@@ -7392,21 +7370,6 @@ class HandOverTest(RulesCase):
                     self.assertEqual(news(victim, "topic"), [])
                     self.assertEqual(victim.rooms["lobby"].admin_name(), "carol")
 
-    def test_who_was_away_does_not_follow_the_former_admin_either(self):
-        """bob missed the hand-over, but knows who is admin now, and that mallory is behind."""
-        network, mallory, bob, carol = self.people("mallory bob carol")
-        network.drop(bob)
-        network.wait(5)
-        self.hand_over(network, mallory, carol)
-        network.connect(bob)
-        network.wait(8)
-        self.assertEqual(bob.rooms["lobby"].admin_name(), "carol")
-        clear(bob)
-        kept = bob.rooms["lobby"].last_id
-        hostile_rules(network, mallory, bob, topic="mine again")
-        self.assertEqual(bob.rooms["lobby"].last_id, kept)
-        self.assert_refused(bob)
-
     def test_a_hand_over_that_never_was_is_refused(self):
         network, alice, bob, mallory = self.people("alice bob mallory")
         for successor in (mallory, bob, alice):
@@ -7692,7 +7655,7 @@ class HandOverTest(RulesCase):
 # --------------------------------------------------------------------------------------------------
 
 
-class OutboxTest(MachineTest):
+class WaitingMessagesTest(MachineTest):
     """alice, whose contact bob is; both in the lobby unless said otherwise."""
 
     BOB = 30
@@ -7790,7 +7753,7 @@ class OutboxTest(MachineTest):
         stranger = network.join("bob", number=40)
         network.wait(100)
         self.assertEqual(texts(stranger), [])
-        self.assertTrue(warnings(alice))
+        self.assertTrue(flagged(alice))
         network.tell(alice, "bob", "for the contact, too")
         network.wait(100)
         self.assertEqual(texts(stranger), [], "a stranger took a contact's name")
@@ -7914,7 +7877,7 @@ class OutboxTest(MachineTest):
                         asked.append((room, moment))
                         return (trchat.fingerprint_text(fingerprint), number) in shown
 
-                    bob.messages.seen_before = seen_before
+                    bob.reception.seen_before = seen_before
                 network.connect(alice), network.connect(bob)
                 network.wait(5)
                 self.assertEqual(texts(bob), [] if receiver_too else ["once"])
@@ -8280,11 +8243,11 @@ class TimerTest(RulesCase):
         person = mallory.directory.find("alice")
         for seconds in (trchat.LIFETIME_MOST + 1, (1 << 32) - 1):
             network.wait(6)
-            mallory.directory.send(person, trchat.TIMER, seconds)
+            mallory.directory.send(person, trchat.TIMER, seconds, 0)
             network.run()
         self.assertEqual((alice.messages.lifetimes, news(alice, "disappear")), ({}, []))
         self.assertEqual([code for _, code, _ in errors(alice)], ["protocol"] * 2)
-        mallory.directory.send(person, trchat.TIMER, trchat.LIFETIME_MOST)
+        mallory.directory.send(person, trchat.TIMER, trchat.LIFETIME_MOST, 0)
         network.run()
         self.assertEqual(news(alice, "disappear"), [trchat.LIFETIME_MOST])
 
@@ -8404,7 +8367,7 @@ class PresenceTest(RulesCase):
                     self.assertEqual(texts(person, "robert"), ["me again"])
                     self.assertEqual([e["name"] for e in events(person, "left")][:1], ["bob"])
                     self.assertEqual([e["name"] for e in events(person, "joined")], ["robert"])
-                    self.assertEqual(warnings(person), [])
+                    self.assertEqual(flagged(person), [])
                 self.assertEqual(sorted(texts(bob)), ["one", "one, alone", "two", "welcome"])
                 self.assert_accounted(alice, ["one", "one, alone", "two"])
                 self.assertEqual(events(alice, "undelivered"), [])
@@ -8426,7 +8389,7 @@ class PresenceTest(RulesCase):
         bob.name = "B0b"
         network.connect(bob)
         network.wait(5)
-        self.assertEqual((warnings(alice), events(alice, "key-changed")), ([], []))
+        self.assertEqual((flagged(alice), events(alice, "key-changed")), ([], []))
 
 
 class TrustTest(RulesCase):
@@ -8444,7 +8407,7 @@ class TrustTest(RulesCase):
                 clear(alice)
                 self.kept_by_nobody(network)
                 stranger = network.join(name, number=number)
-                (warning,) = warnings(alice)
+                (warning,) = flagged(alice)
                 mark = stranger.identity.fingerprint.hex()[:4]
                 self.assertIn(f"{name}~{mark} is not", warning)
                 self.assertIn(like, warning)
@@ -8454,13 +8417,13 @@ class TrustTest(RulesCase):
         clear(alice)
         network.join("dora", number=44)
         walter = network.join("walter", number=50)
-        self.assertEqual(warnings(alice), [], f"{walter.name} is the contact")
+        self.assertEqual(flagged(alice), [], f"{walter.name} is the contact")
 
     def test_a_contacts_very_name_taken_by_a_stranger_is_flagged(self):
         network, alice, bob = self.people("alice bob")
         alice.directory.trust.names["walter"] = pooled_identity(50).fingerprint
         network.join("walter", number=41)
-        self.assertEqual(len(warnings(alice)), 1)
+        self.assertEqual(len(flagged(alice)), 1)
 
     def test_the_ignored_are_neither_shown_nor_told(self):
         network, alice, bob, carol = self.people()
@@ -8896,7 +8859,7 @@ class HostileRulesTest(RulesCase):
         network, alice, mallory = self.people("alice mallory")
         room = mallory.rooms["lobby"]
         for content in (
-            trchat.encode_content(trchat.TIMER, 5), trchat.encode_content(trchat.AWAY, "lunch"),
+            trchat.encode_content(trchat.TIMER, 5, 0), trchat.encode_content(trchat.AWAY, "lunch"),
             trchat.encode_content(trchat.REMOVED, "lobby", trchat.KICKED),
         ):  # fmt: skip
             network.wait(6)
@@ -15477,6 +15440,12 @@ class VaultKeyTest(LogCase):
 LOBBY, BOB = "room:aabbcc:lobby", "direct:ddeeff"
 
 
+def forget_all(history) -> None:
+    for log in history._logs.values():
+        log.remove()
+    history._titles.clear()
+
+
 class HistoryTest(LogCase):
     def setUp(self):
         super().setUp()
@@ -15540,7 +15509,7 @@ class HistoryTest(LogCase):
 
     def test_the_title_takes_one_sector(self):
         for title in ("", "x", "\U0001f600" * 500, '"' * 600, "a" * 433, "\x01" * 90):
-            self.history.remove_all()
+            forget_all(self.history)
             self.history.append(LOBBY, title, entry_of(1))
             found = list(trchat.SealedLog.read(self.history._log(LOBBY)))
             self.assertEqual(found[0][:2], (0, 512))
@@ -15573,7 +15542,7 @@ class HistoryTest(LogCase):
     @given(st.lists(st.text(max_size=12), min_size=1, max_size=6), st.text(min_size=1, max_size=3))
     def test_search_agrees_with_a_plain_one(self, texts, words):
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        self.history.remove_all()
+        forget_all(self.history)
         for number, text in enumerate(texts):
             self.history.append(LOBBY, "#lobby", entry_of(number, text=text or "x"))
         wanted = words.casefold().split()
@@ -15602,10 +15571,6 @@ class HistoryTest(LogCase):
         self.assertEqual(self.opened().conversations(), [(BOB, "bob")])
         self.fill(1)
         self.assertEqual(self.opened().conversations(), [(LOBBY, "#lobby"), (BOB, "bob")])
-        self.history.remove_all()
-        self.assertEqual(os.listdir(self.folder), [])
-        self.fill(1)
-        self.assertEqual(self.opened().conversations(), [(LOBBY, "#lobby")])
 
     def test_expiry_over_all_conversations(self):
         self.fill(3)
@@ -15659,7 +15624,7 @@ class HistoryTest(LogCase):
     @given(st.lists(st.tuples(st.text(max_size=40), st.integers(0, 9999), st.integers(0, 2)), max_size=12))
     def test_cuts_and_additions_in_turn(self, steps):
         """Each step cuts some bytes off the end and adds an entry; whole ones are never lost."""
-        self.opened().remove_all()
+        forget_all(self.opened())
         kept = []  # (end, entry), of those that are whole
         for number, (text, cut, way) in enumerate(steps):
             entry = entry_of(number, text=text.encode("utf-8", "replace").decode() + ".")
@@ -15803,10 +15768,6 @@ class OutboxTest(LogCase):
         self.assertEqual(self.mode_of(self.folder), 0o700)
         self.assertEqual(self.mode_of(self.path), 0o600)
         self.assertNotIn(b"message", self.content())
-        self.outbox.clear()
-        self.assertEqual((self.outbox.entries(), self.opened().entries()), ([], []))
-        self.outbox.add(entries[0])
-        self.assertEqual(self.opened().entries(), entries[:1])
 
     def test_an_entry_is_on_the_disk_before_it_counts(self):
         with mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "broken")):
@@ -15868,7 +15829,9 @@ class OutboxTest(LogCase):
     def test_cut_at_every_byte(self, steps):
         """What is left is what some first steps left; what is added then is there as well."""
         with mock.patch.object(os, "fsync"):
-            self.outbox.clear()
+            for entry in self.outbox.entries():
+                self.outbox.remove(entry["id"])
+            self.outbox._log.remove()
             states = [(0, [])]
             for adds, number in steps:
                 if adds:

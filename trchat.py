@@ -1431,7 +1431,7 @@ CONTENT_FIELDS = {
     FAREWELL: "[s]",  # rooms left on purpose
     REMOVED: "s u8",  # room, why
     VOUCH: "s n8 n32 u32 u64",  # room, invitation id, proof key, uses, expiry
-    TIMER: "u32",  # from now on direct messages disappear after so many seconds (0 = never)
+    TIMER: "u32 u8",  # seconds after which direct messages disappear (0: never), an answer?
     AWAY: "s",  # why the sender is away, "" when back
 }
 # Acknowledged: all of a stream below the count but those missing; a stream is an epoch id, or
@@ -2180,7 +2180,8 @@ class Admission:
 
     def _ask_for(self, person) -> None:
         """A newcomer to a locked room: one is asked, or, with contacts only, they are denied."""
-        if self.rules.lock == CONTACTS_ONLY and not person.key_changed:
+        blocked = person.fingerprint in self.room.machine.directory.trust.blocked
+        if blocked or self.rules.lock == CONTACTS_ONLY and not person.key_changed:
             self.removed.add(person.hash)
             self._tell(person, DENIED)
             return
@@ -2286,11 +2287,22 @@ class Succession:
         number, epoch = self.claims.get(fingerprint, (0, NO_EPOCH))
         return number > 0 and epoch not in self.history and fingerprint not in self.refused
 
-    def receive_epoch(
-        self, person, encoded: bytes, signature: bytes, key: bytes, now: float
-    ) -> None:
-        """An announcement came from `person`; it is installed if that person may make it."""
-        said = consume_announcement(encoded, signature, key, person.bundle)
+    def receive_handed_on(self, bundle, proof: tuple, now: float) -> None:
+        """Somebody hands on how the admin of that bundle handed the room over, before it left."""
+        said, last = decode_announcement(proof[0]), self.room.last
+        if last is not None and said.number <= last.number:
+            return  # it came to us by itself
+        if bundle is None or said.successor == NO_ONE:
+            raise RemoteProtocolError("An announcement came from somebody else than its maker.")
+        self.receive_epoch(self.room.machine.directory.stand_in(bundle), proof, now)
+
+    def receive_epoch(self, person, proof: tuple, now: float) -> None:
+        """An announcement came from `person`; it is installed if that person may make it.
+
+        `proof`: the encoded announcement, its signature, the room key.
+        """
+        encoded = proof[0]
+        said = consume_announcement(*proof, person.bundle)
         if said.room != self.room.name or all(
             m.bundle != self.room.machine.keys.bundle.hash for m in said.roster
         ):
@@ -2304,12 +2316,12 @@ class Succession:
             else:
                 self._refuse_epoch(person, "an epoch that is not newer than ours")
         elif self.room.epoch is not None:
-            self._continue_epoch(person, said, encoded, key, now)
+            self._continue_epoch(person, said, proof, now)
         elif self.room.last is not None:
-            self.held = (person, said, encoded, key)
+            self.held = (person, said, proof)
             self._review_held(now)
         else:
-            self.room.install(said, encoded, key, now)
+            self.room.install(said, proof, now)
 
     def _refuse_epoch(self, person, why: str) -> None:
         self._disregard(person)
@@ -2328,7 +2340,7 @@ class Succession:
             text = f"{person.name} has another #{self.room.name} than ours (a fork)."
             self.room.machine.alarm(text, "Compare /names with the others.")
 
-    def _continue_epoch(self, person, said, encoded: bytes, key: bytes, now: float) -> None:
+    def _continue_epoch(self, person, said, proof: tuple, now: float) -> None:
         in_turn = is_next_admin(self.room.last.ranks(), person.fingerprint, self.room.present())
         resumes = not in_turn and self._outranks_admin(person)
         if not in_turn and not resumes:
@@ -2337,12 +2349,15 @@ class Succession:
         if resumes:
             text = f"{person.name} is admin of #{self.room.name} again."
             self.room.machine.emit("notice", text=text, room=self.room.name)
+        elif said.number > self.room.last.number + 1:
+            text = f"{person.name} went on in #{self.room.name} without you for a moment."
+            self.room.machine.emit("notice", text=text, room=self.room.name, warning=True)
         elif said.previous != self.room.last_id:
             text = (
                 f"{person.name} continued #{self.room.name} from another past than ours (a fork)."
             )
             self.room.machine.alarm(text, "Compare /names with the others.")
-        self.room.install(said, encoded, key, now)
+        self.room.install(said, proof, now)
 
     def _refuse_out_of_turn(self, person) -> None:
         if person.fingerprint not in self.strayed:
@@ -2367,14 +2382,14 @@ class Succession:
         Members ranked before its maker come first: if they are back and know no more than we do,
         they (or we) resume; if they follow it, so do we; those who are gone have had their time.
         """
-        person, said, encoded, key = self.held
+        person, said, proof = self.held
         ranks, present = self.room.last.ranks(), self.room.present()
         rank = ranks.index(person.fingerprint) if person.fingerprint in ranks else len(ranks)
         seniors = [f for f in ranks[:rank] if f != self.room.own]
         loyal = [f for f in seniors if f in present and not self._is_stray(f)]
         stranger = not self._never_put_out(person)
         if self._succeeded(person.fingerprint):
-            self._follow(person, said, encoded, key, rank, now)
+            self._follow(person, said, proof, rank, now)
             return
         witnesses = [f for f in ranks if f != person.fingerprint and self._is_stray(f)]
         if loyal and not witnesses and now < self.room.since + TAKEOVER_SECONDS:
@@ -2388,7 +2403,7 @@ class Succession:
             self._is_stray(f) or f in self.room.gone_on_purpose for f in seniors
         )
         if settled or now >= self.room.since + SETTLE_SECONDS:
-            self._follow(person, said, encoded, key, rank, now)
+            self._follow(person, said, proof, rank, now)
 
     def _succeeded(self, fingerprint: bytes) -> bool:
         """Whether that person, never put out, was once ranked before us: the last admin resumes."""
@@ -2403,12 +2418,12 @@ class Succession:
         self.room.machine.emit("notice", text=text, room=self.room.name, warning=True)
         self.room.review(now)
 
-    def _follow(self, person, said, encoded: bytes, key: bytes, rank: int, now: float) -> None:
+    def _follow(self, person, said, proof: tuple, rank: int, now: float) -> None:
         self.held = ()
         if rank > 0:
             text = f"{person.name} became admin of #{self.room.name} while you were away."
             self.room.machine.emit("notice", text=text, room=self.room.name)
-        self.room.install(said, encoded, key, now)
+        self.room.install(said, proof, now)
         for other in self.room.members.values() if rank > 0 else []:
             if other is not None:
                 self.room.machine.directory.greet(other, again=True)  # they may wait for our word
@@ -2457,6 +2472,7 @@ class RoomKeeper:
         self.stale = False
         self.gone_on_purpose: set = set()
         self.successor = NO_ONE  # to whom the next announcement hands the room
+        self.handover: tuple = ()  # the newest announcement, if it hands the room over
         self.since = self.changed_at = 0.0
         self.rekey_at: float | None = None
         self.rekeyed_at = float("-inf")
@@ -2518,7 +2534,14 @@ class RoomKeeper:
         if self.epoch is not None and person.hash in self.epoch.members:
             self.stale = True
             self._report_left(person)
+            self._hand_on(person)
         self.review(now)
+
+    def _hand_on(self, person) -> None:
+        """Who handed the room over is gone: the heir may not have been told."""
+        heir = self.present().get(self.last.successor)
+        if self.handover and heir and person.fingerprint == self.last.roster[0].fingerprint:
+            self.machine.directory.send(heir, EPOCH, *self.handover)
 
     def _report_left(self, who) -> None:
         if who.fingerprint not in self.left:
@@ -2642,16 +2665,18 @@ class RoomKeeper:
         if self.epoch is not None and not self.is_next(self.last.ranks()):
             self.rekey_at = None
             return
-        said = self._next_announcement()
-        encoded, signature, key = create_announcement(said, self.machine.keys.signer)
+        said, told = self._next_announcement(), self.last
+        before = self.handover if told and told.roster[0].fingerprint != self.own else ()
+        proof = create_announcement(said, self.machine.keys.signer)
         recipients = [p for p in self.present().values() if p and self._is_in(said, p)]
-        self.succession.claims.update(
-            {p.fingerprint: (said.number, epoch_id(encoded)) for p in recipients}
-        )
+        claim = (said.number, epoch_id(proof[0]))
+        self.succession.claims.update({p.fingerprint: claim for p in recipients})
         self.admission.joining.clear()
-        self.install(said, encoded, key, now)
+        self.install(said, proof, now)
         for person in recipients:
-            self.machine.directory.send(person, EPOCH, encoded, signature, key)
+            if before and self._is_in(told, person):  # who may not know how it came to us
+                self.machine.directory.send(person, EPOCH, *before)
+            self.machine.directory.send(person, EPOCH, *proof)
         for person in list(self.present().values()):
             if person is not None and person.fingerprint in self.succession.claims:
                 self.admission.consider(person, now)
@@ -2679,8 +2704,11 @@ class RoomKeeper:
         successor = heirs[0] if heirs else NO_ONE
         return Announcement(self.name, number, self.last_id, roster, rules, successor)
 
-    def install(self, said: Announcement, encoded: bytes, key: bytes, now: float) -> None:
+    def install(self, said: Announcement, proof: tuple, now: float) -> None:
+        """Goes on to an epoch; `proof` is its announcement as it came."""
+        encoded, _, key = proof
         before = self.last
+        self.handover = proof if said.successor != NO_ONE else ()
         early = self.keyring.install(RoomEpoch(said, encoded, key), now)
         self.last, self.last_id = said, self.epoch.id
         self.succession.note_epoch(self.last_id, said)
@@ -2702,7 +2730,8 @@ class RoomKeeper:
         here = {person.hash for person in self.members.values() if person is not None}
         stayed = {member.fingerprint for member in said.roster}
         for member in before.roster if before else []:
-            if said.roster[0].fingerprint == self.own and member.bundle not in self.admission.removed:
+            ours = said.roster[0].fingerprint == self.own
+            if ours and member.bundle not in self.admission.removed:
                 continue
             if member.bundle in here and member.fingerprint not in stayed:
                 self.admission.earlier.discard(member.fingerprint)
@@ -2760,7 +2789,8 @@ class RoomKeeper:
                     continue
                 act = undone if until is None else done
                 left = until - wall if until else 0
-                span = f" for {short_duration(round(left / 60) * 60 or round(left))}" if until else ""
+                left = round(left / 60) * 60 or round(left)
+                span = f" for {short_duration(left)}" if until else ""
                 text = f"{said.roster[0].name} {act} {name}{span} in #{self.name}."
                 news.append((text, {"name": name, "until": until}))
         return news
@@ -2834,6 +2864,7 @@ def lifetime_words(seconds: int) -> str:
 DIRECT_STREAM = bytes(32)  # in acknowledgements: what came through the pairwise session
 OUTBOX_SECONDS = 30 * 86400.0  # how long a direct message waits for a contact who is away
 STREAMS_MOST = 64  # streams remembered at a time
+MISSING_MOST = 0x7FFF  # of a stream, messages known to be missing
 SHOWN_MOST = 65536  # remembered ids of messages that were shown
 
 
@@ -2953,11 +2984,6 @@ class Delivery:
             for fingerprint in message.pending:
                 self.owe(message, fingerprint)
 
-    def postpone(self, seconds: float, looked_up=()) -> None:
-        """The time without a connection does not count."""
-        for message in [*self.open.values(), *looked_up]:
-            message.deadline += seconds
-
     def next_deadline(self):
         times = [m.deadline for m in self.kept.values()]
         if self.open:
@@ -2994,6 +3020,7 @@ class Messages:
         self._marks: dict = {}  # id -> mark of whom it is for
         self._answers: dict = {}  # id -> answer, None while a look-up decides on it
         self.lifetimes: dict = {}  # fingerprint -> seconds that direct messages may be kept
+        self._asked_timers: set = set()  # people who have not answered our wish yet
         self.outbox_seconds = OUTBOX_SECONDS
 
     def connection_lost(self) -> None:
@@ -3177,6 +3204,12 @@ class Messages:
         self._send_or_owe(message, fingerprint)
         self._ask_for(fingerprint)
 
+    def postpone(self, seconds: float) -> None:
+        """The time without a connection does not count."""
+        looked_up = [m for found in self._lookups.values() for m in found]
+        for message in [*self.delivery.open.values(), *looked_up]:
+            message.deadline += seconds
+
     def _set_deadline(self, message: Outgoing) -> None:
         age = self.machine.wall_clock() - message.created
         message.deadline = self.machine.now + self.outbox_seconds - age
@@ -3248,15 +3281,26 @@ class Messages:
         """Agrees with somebody who is here that direct messages disappear after so long."""
         person = self.machine.directory.require(name)
         self._check_key(person)
-        self.machine.directory.send(person, TIMER, seconds)
+        self.machine.directory.send(person, TIMER, seconds, 0)
+        self._asked_timers.add(person)
         self._note_timer(person, seconds, "You")
         self.machine.settle()
 
-    def content_timer(self, person, seconds: int) -> None:
+    def content_timer(self, person, seconds: int, is_answer: int) -> None:
+        """Their wish holds; of two that crossed, the shorter one."""
         if seconds > LIFETIME_MOST:
             raise RemoteProtocolError("Messages were to disappear after too long a time.")
-        if person.fingerprint not in self.machine.directory.trust.blocked:
-            self._note_timer(person, seconds, person.name)
+        if person.fingerprint in self.machine.directory.trust.blocked:
+            return
+        crossed = person in self._asked_timers
+        self._asked_timers.discard(person)
+        if is_answer:
+            return
+        self.machine.directory.send(person, TIMER, seconds, 1)
+        if crossed:
+            ours = self.lifetimes.get(person.fingerprint, 0)
+            seconds = min(seconds or ours, ours or seconds)
+        self._note_timer(person, seconds, person.name)
 
     def _note_timer(self, person, seconds: int, who: str) -> None:
         if self.lifetimes.get(person.fingerprint, 0) == seconds:
@@ -3274,7 +3318,11 @@ class Messages:
 
     def on_absent(self, name: str) -> None:
         """The server knows nobody of this name."""
-        for message in self._lookups.pop(name, ()):
+        self._report_absent(name, self._lookups.pop(name, []))
+
+    def _report_absent(self, name: str, messages: list) -> None:
+        for message in messages:
+            self._marks.pop(message.id, None)
             self._answers.pop(message.id, None)
             shown = one_line(name)[:40]
             text = f"{shown} is not on this server, and no contact for whom it could wait."
@@ -3369,7 +3417,7 @@ class Reception:
     def _pass_over(self, person, sequence: int) -> None:
         """A direct message of somebody blocked: not shown, and not confirmed either."""
         state = person.streams.setdefault(DIRECT_STREAM, [0, []])
-        state[1] = [*state[1], *range(state[0], sequence + 1)][-0x7FFF:]
+        state[1] = [*state[1], *range(state[0], sequence + 1)][-MISSING_MOST:]
         state[0] = sequence + 1
 
     def _was_member(self, room: str, person) -> bool:
@@ -3447,44 +3495,6 @@ class Reception:
             person.unacknowledged.clear()
             person.acked_at = self.machine.now
             del self._to_acknowledge[person]
-
-    def content_ack(self, person, entries: list) -> None:
-        for stream, count, missing in entries:
-            key = person.hash if stream == DIRECT_STREAM else stream
-            self.delivery.acknowledge(person.fingerprint, key, count, missing)
-
-    def on_absent(self, name: str) -> None:
-        """The server knows nobody of this name."""
-        self._report_absent(name, self._lookups.pop(name, []))
-
-    def _report_absent(self, name: str, messages: list) -> None:
-        for message in messages:
-            self._marks.pop(message.id, None)
-            self._answers.pop(message.id, None)
-            shown = one_line(name)[:40]
-            text = f"{shown} is not on this server, and no contact for whom it could wait."
-            self.machine.emit("error", code="no-such-person", text=f"{text} /names shows who is.")
-            if message.answered:
-                self.machine.emit("undelivered", id=message.id.hex(), to=[name])
-        self._give_answers()
-
-    def expire(self, now: float) -> None:
-        """Reports what was not confirmed, or whose reader was not found, in time."""
-        self.delivery.expire(now)
-        for name, messages in list(self._lookups.items()):
-            if messages[0].deadline <= now:
-                self.on_absent(name)
-
-    def unfinished(self) -> bool:
-        """Whether something typed has neither arrived nor been reported."""
-        return bool(self.delivery.open or self._lookups or self.delivery.in_flight())
-
-    def give_up(self) -> None:
-        """Reports all that is not confirmed, before leaving."""
-        for message in list(self.delivery.open.values()):
-            self.delivery.give_up(message)
-        for name in list(self._lookups):
-            self.on_absent(name)
 
 
 # ==================================================================================================
@@ -3592,6 +3602,14 @@ class Directory:
             return member == Member(bundle.fingerprint, bundle.hash, bundle.name)
         others = [self.machine.keys.bundle, *(p.bundle for p in self.people.values())]
         return all(member.fingerprint != b.fingerprint and member.name != b.name for b in others)
+
+    def bundle_of(self, bundle_hash: bytes) -> Bundle | None:
+        """The keys of somebody seen on this connection, who may be gone."""
+        return self._met.get(bundle_hash)
+
+    def stand_in(self, bundle: Bundle) -> Person:
+        """A person who is gone, for what they said before."""
+        return Person(0, bundle)
 
     def begin_sessions(self) -> None:
         """After any input, when it is known which rooms are shared with the newcomers."""
@@ -4031,8 +4049,7 @@ class ClientMachine:
             raise RemoteProtocolError("The server's welcome came at the wrong time.")
         self.phase, self.id = "online", number
         if self.lost_at is not None:
-            looked_up = [m for found in self.messages._lookups.values() for m in found]
-            self.messages.delivery.postpone(self.now - self.lost_at, looked_up)
+            self.messages.postpone(self.now - self.lost_at)
             self.lost_at = None
         self.was_online = True
         self.emit("_online")
@@ -4063,9 +4080,6 @@ class ClientMachine:
                 "notice" if reason == "server-closed" else "error", code=code, text=one_line(text)
             )
         self.broken = one_line(text) or one_line(reason) or "closed"
-
-    def _on_pong(self) -> None:
-        pass
 
     def _on_data(self, destination: int, source: int, payload: bytes) -> None:
         person = self.directory.people.get(source)
@@ -4176,9 +4190,15 @@ class ClientMachine:
                 self._vouch(room, invitation, voucher)
 
     def _content_epoch(self, person: Person, encoded, signature, key) -> None:
-        name = decode_announcement(encoded).room
-        if name in self.rooms and person.id in self.rooms[name].members:
-            self.rooms[name].succession.receive_epoch(person, encoded, signature, key, self.now)
+        said, proof = decode_announcement(encoded), (encoded, signature, key)
+        room = self.rooms.get(said.room)
+        if room is None or person.id not in room.members:
+            return
+        if said.roster[0].bundle == person.hash:
+            room.succession.receive_epoch(person, proof, self.now)
+        else:
+            maker = self.directory.bundle_of(said.roster[0].bundle)
+            room.succession.receive_handed_on(maker, proof, self.now)
 
     def _content_farewell(self, person: Person, names: list) -> None:
         for name in names:
@@ -4281,7 +4301,7 @@ _CLIENT_HANDLERS: dict = {
     GONE: lambda machine, *values: machine.directory.on_gone(*values),
     ABSENT: lambda machine, *values: machine.messages.on_absent(*values),
     CLOSED: ClientMachine._on_closed,
-    PONG: ClientMachine._on_pong,
+    PONG: lambda machine: None,  # that it came is all there is to it
     INVITED: ClientMachine._on_invited,
     ROOMS: ClientMachine._on_rooms,
     DATA: ClientMachine._on_data,
@@ -4556,7 +4576,7 @@ def mentions(text: str, name: str) -> bool:
     start = text.find(name)
     while start >= 0:
         around = text[start - 1 : start] + text[start + len(name) : start + len(name) + 1]
-        if not any(c.isalnum() for c in around):
+        if not any(c.isalnum() or c in "_-" for c in around):
             return True
         start = text.find(name, start + 1)
     return False
@@ -6955,11 +6975,6 @@ class History:
             following += [moment] if moment else []
         return gone, min(following, default=None)
 
-    def remove_all(self) -> None:
-        for log in self._logs.values():
-            log.remove()
-        self._logs, self._titles = {}, {}
-
 
 def _title_record(conversation: str, title: str) -> bytes:
     """Always TITLE_BYTES long: a short title is filled up with spaces, a long one cut."""
@@ -7031,10 +7046,6 @@ class Outbox:
 
     def entries(self) -> list:
         return list(self._waiting.values())
-
-    def clear(self) -> None:
-        self._log.remove()
-        self._waiting, self._places = {}, {}
 
 
 class Storekeeper:
@@ -7257,7 +7268,6 @@ class Contacts:
         self._save = save or store.save
         self._contacts: dict = {}  # fingerprint -> Contact
         self._met: dict = {}  # server -> {name: fingerprint}
-        self._met_looks: dict = {}  # skeleton -> {(server, name)}
         self._written: dict = {}  # fingerprint -> when seen, as last saved
         self.timers: dict = {}  # fingerprint -> seconds that direct messages may be kept
         data = store.load()
@@ -7344,34 +7354,6 @@ class Contacts:
     def all(self) -> list:
         """Everybody, blocked people too, in the order of their names."""
         return sorted(self._contacts.values(), key=lambda c: (c.name.casefold(), c.name))
-
-    def is_contact(self, fingerprint: bytes) -> bool:
-        contact = self._contacts.get(fingerprint)
-        return contact is not None and contact.saved
-
-    def is_blocked(self, fingerprint: bytes) -> bool:
-        contact = self._contacts.get(fingerprint)
-        return contact is not None and contact.blocked
-
-    def is_verified(self, fingerprint: bytes) -> bool:
-        contact = self._contacts.get(fingerprint)
-        return contact is not None and contact.verified
-
-    def verified(self) -> set:
-        return {c.fingerprint for c in self._contacts.values() if c.verified}
-
-    def looks_like(self, name: str, fingerprint: bytes) -> str | None:
-        """The name of a contact, or of somebody met anywhere, whom another key could pass for."""
-        looks, own = name_skeleton(name), self._contacts.get(fingerprint)
-        if own is not None and own.saved and name_skeleton(own.name) == looks:
-            return None
-        for contact in self._contacts.values():
-            other = contact.saved and contact is not own
-            if other and name_skeleton(contact.name) == looks:
-                return contact.name
-        met = sorted(self._met_looks.get(looks, ()))
-        others = [name for server, name in met if self._met[server][name] != fingerprint]
-        return others[0] if others else None
 
     # Changing
 
@@ -7504,7 +7486,6 @@ class Contacts:
 
     def _meet(self, server: bytes, name: str, fingerprint: bytes) -> None:
         self._met.setdefault(server, {})[name] = fingerprint
-        self._met_looks.setdefault(name_skeleton(name), set()).add((server, name))
 
     # Handing on
 
@@ -8388,10 +8369,6 @@ class Connection:
         self._attempt, self._delay = 0, 0.0
         self._retry_at: float | None = None
         self._renaming = False
-
-    @property
-    def is_online(self) -> bool:
-        return self.machine.phase == "online"
 
     def start(self, link: Link) -> None:
         """Goes on with a connection that stands and whose server is the right one."""
@@ -9954,33 +9931,52 @@ def _chat_tail(client, rest: str) -> None:
     count = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 6 else 20
     history, here = client.records.require().history, client.here
     key = client.records.conversation_key(here)
-    client.records.ask(_shower(client, here), history.tail, key, max(1, count))
+    client.records.ask(_shower(client), _looked_up, history, history.tail, key, max(1, count))
 
 
 def _chat_search(client, rest: str) -> None:
-    words = _need(rest, "/search WORDS")
+    words = _need(rest, "/search WORDS, or /search --all WORDS")
     history, here = client.records.require().history, client.here
-    key = client.records.conversation_key(here)
-    client.records.ask(_shower(client, here, words), history.search, key, words)
+    if words.startswith("--all "):
+        show = _shower(client, words[6:])
+        client.records.ask(show, _looked_up, history, _search_all, history, words[6:])
+        return
+    show, key = _shower(client, words), client.records.conversation_key(here)
+    client.records.ask(show, _looked_up, history, history.search, key, words)
 
 
-def _shower(client, conversation: Conversation, words: str = ""):
+def _looked_up(history: History, function, *args) -> tuple:
+    """(entries, how many damaged places there were), in the storage thread."""
+    entries = function(*args)
+    return entries, history.damaged
+
+
+def _search_all(history: History, words: str) -> list:
+    """What is found in all conversations, in the order of time."""
+    found = [entry for key, _ in history.conversations() for entry in history.search(key, words)]
+    return sorted(found, key=lambda entry: entry["time"])[-SEARCH_MOST:]
+
+
+def _shower(client, words: str = ""):
     """Shows what the history gave, as messages of before."""
 
-    def show(entries: list) -> None:
+    def show(outcome: tuple) -> None:
+        entries, damaged = outcome
         for entry in entries:
             fields = {name: entry[name] for name in HISTORY_FIELDS}
-            extra = {"action": True} if entry.get("action") else {}
-            where = {"_window": conversation.number, "_here": conversation is client.here}
-            client.events.publish({"event": "message", **fields, **extra, "history": True, **where})
+            extra = {"action": True} if entry["action"] else {}
+            client.events.publish({"event": "message", **fields, **extra, "history": True})
         found = f"{len(entries)} found for {one_line(words)[:40]}." if words else (
             f"{len(entries)} of before." if entries else "Nothing is kept of this conversation."
         )  # fmt: skip
+        if damaged:
+            found += f" {damaged} damaged places were passed over."
         client.show_notice(found, count=len(entries))
 
     return show
 
 
+SEARCH_MOST = 200
 HISTORY_FIELDS = ("id", "room", "direct", "from", "fingerprint", "verified", "text", "time")
 
 
@@ -10094,7 +10090,7 @@ for _place in (
     ("outbox", "/outbox", "what waits for people who are away", (), _chat_outbox),
     ("cancel", "/cancel ID", "take back what waits", (), _chat_cancel),
     ("tail", "/tail [N]", "what was said before", ("history",), _chat_tail),
-    ("search", "/search WORDS", "find what was said", (), _chat_search),
+    ("search", "/search [--all] WORDS", "find what was said, here or anywhere", (), _chat_search),
     ("export", "/export FILE", "write the conversation to a .txt or .json", (), _chat_export),
     ("clear", "/clear", "forget the conversation on this computer", (), _chat_clear),
     ("set", "/set [KEY VALUE]", "settings; disappear 10m|1h|1d|off for all here", (), _chat_set),
@@ -10614,11 +10610,12 @@ class Terminal:
             if not self._closed:
                 self._input.wake()
 
-    # -- for the one thread that reads
-
     def forget(self) -> None:
-        """Drop the history and the kill buffer."""
-        self._line_editor.forget()
+        """Drop the typed lines of before and the kill buffer."""
+        with self._lock:
+            self._line_editor.forget()
+
+    # -- for the one thread that reads
 
     def read_line(self, prompt="", complete=None, keep=True, remember=True, on_key=None) -> tuple:
         """Read one line: (text, pasted). Raise EOFError or KeyboardInterrupt.
@@ -11245,6 +11242,7 @@ class ChatFace(TerminalFace):
     def _on_cleared(self, event: dict) -> None:
         self._rolls.pop(event["window"], None)
         self._view = Roll()
+        self._terminal.forget()
         self._redraw()
 
     def _redraw(self) -> None:

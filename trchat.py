@@ -2301,8 +2301,8 @@ class Succession:
 
         `proof`: the encoded announcement, its signature, the room key.
         """
-        encoded = proof[0]
-        said = consume_announcement(*proof, person.bundle)
+        encoded, signature, key = proof
+        said = consume_announcement(encoded, signature, key, person.bundle)
         if said.room != self.room.name or all(
             m.bundle != self.room.machine.keys.bundle.hash for m in said.roster
         ):
@@ -8410,11 +8410,11 @@ class Connection:
 
     def _report_back(self) -> None:
         if self._attempt:
-            fields = {"attempt": self._attempt, "delay": self._delay}
+            fields: dict = {"attempt": self._attempt, "delay": self._delay}
             self.chat.handle_event(self, {"event": "reconnected", **fields})
         if self._renaming:
-            fields = {"text": f"You are {self.machine.name}.", "name": self.machine.name}
-            self.chat.handle_event(self, {"event": "notice", **fields})
+            name = {"text": f"You are {self.machine.name}.", "name": self.machine.name}
+            self.chat.handle_event(self, {"event": "notice", **name})
         self._attempt, self._renaming = 0, False
 
     def _attach(self, link: Link) -> None:
@@ -8612,7 +8612,10 @@ class NoRecords:
     def prepare(self, connection, server: bytes) -> None:
         """A server is about to be entered."""
 
-    note = note_internal = prepare
+    def note(self, connection, event: dict) -> None:
+        """A connection has said something."""
+
+    note_internal = note
 
     def expire(self) -> None:
         """Something on disk may be due to be erased."""
@@ -9758,7 +9761,7 @@ CONTACTS_USAGE = (
 def change_contacts(contacts: Contacts, words: list) -> str:
     """Does what the words say; a sentence that says what was done."""
     action, *rest = words
-    changes = {
+    changes: dict = {
         ("add", 2): _add_contact, ("rename", 2): _rename_contact, ("remove", 1): _remove_contact,
         ("block", 1): _block_contact, ("unblock", 1): _unblock_contact,
         ("import", 1): _import_contacts,

@@ -2341,7 +2341,7 @@ class Succession:
             self.room.machine.alarm(text, "Compare /names with the others.")
 
     def _continue_epoch(self, person, said, proof: tuple, now: float) -> None:
-        in_turn = is_next_admin(self.room.last.ranks(), person.fingerprint, self.room.present())
+        in_turn = is_next_admin(self.room.last.ranks(), person.fingerprint, self.room.able())
         resumes = not in_turn and self._outranks_admin(person)
         if not in_turn and not resumes:
             self._refuse_out_of_turn(person)
@@ -2649,7 +2649,15 @@ class RoomKeeper:
             self.announce(now)
 
     def is_next(self, fingerprints: list) -> bool:
-        return is_next_admin(fingerprints, self.own, self.present())
+        return is_next_admin(fingerprints, self.own, self.able())
+
+    def able(self) -> dict:
+        """Those present but for whoever came back without knowing the epoch they were in."""
+        return {f: p for f, p in self.present().items() if p is None or self._may_know(p)}
+
+    def _may_know(self, person) -> bool:
+        claim = self.succession.claims.get(person.fingerprint, (1, NO_EPOCH))
+        return claim[0] > 0 or self.epoch is not None and person.hash in self.epoch.members
 
     def _may_found(self, now: float) -> bool:
         """The first in an empty room founds it, or, much later, whoever is left without a key."""

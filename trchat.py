@@ -8641,6 +8641,7 @@ class ChatRecords(NoRecords):
         self.profile = profile
         self.waiting: dict = {}  # id -> entry of the outbox
         self._unfiled: dict = {}  # id -> own message to somebody whose key is not known yet
+        self._written: Any = None  # set once the newest message of the outbox is on disk
         self._shown: dict = {}  # conversation -> ids that its history holds
         self._started = time.time()
         self._failures: dict = {}  # text -> when it was last said
@@ -8724,6 +8725,8 @@ class ChatRecords(NoRecords):
         entry = _waiting_entry(event["message"])
         self.waiting[entry["id"]] = entry
         self.profile.save(self.profile.outbox.add, entry)
+        written = self._written = threading.Event()
+        self.profile.save(written.set)
         for other in self._chat.connections:
             if other is not connection:
                 other.machine.messages.restore(_waiting_message(entry))
@@ -8748,6 +8751,8 @@ class ChatRecords(NoRecords):
     def note(self, connection, event: dict) -> None:
         """Keeps what was said, if the owner wants that."""
         kind = event["event"]
+        if kind == "queued" and event["_message"].kept:
+            self._written.wait(STORE_SECONDS)  # whoever is told that it is kept may rely on it
         if kind == "delivered":
             message = self._unfiled.pop(event["id"], None)
             if message is not None:

@@ -9086,7 +9086,7 @@ class ChatClient:
             self._guarded_records(connection.on_ready)
         self._guarded_records(self.records.note, connection, event)
         self.vanishing.note(event, time.time())
-        if connection is not self.connections[0]:
+        if connection is not self.first:
             event["server"] = connection.machine.server_address
         self.events.publish(event)
         if kind in ("ready", "request") or kind == "notice" and event.get("room"):

@@ -9052,6 +9052,8 @@ class ChatClient:
                 self.reason = self.reason or connection.reason
                 return
             self.connections.remove(connection)
+            if self.reply_to[:1] == (connection,):
+                self.reply_to = ()
             self._close_conversations(connection)
             text = f"You are no longer on {connection.machine.server_address}."
             self.events.publish({"event": "notice", "text": text, "reason": connection.reason})

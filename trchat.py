@@ -9903,6 +9903,7 @@ def _enter_server(client, options: ConnectOptions, target: Target, link: Link) -
     first = client.first.machine
     machine = ClientMachine(first.identity, "", first.wall_clock, target.token)
     choose_name(machine, options.name or "", first.name, saved)
+    machine.directory.away = client.machine.directory.away
     connection = client.add(machine, target, client.first.chain)
     connection.on_ready = functools.partial(profile.remember_server, connection)
     client.begin(connection, link)

@@ -8895,6 +8895,7 @@ class ChatClient:
         self.connections: list = []
         self.conversations = Conversations()
         self.reply_to: tuple = ()  # (connection, name)
+        self._direct: dict = {}  # (fingerprint, id) of direct messages, on whatever server
         self.reason = ""  # why it ended
         self.leaving = ""
         self.undelivered = 0
@@ -9077,6 +9078,8 @@ class ChatClient:
         if kind.startswith("_"):
             self._guarded_records(self.records.note_internal, connection, event)
             return
+        if kind == "message" and event["direct"] and self._came_before(event):
+            return
         conversation = self._conversation_of(connection, event)
         if conversation is not None:
             event["_window"], event["_here"] = conversation.number, conversation is self.here
@@ -9114,6 +9117,16 @@ class ChatClient:
         else:
             return None
         return self.conversations.open(connection, target)
+
+    def _came_before(self, event: dict) -> bool:
+        """Whether a direct message, which may wait on several servers, came on another one."""
+        key = (event["fingerprint"], event["id"])
+        if key in self._direct:
+            return True
+        self._direct[key] = None
+        while len(self._direct) > SHOWN_MOST:
+            del self._direct[next(iter(self._direct))]
+        return False
 
     def _note_message(self, connection, conversation: Conversation, event: dict) -> None:
         if event["direct"]:

@@ -8836,7 +8836,8 @@ class ChatRecords(NoRecords):
         """Has the storekeeper look something up; `then(result)` runs in the owner thread."""
         post = self._chat.inbox.post
         answer = functools.partial(post, self._chat.guarded, then)
-        self.profile.keeper.post(function, *args, then=answer, failed=self.profile.failed)
+        failed = functools.partial(post, self._chat.show_error)
+        self.profile.keeper.post(function, *args, then=answer, failed=failed)
 
 
 STORE_SECONDS = 5.0  # how long the end of a chat waits for a slow disk

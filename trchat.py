@@ -10034,9 +10034,15 @@ def _export_history(history: History, key: str, path: str) -> int:
     if path.endswith(".json"):
         write_json(path, entries)
     else:
-        lines = [f"{e['time']} {e['from']}: {printable(e['text'])}\n" for e in entries]
-        write_file(path, "".join(lines).encode("utf-8"))
+        write_file(path, "".join(map(_export_line, entries)).encode("utf-8"))
     return len(entries)
+
+
+def _export_line(entry: dict) -> str:
+    """An entry as text; further lines of it stand under the first, so that none looks like another."""
+    who = f"* {entry['from']} " if entry["action"] else f"{entry['from']}: "
+    text = printable(entry["text"]).replace("\n", "\n    ")
+    return f"{entry['time']} {who}{text}\n"
 
 
 def _chat_clear(client, rest: str) -> None:

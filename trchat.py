@@ -12093,7 +12093,11 @@ def _shell_id(session: Session) -> int:
         return _export_certificate(session, pair)  # it is no secret: no passphrase is asked
     identity = load_identity(session.paths, session.ask_passphrase)[0]
     if action == "passphrase":
-        return _change_passphrase(session)
+        lock = ProfileLock(session.paths, "client")  # a chat would write its contacts as before
+        try:
+            return _change_passphrase(session)
+        finally:
+            lock.release()
     if action == "export":
         return _export_certificate(session, pair)
     return _show_identity(session, pair, identity)

@@ -12479,7 +12479,7 @@ def _finish_output() -> None:
 def _run(words: list) -> int:
     if not words and sys.stdin.isatty():
         return run_menu(Session(_menu_arguments()))
-    arguments = make_parser().parse_args(words)
+    arguments = _parse(words)
     session = Session(arguments)
     if arguments.command:
         return COMMANDS[arguments.command].shell.run(session)
@@ -12488,6 +12488,19 @@ def _run(words: list) -> int:
     raise UsageError(
         f"no command was given, and nobody is there for the menu; see {PROGRAM} --help"
     )
+
+
+def _parse(words: list):
+    """The arguments; options may also stand between the words of a command."""
+    parser = make_parser()
+    arguments, late = parser.parse_known_args(words)
+    if late and not late[0].startswith("-") and hasattr(arguments, "words"):
+        arguments.words, late = [*arguments.words, *late], []
+    elif len(late) == 1 and not late[0].startswith("-") and getattr(arguments, "text", "") is None:
+        arguments.text, late = late[0], []
+    if late:
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    return arguments
 
 
 def _menu_arguments():

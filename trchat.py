@@ -9850,11 +9850,13 @@ def _chat_contacts(client, rest: str) -> None:
         connection = _connection_of(client, words[1])
         where = (connection.machine.server_address, connection.machine.server)
         contact = contacts.add(words[-1] if len(words) == 3 else name, fingerprint, key, *where)
+        if _presence(client, fingerprint):
+            contacts.seen(fingerprint, where[1], where[0], time.time())
         text = f"{contact.name} is a contact now: what you write waits until they are here."
         client.show_notice(text, name=contact.name)
     elif words[:1] == ["export"] and len(words) == 2:
         client.records.ask(client.show_notice, _export_contacts, contacts.export_json(), words[1])
-    elif words:
+    elif words and words != ["list"]:
         client.show_notice(change_contacts(contacts, words))
     else:
         rows = contact_rows(contacts, lambda fingerprint: _presence(client, fingerprint))

@@ -10110,6 +10110,7 @@ def _chat_wipe(client, rest: str) -> None:
         text = f"This destroys keys, contacts and history of the profile {profile.paths.profile!r}"
         client.show_notice(f"{text} on this computer for good. To do it: /wipe {WIPE_WORD}")
         return
+    ProfileLock(profile.paths, "server").release()  # or there is one: ChatError
     client.wipe = True
     client.begin_leaving("BYE")
 

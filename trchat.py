@@ -9835,7 +9835,11 @@ def _unblock_contact(contacts: Contacts, name: str) -> str:
 
 
 def _import_contacts(contacts: Contacts, path: str) -> str:
-    data = read_json(os.path.expanduser(path), {})
+    path = os.path.abspath(os.path.expanduser(path))
+    data = read_json(path, {})
+    if not data and not os.path.exists(path):
+        raise ChatError(f"No such file: {path}.", "Write where the export lies.", "storage")
+    data.pop("event", None)  # of `contacts export --json`
     added, skipped = contacts.import_json(data)
     text = f"{len(added)} added, {len(skipped)} known already."
     return text + (" Compare /code with each before you trust them." if added else "")

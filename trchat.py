@@ -2796,8 +2796,8 @@ class RoomKeeper:
                 if before.get(fingerprint) == until or over:
                     continue
                 act = undone if until is None else done
-                left = until - wall if until else 0
-                left = round(left / 60) * 60 or round(left)
+                left = max(until - wall, 1) if until else 0
+                left = round(left / 60) * 60 if left > 60 else round(left)
                 span = f" for {short_duration(left)}" if until else ""
                 text = f"{said.roster[0].name} {act} {name}{span} in #{self.name}."
                 news.append((text, {"name": name, "until": until}))

@@ -12018,13 +12018,13 @@ def _run_chat(session: Session, stay: bool) -> int:
 def _shell_send(session: Session) -> int:
     """Exit code 0 only once everybody it was for has confirmed it."""
     given = session.arguments
-    text = sys.stdin.read().rstrip("\n") if given.text is None else given.text
     if given.to and given.room:
         raise UsageError("send: take --to or --room, not both")
+    options = _connect_choices(session)  # may take the first line
+    text = sys.stdin.read().rstrip("\n") if given.text is None else given.text
     session.prepare()
     lock = ProfileLock(session.paths, "client")
     try:
-        options = _connect_choices(session)
         client = open_chat(session.paths, options, session.settings(), session.ask_passphrase)
         if given.to:
             client.target.room = ""  # nobody's room has to change its key for that

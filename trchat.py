@@ -11653,7 +11653,7 @@ class Sending:
 
     def _wait_for_delivery(self) -> None:
         self.outcome = {"id": "", "to": [], "delivered": [], "queued": False}
-        while not self.outcome["delivered"]:
+        while not self.outcome["delivered"] or self.outcome["delivered"] != self.outcome["to"]:
             event = self._next(self._late())
             if event["event"] in ("sent", "queued"):
                 kept = event["_message"].kept
@@ -12038,11 +12038,9 @@ def _send_and_tell(session: Session, sending: Sending, link: Link, text: str) ->
     try:
         sending.run(link, text)
     except ChatError as error:
-        if session.json and sending.outcome:
+        if session.json and sending.outcome.get("id"):
             session.answer("send", sending.outcome, "")
-            say_error(error)
-            return 1
-        raise
+        raise error
     names = ", ".join(sending.outcome["delivered"])
     return session.answer("send", sending.outcome, f"Confirmed by {names}.")
 

@@ -12955,7 +12955,7 @@ class Part22ChatClientTest(NetTest):
 
 
 SCRIPT = os.path.abspath(trchat.__file__)
-PATIENCE = 20.0  # seconds after which waiting counts as failure
+PATIENCE = 8.0  # seconds after which waiting counts as failure
 HEX = r"sha256:[0-9a-f]{64}"
 
 # DESIGN 3.4: exactly these fields, and the ones in the second set where they apply.
@@ -12965,7 +12965,7 @@ FIELDS = {
     "joined": ("name fingerprint room", ""),
     "left": ("name fingerprint room", ""),
     "rekeyed": ("room epoch admin members", ""),
-    "message": ("id room direct from fingerprint verified text time", "history action key_changed"),
+    "message": ("id room direct from fingerprint verified text time", "history action key_changed disappear"),
     "sent": ("id to", ""),
     "queued": ("id to", ""),
     "delivered": ("id by", ""),
@@ -13167,6 +13167,7 @@ class EndToEnd(unittest.TestCase):
                 self.assertIsInstance(event["text"], str)
             elif kind in FIELDS:
                 must, may = (set(words.split()) for words in FIELDS[kind])
+                may |= {"server"} - must  # in events of a further server
                 self.assertEqual(fields - may, must, event)
             else:
                 self.fail(f"an event that the contract does not have: {event}")
@@ -15856,6 +15857,1449 @@ class OutboxTest(LogCase):
         for position in range(len(data)):
             write_bytes(self.path, flipped(data, position, position % 8))
             self.assertEqual(len(self.opened().entries()), 3)
+
+
+# ==================================================================================================
+# Whole programs: several servers, records, people, scripts, windows
+# ==================================================================================================
+
+
+class KeptPerson:
+    """A chat in this process with all that `connect` keeps on disk, and its public events."""
+
+    def __init__(self, home, name, target, number, **more):
+        self.name, self.words = name, ["", "", name]
+        self.paths = trchat.Paths(home, more.get("profile", name))
+        self.paths.make_folders()
+        furnish(self.paths, number)
+        room, pin = more.get("room"), more.get("pin")
+        options = trchat.ConnectOptions(target, name, room, pin, not pin, 0)
+        settings = trchat.load_settings(self.paths, {}, more.get("settings", []))
+        secret = more.get("passphrase", "")
+        self.client = trchat.open_chat(self.paths, options, settings, lambda question: secret)
+        if "clock" in more:
+            self.client.first.machine.wall_clock = more["clock"]
+        self.events, self.hidden, self.strays, self._taken = [], [], [], set()
+        self._news = threading.Condition()
+        self._subscription = self.client.events.subscribe()
+        threading.Thread(target=self._routine_read, daemon=True).start()
+        face = trchat.JSONFace(io.StringIO(), io.StringIO())
+        self.client.start(trchat.dial_first(self.client, options, face, None))
+
+    def _routine_read(self):
+        while True:
+            event = self._subscription.get()
+            with self._news:
+                if event is not None and event["event"].startswith("_"):
+                    self.hidden.append(event)
+                elif event is not None:
+                    public = {k: v for k, v in event.items() if not k.startswith("_")}
+                    self.events.append(json.loads(json.dumps(public)))
+                self._news.notify_all()
+            if event is None:
+                return
+
+    def story(self):
+        return "\n".join(["", self.name, *(json.dumps(e)[:300] for e in self.events[-15:])])
+
+    def error_text(self):
+        return ""
+
+    def wait_until(self, condition, what=""):
+        with self._news:
+            if not self._news.wait_for(lambda: condition(self.events), PATIENCE):
+                raise AssertionError(f"{self.name}: it did not come to {what}:{self.story()}")
+
+    def wait_hidden(self, kind):
+        self.wait_until(lambda _: any(e["event"] == kind for e in self.hidden), kind)
+        return next(e for e in self.hidden if e["event"] == kind)
+
+    def wait_for(self, event, **fields):
+        """The first event of this kind with these fields that was not handed out before."""
+        found = []
+
+        def find(events):
+            found[:] = [
+                (i, e) for i, e in enumerate(events)
+                if i not in self._taken and e["event"] == event
+                and all(e.get(k) == v for k, v in fields.items())
+            ]  # fmt: skip
+            return found
+
+        self.wait_until(find, f"{event} {fields}")
+        self._taken.add(found[0][0])
+        return found[0][1]
+
+    def of(self, event, **fields):
+        return [
+            e for e in list(self.events)
+            if e["event"] == event and all(e.get(k) == v for k, v in fields.items())
+        ]  # fmt: skip
+
+    def texts(self):
+        return [e["text"] for e in self.of("message") if not e.get("history")]
+
+    def type(self, *lines):
+        for line in lines:
+            self.client.call(trchat.execute, self.client, line)
+
+    def say(self, text):
+        self.client.call(trchat.execute, self.client, text, True)
+
+    def ask(self, line, **fields):
+        """What a command answers with: the next notice or error with these fields."""
+        seen, found = len(self.events), []
+        self.type(line)
+
+        def answered(events):
+            found[:] = [e for e in events[seen:] if e["event"] in ("notice", "error")]
+            found[:] = [e for e in found if all(e.get(k) == v for k, v in fields.items())]
+            return found
+
+        self.wait_until(answered, f"an answer to {line}")
+        return found[0]
+
+    def barrier(self):
+        """Waits until all that was typed has been worked through, on disk too."""
+        done = threading.Event()
+        keeper = self.client.records.profile.keeper
+        self.client.call(lambda: keeper.post(lambda: self.client.inbox.post(done.set)))
+        assert done.wait(PATIENCE)
+
+    def leave(self, reason="BYE"):
+        self.client.leave(reason)
+        self.client.ended.wait(PATIENCE)
+        self.wait_until(lambda _: self.of("closed"), "the end")
+
+    end = leave
+
+
+def furnish(paths, number):
+    """Puts a ready-made identity into a profile that has none: making one takes its time."""
+    pair = trchat.KeyPair(paths, "client")
+    if number is None or pair.exists():
+        return
+    from cryptography.hazmat.primitives import serialization
+
+    key, der = client_chain(number)
+    pair.store_key(key, os.environ.get("TRCHAT_PASSPHRASE", ""))
+    certificate = trchat._x509.load_der_x509_certificate(der)
+    trchat.write_file(
+        pair.certificate_path, certificate.public_bytes(serialization.Encoding.PEM)
+    )
+
+
+class KeptTest(EndToEnd):
+    """People with a server in this process, and what they leave on disk."""
+
+    kept_from_before = False  # whether a message waits whose `queued` no test has seen
+    numbers = {"alice": 0, "bob": 1, "carol": 2, "dora": 3, "other": 4}
+
+    def setUp(self):
+        super().setUp()
+        self.profiles = os.path.join(self.home, ".trchat")
+
+    def tearDown(self):
+        for process in self.processes:
+            if isinstance(process, KeptPerson) and not process.client.ended.is_set():
+                process.end("interrupted")
+        super().tearDown()
+
+    def check_answers(self, process):
+        """As elsewhere, but that messages of an earlier run are settled later, too."""
+        answered = [e["id"] for e in process.events if e["event"] in ("sent", "queued")]
+        self.assertEqual(len(answered), len(set(answered)), process.story())
+        known = {
+            e["id"] for p in self.processes for e in p.events if e["event"] in ("sent", "queued")
+        }
+        for event in process.events:
+            if event["event"] in ("delivered", "undelivered") and not self.kept_from_before:
+                self.assertIn(event["id"], known, process.story())
+
+    def serve(self, *args, **more):
+        server = StartedServer(*args, **more)
+        self.addCleanup(server.stop)
+        server.shown = trchat.fingerprint_text(server.fingerprint)
+        return server
+
+    def enter(self, name, server, ready=True, **more):
+        """Somebody with a profile of that name comes in."""
+        number = more.pop("number", self.numbers.get(more.get("profile", name)))
+        target = server if isinstance(server, str) else server.address
+        person = KeptPerson(self.profiles, name, target, number, **more)
+        self.processes.append(person)
+        if ready:
+            person.wait_for("ready")
+        return person
+
+    def gather(self, server, *names):
+        people = []
+        for name in names:
+            people.append(self.enter(name, server))
+            for other in people[:-1]:
+                other.wait_for("joined", name=name)
+        return people
+
+    def befriend(self, server, *names):
+        """The same, and the first has all others as contacts."""
+        first, *others = people = self.gather(server, *names)
+        for other in others:
+            first.wait_until(lambda _, n=other.name: first.client.machine.directory.find(n))
+            first.ask(f"/contacts add {other.name}", name=other.name)
+        return people
+
+    def tail(self, person, line="/tail 100"):
+        """The texts that /tail or /search shows."""
+        seen = len(person.events)
+        count = person.ask(line)["count"]
+        shown = [e for e in person.events[seen:] if e["event"] == "message"]
+        self.assertTrue(all(e["history"] is True for e in shown))
+        self.assertEqual(len(shown), count)
+        return [e["text"] for e in shown]
+
+    def furnish(self, *names):
+        for name in names:
+            paths = trchat.Paths(self.profiles, name)
+            paths.make_folders()
+            furnish(paths, self.numbers[name])
+
+    def path(self, *names):
+        return os.path.join(self.profiles, *names)
+
+    def holding(self, *needles, below=None):
+        """(needle, file) for each text that stands readable in a file or a file's name."""
+        found = []
+        for path in everything_below(below or self.profiles):
+            content = b""
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    content = file.read()
+            content += os.path.basename(path).encode()
+            found += [(n, path) for n in needles if n.encode() in content]
+        return found
+
+    def shell(self, *words, given="", **env):
+        """A shell command in this process: (exit code, stdout, stderr)."""
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        output, errors = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(contextlib.redirect_stdout(output))
+                stack.enter_context(contextlib.redirect_stderr(errors))
+                stack.enter_context(mock.patch.dict(os.environ, env))
+                stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(given)))
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", ResourceWarning)
+                code = trchat.main(["--home", self.profiles, *map(str, words)])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self.assertNotIn("Traceback", errors.getvalue())
+        self.assertNotIn("Internal error", errors.getvalue())
+        return code, output.getvalue(), errors.getvalue()
+
+    def shell_json(self, *words, **more):
+        code, output, errors = self.shell(*words, "--json", **more)
+        self.assertEqual(code, 0, errors)
+        return json.loads(output)
+
+    def assert_shell_refused(self, words, *parts, code=1, **more):
+        result, output, errors = self.shell(*words, **more)
+        self.assertEqual((result, output, errors.count("\n")), (code, "", 1), errors)
+        for part in parts:
+            self.assertIn(part, errors)
+
+
+class SeveralServersTest(KeptTest):
+    def test_two_servers_in_one_chat(self):
+        one, two = self.serve(), self.serve()
+        carol, alice = self.gather(one, "carol", "alice")
+        bob = self.enter("bob", two)
+        closed = closed_port()
+        unknown = alice.ask(f"/connect {two.address}", event="error")
+        self.assertEqual(unknown["code"], "unknown-server")
+        hint = f"/connect {two.address} --pin {two.shown}"
+        self.assertTrue(unknown["text"].endswith(hint), unknown)
+        for line, code in (
+            (f"/connect {two.address} --pin sha256:{'0' * 64}", "pin-mismatch"),
+            (f"/connect 127.0.0.1:{closed} --trust-new", "unreachable"),
+            ("/connect", "usage"), (f"/connect {two.address} --frob", "usage"),
+            (f"/connect {two.address} --pin", "usage"), ("/connect trchat:damaged", "usage"),
+            ("/disconnect", "usage"),
+            (f"/connect {one.address}", "usage"),
+        ):  # fmt: skip
+            self.assertEqual(alice.ask(line, event="error")["code"], code, line)
+        alice.type(hint)
+        ready = alice.wait_for("ready", server=two.address)
+        self.assertEqual((ready["name"], ready["room"]), ("alice", "lobby"))
+        bob.wait_for("joined", name="alice")
+        alice.say("on the second")
+        bob.wait_for("message", text="on the second")
+        self.assertEqual(alice.wait_for("sent")["server"], two.address)
+        self.assertEqual(alice.wait_for("delivered")["server"], two.address)
+        bob.say("to the second")
+        self.assertEqual(alice.wait_for("message", text="to the second")["server"], two.address)
+        rows = alice.ask("/win")["conversations"]
+        self.assertEqual(
+            [(r["place"], r["title"], r["server"], r["current"]) for r in rows],
+            [(1, "#lobby", one.address, False), (2, "#lobby", two.address, True)],
+        )
+        alice.type("/win 1")
+        alice.say("on the first")
+        carol.wait_for("message", text="on the first")
+        self.assertNotIn("server", alice.wait_for("sent"))
+        self.assertEqual((bob.texts(), carol.texts()), (["on the second"], ["on the first"]))
+        alice.type("/msg bob psst")  # from the first: he is found on the second
+        self.assertIs(bob.wait_for("message", text="psst")["direct"], True)
+        self.assertEqual(alice.wait_for("sent")["server"], two.address)
+        self.assertIn("already", alice.ask(f"/connect {two.address}", event="error")["text"])
+        one.stop()
+        self.assertIn(one.address, alice.wait_for("notice", reason="server-closed")["text"])
+        bob.type("/msg alice still there?")
+        alice.wait_for("message", direct=True, server=two.address)
+        alice.type("/reply yes")
+        bob.wait_for("message", text="yes")
+        alice.type("BYE")
+        alice.wait_for("closed", reason="BYE")
+        bob.wait_for("left", name="alice")
+
+    def join_both(self, one, two, name="alice"):
+        person = self.enter(name, one)
+        person.type(f"/connect {two.address} --trust-new")
+        person.wait_for("ready", server=two.address)
+        return person
+
+    def test_one_of_several_connections_ends(self):
+        one, two = self.serve(), self.serve()
+        carol, bob = self.enter("carol", one), self.enter("bob", two)
+        alice = self.join_both(one, two)
+        bob.wait_for("joined", name="alice")
+        bob.type("/msg alice hello")
+        alice.wait_for("message", direct=True)
+        bob.type("/kick alice")
+        ended = alice.wait_for("notice", reason="kicked")
+        self.assertIn(two.address, ended["text"])
+        self.assertEqual(alice.of("closed"), [])
+        [row] = alice.ask("/win")["conversations"]
+        self.assertEqual((row["server"], row["current"]), (one.address, True))
+        alice.say("still in the first")
+        carol.wait_for("message", text="still in the first")
+        answer = alice.ask("/reply are you there?")
+        self.assertEqual(answer["event"], "error", "it cannot arrive, and must not be called queued")
+        self.assertEqual(alice.of("queued"), [])
+
+    def test_the_first_of_several_ends(self):
+        """What is said on the others is marked as before."""
+        one, two = self.serve(), self.serve()
+        carol, bob = self.enter("carol", one), self.enter("bob", two)
+        alice = self.join_both(one, two)
+        carol.wait_for("joined", name="alice")
+        carol.type("/kick alice")
+        alice.wait_for("notice", reason="kicked")
+        bob.wait_for("joined", name="alice")
+        bob.say("hello")
+        self.assertEqual(alice.wait_for("message")["server"], two.address)
+        alice.say("hello yourself")
+        bob.wait_for("message", text="hello yourself")
+        bob.type("/kick alice")
+        alice.wait_for("closed", reason="kicked")
+
+    def test_disconnect(self):
+        one, two = self.serve(), self.serve()
+        bob = self.enter("bob", two)
+        alice = self.join_both(one, two)
+        bob.wait_for("joined", name="alice")
+        alice.say("before")
+        alice.type("/disconnect")
+        bob.wait_for("message", text="before")
+        bob.wait_for("left", name="alice")
+        self.assertIn(two.address, alice.wait_for("notice", reason="BYE")["text"])
+        self.assertEqual(len(alice.ask("/win")["conversations"]), 1)
+        alice.type(f"/connect {two.address}")  # it is known by now
+        alice.wait_for("ready", server=two.address)
+
+    def test_away_is_seen_on_a_later_server(self):
+        one, two = self.serve(), self.serve()
+        bob = self.enter("bob", two)
+        alice = self.enter("alice", one)
+        alice.ask("/away lunch")
+        alice.type(f"/connect {two.address} --trust-new")
+        bob.wait_for("notice", name="alice", away="lunch")
+
+    def test_a_contact_on_both_servers_reads_it_once(self):
+        one, two = self.serve(), self.serve()
+        later = mock.patch.object(trchat, "CLOCK_SKEW", -3600.0)  # as if the chats were older
+        later.start()
+        self.addCleanup(later.stop)
+        bob, alice = self.join_both(one, two, "bob"), self.join_both(one, two)
+        for server in (None, two.address):
+            alice.wait_until(
+                lambda _, s=server: all(
+                    c.machine.directory.find("bob") for c in alice.client.connections
+                )
+            )
+        alice.ask("/contacts add bob", name="bob")
+        alice.type("/msg bob once")
+        sent = alice.wait_for("delivered")
+        alice.type("/msg bob twice")
+        alice.wait_for("delivered")
+        bob.wait_for("message", text="twice")
+        for connection in alice.client.connections:  # whatever goes there comes before this
+            alice.client.call(connection.machine.say, "lobby", "that is all")
+        bob.wait_until(lambda _: bob.texts().count("that is all") == 2)
+        self.assertEqual([e["text"] for e in bob.of("message", id=sent["id"])], ["once"])
+
+    def test_rooms_and_names_of_each(self):
+        one, two = self.serve(), self.serve()
+        bob = self.enter("bob", two, room="den")
+        alice = self.enter("alice", one)
+        alice.type(f"/connect {two.address} --trust-new --name lissy --room den")
+        ready = alice.wait_for("ready", server=two.address)
+        self.assertEqual((ready["name"], ready["room"]), ("lissy", "den"))
+        self.assertEqual([m["name"] for m in alice.ask("/names")["members"]], ["bob", "lissy"])
+        alice.type("/join attic")
+        alice.wait_for("ready", room="attic", server=two.address)
+        alice.type("/win 1")
+        self.assertEqual([m["name"] for m in alice.ask("/names")["members"]], ["alice"])
+        self.assertEqual(alice.ask("/win nowhere")["code"], "usage")
+        alice.type("/win attic", "/win close")
+        alice.wait_for("notice", text="You left #attic.")
+        self.assertEqual(len(alice.ask("/win")["conversations"]), 2)
+        bob.say("to lissy")
+        alice.wait_for("message", text="to lissy")
+
+    def test_in_processes(self):
+        """The same over standard input and output, and with the death of a server."""
+        one, two = self.server("--auth", "open"), self.server("--auth", "open", profile="second")
+        self.furnish("alice", "bob")
+        bob = self.client("bob", two.address, "--trust-new")
+        alice = self.client("alice", one.address, "--trust-new")
+        alice.type(f"/connect {two.address} --pin {two.fingerprint}")
+        alice.wait_for("ready", server=two.address)
+        bob.wait_for("joined", name="alice")
+        one.signal(signal.SIGKILL)
+        alice.wait_for("reconnecting")
+        alice.say("one is dead")
+        bob.wait_for("message", text="one is dead")
+        alice.wait_for("delivered")
+        self.server("--auth", "open", port=one.port)
+        alice.wait_for("reconnected")
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+
+
+class HistoryTest(KeptTest):
+    def test_what_was_said_is_there_after_a_restart(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        alice.say("first\nof two lines")
+        bob.wait_for("message")
+        bob.say("Second")
+        alice.wait_for("message")
+        alice.type("/me nods", "/msg bob between us")
+        bob.wait_for("message", direct=True)
+        bob.type("/msg alice answer")
+        alice.wait_for("message", direct=True)
+        alice.wait_until(lambda _: len(alice.of("delivered")) == 3)
+        before = list(alice.events)
+        room = ["first\nof two lines", "Second", "nods"]
+        self.assertEqual(self.tail(alice), room)
+        self.assertEqual(self.tail(bob), room)
+        self.assertEqual(self.tail(alice, "/tail 2"), room[1:])
+        self.assertEqual(self.tail(alice, "/search sEc"), ["Second"])
+        self.assertEqual(self.tail(alice, "/search two first"), ["first\nof two lines"])
+        self.assertEqual(self.tail(alice, "/search nowhere"), [])
+        self.assertEqual(alice.ask("/search")["code"], "usage")
+        own = next(e for e in alice.events if e.get("history"))
+        self.assertEqual(
+            (own["from"], own["verified"], own["room"], own["direct"], own["fingerprint"]),
+            ("alice", True, "lobby", False, alice.of("ready")[0]["fingerprint"]),
+        )
+        self.assertEqual(own["id"], next(e for e in before if e["event"] == "sent")["id"])
+        self.assertIs(next(e for e in alice.events if e["event"] == "message"
+                           and e["text"] == "nods")["action"], True)  # fmt: skip
+        bob.leave()
+        alice.leave()
+        alice = self.enter("alice", server)
+        self.assertEqual(self.tail(alice), room)
+        alice.type("/msg bob")  # who is not here
+        alice.wait_for("notice", current="bob")
+        self.assertEqual(self.tail(alice), ["between us", "answer"])
+        alice.type("/msg stranger")
+        self.assertEqual(alice.ask("/tail", event="error")["code"], "no-such-person")
+        alice.type("/join elsewhere")
+        alice.wait_for("ready", room="elsewhere")
+        self.assertEqual(self.tail(alice), [])
+
+    def test_nothing_is_kept_if_not_wanted(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        self.assertEqual(alice.ask("/set history off")["settings"], {"history": False})
+        alice.say("not kept")
+        bob.wait_for("message")
+        bob.say("neither")
+        alice.wait_for("message")
+        self.assertEqual(self.tail(alice), [])
+        self.assertEqual(self.tail(bob), ["not kept", "neither"])
+        alice.leave()
+        self.assertEqual(self.shell_json("settings", "history", "--profile", "alice")["settings"],
+                         {"history": {"value": "off", "source": "file"}})  # fmt: skip
+        alice = self.enter("alice", server)
+        alice.say("still not kept")
+        alice.wait_for("delivered")
+        self.assertEqual(self.tail(alice), [])
+
+    def test_export(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        forged = "2026-01-01T00:00:00.000Z carol: forged"
+        bob.say(f"harmless\n{forged}\x1b[2J")
+        message = alice.wait_for("message")
+        alice.type("/me waves")
+        bob.wait_for("message")
+        text, data = os.path.join(self.base, "a.txt"), os.path.join(self.base, "a.json")
+        for path in (text, data):
+            answer = alice.ask(f"/export {path}")
+            self.assertEqual((answer["path"], answer["count"]), (path, 2))
+            self.assertEqual(stat.S_IMODE(os.lstat(path).st_mode), 0o600)
+        with open(text, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+        self.assertEqual(lines[0], f"{message['time']} bob: harmless")
+        self.assertNotIn(forged, [line[: len(forged)] for line in lines], "a line that nobody said")
+        self.assertNotIn("\x1b", "".join(lines))
+        self.assertIn("* alice waves", "".join(lines))
+        with open(data, encoding="utf-8") as file:
+            entries = json.load(file)
+        self.assertEqual([e["text"] for e in entries], [f"harmless\n{forged}\x1b[2J", "waves"])
+        self.assertEqual(entries[0]["id"], message["id"])
+        for _ in range(2):  # each time it is asked for
+            refused = alice.ask(f"/export {data}", event="error")
+            self.assertEqual(refused["code"], "storage")
+            self.assertIn("exists already", refused["text"])
+        nowhere = os.path.join(self.base, "no", "such", "folder.txt")
+        self.assertIn(nowhere, alice.ask(f"/export {nowhere}", event="error")["text"])
+        link = os.path.join(self.base, "link.txt")
+        os.symlink(os.path.join(self.base, "elsewhere"), link)
+        self.assertEqual(alice.ask(f"/export {link}", event="error")["code"], "storage")
+        self.assertEqual(alice.ask("/export", event="error")["code"], "usage")
+
+    def test_clear(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        alice.say("in the room")
+        alice.type("/msg bob alone")
+        bob.wait_for("message", text="alone")
+        alice.wait_until(lambda _: len(alice.of("delivered")) == 2)
+        self.assertIn("#lobby", alice.ask("/clear")["text"])
+        self.assertEqual(self.tail(alice), [])
+        self.assertEqual(self.tail(bob), ["in the room"])
+        alice.say("after")
+        alice.wait_until(lambda _: len(alice.of("delivered")) == 3)
+        self.assertEqual(self.tail(alice), ["after"])
+        alice.type("/msg bob")
+        alice.wait_for("notice", current="bob")
+        self.assertEqual(self.tail(alice), ["alone"])
+
+    def test_a_disk_that_takes_nothing(self):
+        """One sentence, once; and the chat goes on."""
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        folder = self.path("alice", "history")
+        shutil.rmtree(folder)
+        write_bytes(folder, b"")
+        for text in ("one", "two", "three"):
+            alice.say(text)
+            bob.wait_for("message", text=text)
+        alice.barrier()
+        [error] = alice.of("error")
+        self.assertEqual(error["code"], "storage")
+        self.assertIn(folder, error["text"])
+        self.assertEqual(alice.ask("/tail", event="error")["code"], "storage", "it was asked for")
+        alice.leave()
+        self.assertEqual(alice.of("closed")[0]["reason"], "BYE")
+
+    def test_sealed_with_a_passphrase(self):
+        """Texts, people's names and rooms: nothing of it can be read, and all comes back."""
+        text, word = "zebra" + os.urandom(6).hex(), "tourmaline"
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        alice.ask("/contacts add bob " + word, name=word)
+        alice.say(text)
+        bob.wait_for("message")
+        bob.type(f"/msg alice {text}")
+        alice.wait_for("message", direct=True)
+        bob.leave()
+        alice.wait_for("left")
+        alice.type(f"/msg bob {text}")
+        alice.wait_for("queued")
+        alice.leave()
+        mine = self.path("alice")
+        self.assertEqual(self.holding(text, below=mine), [], "sealed in any case")
+        self.assertEqual(len(self.holding(word, below=mine)), 1, "contacts.json is plain")
+        new = {"TRCHAT_NEW_PASSPHRASE": "first"}
+        self.assertEqual(self.shell("id", "passphrase", "--profile", "alice", **new)[0], 0)
+        fingerprint = bob.of("ready")[0]["fingerprint"]
+        secrets = (text, word, "bob", fingerprint[7:])
+        self.assertEqual(self.holding(*secrets, below=mine), [])
+        self.assert_shell_refused(["contacts", "--profile", "alice"], "TRCHAT_PASSPHRASE")
+        both = {"TRCHAT_PASSPHRASE": "first", "TRCHAT_NEW_PASSPHRASE": "second"}
+        self.assertEqual(self.shell("id", "passphrase", "--profile", "alice", **both)[0], 0)
+        self.assertEqual(self.holding(*secrets, below=mine), [])
+        rows = self.shell_json("contacts", "--profile", "alice", TRCHAT_PASSPHRASE="second")
+        self.assertEqual([row["name"] for row in rows["contacts"]], [word])
+        alice = self.enter("alice", server, passphrase="second")
+        self.assertEqual(self.tail(alice), [text])
+        self.assertEqual([row["text"] for row in alice.ask("/outbox")["outbox"]], [text])
+        alice.leave()
+        self.assertEqual(self.holding(*secrets, below=mine), [])
+        both = {"TRCHAT_PASSPHRASE": "second", "TRCHAT_NEW_PASSPHRASE": ""}
+        self.assertEqual(self.shell("id", "passphrase", "--profile", "alice", **both)[0], 0)
+        self.assertEqual(len(self.holding(word, below=mine)), 1, "as plain as before")
+        self.assertEqual(self.holding(text, below=mine), [])
+
+    def test_no_passphrase_while_a_chat_runs(self):
+        """Its contacts would be written as before, which is: readable."""
+        server = self.serve()
+        self.furnish("alice")
+        alice = self.client("alice", server.address, "--trust-new")
+        new = {"TRCHAT_NEW_PASSPHRASE": "first"}
+        self.assert_shell_refused(["id", "passphrase", "--profile", "alice"], "in use", **new)
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+
+
+class DisappearingTest(KeptTest):
+    def records(self, name):
+        """(expiry, whether it was erased) of each record that has an expiry."""
+        found = []
+        for path in glob.glob(self.path(name, "history", "*.log")):
+            with open(path, "rb") as file:
+                data = file.read()
+            for offset, end, expiry in trchat.claimed_records(data):
+                if expiry:
+                    found.append((expiry, not any(data[offset + trchat.RECORD_HEADER.size : end])))
+        return found
+
+    def test_gone_from_both_sides(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        alice.say("this stays")
+        bob.wait_for("message")
+        alice.type("/set disappear 1s")
+        for person in (alice, bob):
+            notice = person.wait_for("notice", disappear=1)
+            self.assertIn("set what is said in #lobby to disappear after 1s.", notice["text"])
+        self.assertEqual(bob.ask("/set disappear off", event="error")["code"], "denied")
+        alice.say("this goes")
+        self.assertEqual(bob.wait_for("message", text="this goes")["disappear"], 1)
+        bob.type("/msg alice", "/set disappear 1s")
+        bob.wait_for("notice", text="You set the messages with alice to disappear after 1s.")
+        alice.wait_for("notice", text="bob set the messages with you to disappear after 1s.")
+        alice.type("/msg bob alone")
+        self.assertEqual(bob.wait_for("message", direct=True)["disappear"], 1)
+        gone = {e["id"] for e in alice.of("sent")[1:]}
+        for person in (alice, bob):
+            person.wait_until(
+                lambda _, p=person: gone == {n for e in p.hidden for n in e.get("ids", ())}
+            )
+            person.barrier()
+            self.assertEqual([erased for _, erased in self.records(person.name)], [True, True])
+        self.assertEqual(self.tail(alice), ["this stays"])
+        bob.type("/win 1")
+        self.assertEqual(self.tail(bob), ["this stays"])
+        alice.type("/set disappear off")
+        self.assertIn("to stay", bob.wait_for("notice", disappear=0)["text"])
+        alice.say("stays again")
+        self.assertNotIn("disappear", bob.wait_for("message", text="stays again"))
+        for line in ("/set disappear", "/set disappear soon", "/set disappear 9999d",
+                     "/set disappear 0"):  # fmt: skip
+            self.assertEqual(alice.ask(line, event="error")["code"], "usage", line)
+
+    def test_what_came_due_meanwhile_is_erased_at_the_next_start(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        alice.type("/set disappear 1d")
+        bob.wait_for("notice", disappear=86400)
+        alice.say("for a day")
+        bob.wait_for("message")
+        bob.leave()
+        alice.leave()
+        self.assertEqual([erased for _, erased in self.records("bob")], [False])
+        alice = self.enter("alice", server)
+        self.assertEqual(self.tail(alice), ["for a day"], "the day is not over")
+        now = time.time()
+        with mock.patch.object(time, "time", lambda: now + 2 * 86400):
+            bob = self.enter("bob", server)
+            bob.barrier()
+            self.assertEqual([erased for _, erased in self.records("bob")], [True])
+            self.assertEqual(self.tail(bob), [])
+
+    def test_the_timer_of_two_people_outlives_the_chat(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        alice.type("/msg bob", "/set disappear 1h")
+        bob.wait_for("notice", disappear=3600)
+        bob.leave()
+        alice.leave()
+        alice, bob = self.gather(server, "alice", "bob")
+        bob.type("/msg alice hello")
+        self.assertEqual(alice.wait_for("message")["disappear"], 3600)
+        alice.type("/msg bob hello")
+        self.assertEqual(bob.wait_for("message")["disappear"], 3600)
+
+
+class OutboxTest(KeptTest):
+    def test_it_waits_until_somebody_comes(self):
+        secret = "okapi" + os.urandom(6).hex()
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left")
+        alice.type(f"/msg bob {secret} 1", f"/msg bob {secret} 2", f"/msg bob {secret} 3")
+        alice.wait_until(lambda _: len(alice.of("queued")) == 3)
+        ids = [e["id"] for e in alice.of("queued")]
+        self.assertEqual(alice.of("queued")[0]["to"], ["bob"])
+        rows = alice.ask("/outbox")["outbox"]
+        self.assertEqual([(r["id"], r["to"], r["text"]) for r in rows],
+                         [(n, "bob", f"{secret} {i}") for i, n in enumerate(ids, 1)])  # fmt: skip
+        self.assertEqual(alice.ask("/cancel zz", event="error")["code"], "usage")
+        self.assertEqual(alice.ask("/cancel", event="error")["code"], "usage")
+        self.assertEqual(alice.ask(f"/cancel {ids[1][:8].upper()}", cancelled=True)["id"], ids[1])
+        alice.leave()
+        self.assertIn("2 of your messages", alice.wait_for("notice", queued=2)["text"])
+        self.assertEqual(alice.of("closed")[0]["reason"], "BYE")
+        self.assertEqual(self.holding(secret), [])
+        alice = self.enter("alice", server)
+        self.assertEqual([r["id"] for r in alice.ask("/outbox")["outbox"]], [ids[0], ids[2]])
+        bob = self.enter("bob", server)
+        for number in (ids[0], ids[2]):
+            bob.wait_for("message", id=number)
+            alice.wait_for("delivered", id=number)
+        self.assertEqual(alice.ask("/outbox")["outbox"], [])
+        bob.leave()
+        alice.leave()
+        bob, alice = self.gather(server, "bob", "alice")
+        alice.type("/msg bob that is all")
+        bob.wait_for("message", text="that is all")
+        alice.wait_for("delivered")
+        self.assertEqual(bob.texts(), ["that is all"], "nothing comes twice")
+        self.assertEqual(alice.ask("/outbox")["outbox"], [])
+
+    def test_somebody_who_is_no_contact(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left")
+        alice.type("/msg bob hello")
+        self.assertEqual(alice.wait_for("error")["code"], "no-such-person")
+        alice.type("/msg nobody hello")
+        self.assertEqual(alice.wait_for("error")["code"], "no-such-person")
+        self.assertEqual(alice.of("queued") + alice.of("undelivered"), [])
+
+    def test_what_waits_too_long_is_reported(self):
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        self.assertEqual(alice.ask("/set outbox 1s")["settings"], {"outbox": 1.0})
+        bob.leave()
+        alice.wait_for("left")
+        alice.type("/msg bob too late")
+        number = alice.wait_for("queued")["id"]
+        alice.wait_for("undelivered", id=number, to=["bob"])
+        self.assertEqual(alice.ask("/outbox")["outbox"], [])
+        alice.ask("/set outbox off")
+        alice.type("/msg bob now or never")
+        alice.wait_for("queued")
+        self.assertEqual(alice.ask("/outbox")["outbox"], [], "nothing is kept any more")
+
+    def test_killed(self):
+        """What was called queued is there after a loss of power, too."""
+        server = self.serve()
+        self.furnish("alice")
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.leave()
+        for turn in range(3):
+            alice = self.client("alice", server.address)
+            alice.type(f"/msg bob {turn}")
+            alice.wait_for("queued")
+            alice.signal(signal.SIGKILL)
+            self.assertEqual(alice.exit_code(), -signal.SIGKILL)
+        alice = self.enter("alice", server)
+        self.assertEqual([r["text"] for r in alice.ask("/outbox")["outbox"]], ["0", "1", "2"])
+        bob = self.enter("bob", server)
+        bob.wait_for("message", text="2")
+        self.assertEqual(bob.texts(), ["0", "1", "2"])
+
+    def test_waiting_on_another_server(self):
+        """A contact who comes on another server than that where it was written."""
+        one, two = self.serve(), self.serve()
+        alice, bob = self.befriend(one, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left")
+        alice.type("/msg bob wherever you are")
+        number = alice.wait_for("queued")["id"]
+        alice.type(f"/connect {two.address} --trust-new")
+        alice.wait_for("ready", server=two.address)
+        bob = self.enter("bob", two)
+        bob.wait_for("message", id=number)
+        alice.wait_for("delivered", id=number)
+
+
+class BackAtOnceTest(NetTest):
+    def test_the_admin_comes_back_before_the_next_one_took_over(self):
+        self.patch(REKEY_GAP=1.0)
+        server = self.serve()
+        alice = self.person(server, "alice", 0)
+        alice.wait("ready")
+        bob = self.person(server, "bob", 1)
+        bob.wait("ready")
+        alice.type("BYE")
+        bob.wait("left", name="alice")
+        alice = self.person(server, "alice", 0)
+        alice.wait("ready", admin="bob")
+        alice.type("back")
+        bob.log.wait(lambda e: e.get("text") == "back")
+
+
+class PeopleTest(KeptTest):
+    def test_contacts_in_the_chat(self):
+        server = self.serve()
+        alice, bob, carol = self.gather(server, "alice", "bob", "carol")
+        self.assertEqual(alice.ask("/contacts")["contacts"], [])
+        alice.ask("/contacts add bob bobby", name="bobby")
+        [row] = alice.ask("/contacts")["contacts"]
+        self.assertEqual(
+            (row["name"], row["fingerprint"], row["verified"], row["blocked"], row["presence"]),
+            ("bobby", bob.of("ready")[0]["fingerprint"], False, False, "here"),
+        )
+        self.assertEqual(row["addresses"], [server.address])
+        self.assertEqual(alice.ask("/contacts list")["contacts"], [row])
+        for line, code in (
+            ("/contacts add bob again", "usage"), ("/contacts add nobody", "no-such-person"),
+            ("/contacts rename bobby", "usage"), ("/contacts rename nobody x", "no-such-person"),
+            ("/contacts remove nobody", "no-such-person"), ("/contacts add carol b0bby", "name-taken"),
+            ("/contacts add dave sha256:zz", "usage"), ("/contacts import /nowhere", "storage"),
+            ("/contacts frob", "usage"),
+        ):  # fmt: skip
+            self.assertEqual(alice.ask(line)["code"], code, line)
+        alice.type("/msg bobby by your name in my list")
+        bob.wait_for("message", text="by your name in my list")
+        alice.ask("/contacts rename bobby robert")
+        path = os.path.join(self.base, "people.json")
+        self.assertIn("1 contacts", alice.ask(f"/contacts export {path}")["text"])
+        self.assertEqual(alice.ask(f"/contacts export {path}", event="error")["code"], "storage")
+        self.assertIn("1 added", carol.ask(f"/contacts import {path}")["text"])
+        self.assertEqual([r["name"] for r in carol.ask("/contacts")["contacts"]], ["robert"])
+        alice.ask("/away a while")
+        bob.wait_for("notice", away="a while")
+        bob.ask("/contacts add alice", name="alice")
+        self.assertEqual(bob.ask("/contacts")["contacts"][0]["presence"], "away")
+        alice.ask("/contacts remove robert")
+        self.assertEqual(alice.ask("/contacts")["contacts"], [])
+
+    def test_contacts_in_the_shell(self):
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.leave()
+        who, shown = ("contacts", "--profile", "alice"), bob.of("ready")[0]["fingerprint"]
+        [row] = self.shell_json(*who)["contacts"]
+        self.assertEqual(set(row), {"name", "fingerprint", "verified", "blocked", "addresses",
+                                    "seen", "presence"})  # fmt: skip
+        self.assertRegex(row["seen"], r"^\d{4}-\d\d-\d\dT")
+        self.assertEqual((row["fingerprint"], row["presence"]), (shown, ""))
+        self.assertIn("bob", self.shell(*who, "list")[1])
+        other = "sha256:" + "ab" * 32
+        for words in (("add", "dave", other), ("rename", "dave", "david"), ("block", "david"),
+                      ("unblock", "david"), ("remove", "bob")):  # fmt: skip
+            code, output, errors = self.shell(*who, *words)
+            self.assertEqual((code, output.count("\n")), (0, 1), errors)
+        self.assertEqual([r["name"] for r in self.shell_json(*who)["contacts"]], ["david"])
+        for action in (("remove", "bob"), ("add", "d4vid", "sha256:" + "cd" * 32), ("frob",),
+                       ("add", "eve", "zz"), ("import", self.path("nowhere"))):  # fmt: skip
+            self.assert_shell_refused([*who, *action], "")
+        for form in ((), ("--json",)):
+            path = self.path("people.json")
+            write_bytes(path, self.shell(*who, "export", *form)[1].encode())
+            profile = "other" + "json" * len(form)
+            furnish_here = trchat.Paths(self.profiles, profile)
+            furnish_here.make_folders()
+            furnish(furnish_here, 4)
+            code, output, errors = self.shell("contacts", "--profile", profile, "import", path)
+            self.assertEqual(code, 0, errors)
+            rows = self.shell_json("contacts", "--profile", profile)["contacts"]
+            self.assertEqual([r["name"] for r in rows], ["david"])
+
+    def test_a_file_to_import_that_is_not_there(self):
+        self.furnish("alice")
+        path = self.path("nowhere.json")
+        self.assert_shell_refused(
+            ["contacts", "--profile", "alice", "import", path], path, "No such file"
+        )
+
+    def test_contacts_are_not_changed_while_a_chat_runs(self):
+        self.furnish("alice")
+        lock = trchat.ProfileLock(trchat.Paths(self.profiles, "alice"), "client")
+        self.addCleanup(lock.release)
+        who = ["contacts", "--profile", "alice"]
+        self.assert_shell_refused([*who, "add", "eve", "sha256:" + "ab" * 32], "in use")
+        self.assertEqual(self.shell(*who)[0], 0, "looking is no harm")
+
+    def test_blocked(self):
+        server = self.serve()
+        alice, bob, carol = self.gather(server, "alice", "bob", "carol")
+        alice.wait_until(lambda _: alice.client.machine.directory.find("bob"))
+        self.assertIs(alice.ask("/block bob")["blocked"], True)
+        bob.say("in the room")
+        bob.type("/msg alice alone")
+        carol.wait_for("message", text="in the room")
+        bob.wait_until(lambda _: len(bob.of("sent")) == 2)
+        carol.say("after that")
+        alice.wait_for("message", text="after that")
+        self.assertEqual(alice.texts(), ["after that"])
+        self.assertEqual(self.tail(alice), ["after that"])
+        alice.type("/msg bob hello")
+        self.assertEqual(alice.wait_for("error")["code"], "denied")
+        [row] = alice.ask("/contacts")["contacts"]
+        self.assertEqual((row["name"], row["blocked"]), ("bob", True))
+        self.assertIs(alice.ask("/whois bob")["blocked"], True)
+        alice.leave()
+        alice = self.enter("alice", server)
+        bob.type("/msg alice still?")
+        bob.wait_until(lambda _: len(bob.of("sent")) == 3)
+        self.assertIs(alice.ask("/unblock bob")["blocked"], False)
+        bob.type("/msg alice now")
+        alice.wait_for("message", text="now")
+        self.assertEqual(alice.texts(), ["now"], "what was said while blocked stays unheard")
+        self.assertEqual(alice.ask("/contacts")["contacts"], [])
+        self.assertEqual(alice.ask("/block nobody")["code"], "no-such-person")
+        self.assertEqual(alice.ask("/block")["code"], "usage")
+
+    def test_ignored(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        self.assertIs(alice.ask("/ignore bob")["ignored"], True)
+        bob.say("unheard")
+        bob.wait_for("delivered")
+        self.assertEqual(alice.ask("/ignore")["names"], ["bob"])
+        self.assertIs(alice.ask("/ignore bob")["ignored"], False)
+        bob.say("heard")
+        alice.wait_for("message", text="heard")
+        self.assertEqual(alice.texts(), ["heard"])
+        self.assertEqual(alice.ask("/ignore nobody")["code"], "no-such-person")
+
+    def test_whois_code_and_verify_from_another_conversation(self):
+        one, two = self.serve(), self.serve()
+        bob = self.enter("bob", two)
+        alice = self.enter("alice", one)
+        alice.type(f"/connect {two.address} --trust-new")
+        alice.wait_for("ready", server=two.address)
+        bob.wait_for("joined", name="alice")
+        alice.type("/win 1")
+        shown = alice.ask("/whois bob")
+        self.assertEqual(
+            (shown["name"], shown["fingerprint"], shown["rooms"], shown["verified"]),
+            ("bob", bob.of("ready")[0]["fingerprint"], ["lobby"], False),
+        )
+        alice.type("/code bob")
+        digits = alice.wait_for("code", verified=False)["digits"]
+        wrong = digits[:-1] + str((int(digits[-1]) + 1) % 10)
+        self.assertIn("not the digits", alice.ask(f"/verify bob {wrong}", event="error")["text"])
+        alice.type(f"/verify bob {digits.replace(' ', '')}")
+        alice.wait_for("code", verified=True)
+        bob.say("hello")
+        self.assertIs(alice.wait_for("message")["verified"], True)
+        alice.leave()
+        alice = self.enter("alice", two)
+        [row] = alice.ask("/contacts")["contacts"]
+        self.assertEqual((row["name"], row["verified"]), ("bob", True))
+
+    def change_of_key(self):
+        """bob is a verified contact of alice's, and comes back with another key."""
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        alice.type("/code bob")
+        alice.type("/verify bob " + alice.wait_for("code")["digits"])
+        alice.wait_for("code", verified=True)
+        bob.leave()
+        alice.wait_for("left")
+        alice.type("/msg bob for the old key only")
+        alice.wait_for("queued")
+        server.call(server.gatekeeper.users.clear)
+        server.call(server.gatekeeper.owners.clear)
+        shutil.rmtree(self.path("bob"))
+        bob = self.enter("bob", server, number=5, ready=False)
+        return server, alice, bob
+
+    def test_a_key_has_changed(self):
+        server, alice, bob = self.change_of_key()
+        changed = alice.wait_for("key-changed", name="bob")
+        self.assertNotEqual(changed["old"], changed["new"])
+        bob.wait_for("notice", room="lobby")  # he has to wait
+        bob.type("/msg alice it is me, really")
+        message = alice.wait_for("message")
+        self.assertEqual((message["key_changed"], message["verified"]), (True, False))
+        alice.type("/msg bob secret")
+        self.assertEqual(alice.wait_for("error")["code"], "key-changed")
+        alice.ask("/accept-key bob")
+        bob.wait_for("ready")
+        alice.wait_for("joined", name="bob")
+        alice.say("welcome back")
+        bob.wait_for("message", text="welcome back")
+        alice.type("/msg bob alone")
+        bob.wait_for("message", text="alone")
+        self.assertEqual(bob.texts(), ["welcome back", "alone"], "nothing meant for the old key")
+        self.assertEqual([e["text"] for e in alice.ask("/outbox")["outbox"]][:1],
+                         ["for the old key only"])  # fmt: skip
+        [row] = alice.ask("/contacts")["contacts"]
+        self.assertEqual((row["fingerprint"], row["verified"]), (changed["new"], False))
+
+    def test_a_stranger_under_the_name_of_a_contact(self):
+        """On another server somebody else may have taken the name: they do not get what is bob's."""
+        one, two = self.serve(), self.serve()
+        alice, bob = self.befriend(one, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left")
+        false = self.enter("bob", two, profile="false", number=6)
+        alice.type(f"/connect {two.address} --trust-new")
+        alice.wait_for("ready", server=two.address)
+        false.wait_for("joined", name="alice")
+        alice.wait_for("notice", name="bob", warning=True)
+        alice.type("/msg bob for my friend alone")
+        alice.wait_until(lambda _: alice.of("queued") or alice.of("error") or alice.of("delivered"))
+        false.type("/msg alice that is all")
+        alice.wait_for("message", direct=True)
+        self.assertEqual(false.texts(), [])
+
+
+class ChosenTest(KeptTest):
+    def setUp(self):
+        super().setUp()
+        self.furnish("alice")
+
+    def value(self, *words, **env):
+        answer = self.shell_json(*words, "settings", "bell", "--profile", "alice", **env)
+        self.assertEqual(answer["event"], "settings")
+        return answer["settings"]["bell"]
+
+    def test_what_is_stronger(self):
+        self.assertEqual(self.value(), {"value": "dm", "source": "default"})
+        code, output, _ = self.shell("settings", "bell", "MENTION", "--profile", "alice")
+        self.assertEqual((code, output[:13]), (0, "bell     ment"))
+        self.assertEqual(self.value(), {"value": "mention", "source": "file"})
+        given = {"TRCHAT_BELL": "all"}
+        self.assertEqual(self.value(**given), {"value": "all", "source": "environment"})
+        self.assertEqual(
+            self.value("--set", "bell=off", **given), {"value": "off", "source": "command line"}
+        )
+        self.assertEqual(self.value("--set", "bell=off", "--set", "bell=dm")["value"], "dm")
+        with open(self.path("alice", "settings.json"), encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"bell": "mention"})
+        rows = self.shell_json("settings", "--profile", "alice")["settings"]
+        self.assertEqual(list(rows), list(trchat.SETTINGS))
+        self.assertEqual(self.shell("settings", "a", "b", "c", "--profile", "alice")[0], 2)
+
+    def test_what_is_refused(self):
+        who = ["--profile", "alice"]
+        for words, parts in (
+            (["settings", "bel"], ["'bel'", "nearest is bell"]),
+            (["settings", "bell", "mentions"], ["'mentions'", "nearest is mention"]),
+            (["settings", "outbox", "soon"], ["'soon'", "30s"]),
+            (["settings", "name", "a b"], ["'a b'"]),
+            (["settings", "--set", "bel=off"], ["--set", "nearest is bell"]),
+            (["settings", "--set", "bell"], ["--set", "KEY=VALUE"]),
+        ):
+            self.assert_shell_refused([*words, *who], *parts)
+        self.assert_shell_refused(["settings", *who], "TRCHAT_BELL", TRCHAT_BELL="loud")
+        self.assertFalse(os.path.exists(self.path("alice", "settings.json")))
+        path = self.path("alice", "settings.json")
+        for content, part in ((b"{", "damaged"), (b'{"bell": 1}', "quotes"), (b"[]", "damaged"),
+                              (b'{"bel": "off"}', "nearest is bell")):  # fmt: skip
+            write_bytes(path, content)
+            self.assert_shell_refused(["settings", *who], path, part)
+            self.assert_shell_refused(["send", "a:1", "x", *who], path, part)
+            with open(path, "rb") as file:
+                self.assertEqual(file.read(), content)
+
+    def test_in_the_chat(self):
+        server = self.serve()
+        alice = self.enter("alice", server, settings=["quiet=on"])
+        self.assertEqual(set(alice.ask("/set")["settings"]), set(trchat.SETTINGS))
+        self.assertEqual(alice.ask("/set bell")["settings"], {"bell": "dm"})
+        self.assertEqual(alice.ask("/set BELL All")["settings"], {"bell": "all"})
+        self.assertEqual(alice.ask("/bell off")["settings"], {"bell": "off"})
+        self.assertEqual(alice.ask("/set color off")["settings"], {"colour": "off"})
+        for line, part in (("/set bel off", "nearest is bell"), ("/set bell of", "nearest is off"),
+                           ("/bell", "/bell off"), ("/quiet maybe", "'maybe'")):  # fmt: skip
+            self.assertIn(part, alice.ask(line, event="error")["text"])
+        self.assertIn("command line", alice.ask("/set quiet")["text"])
+        alice.leave()
+        with open(self.path("alice", "settings.json"), encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"bell": "off", "colour": "off"})
+
+    def test_a_file_that_cannot_be_written(self):
+        server = self.serve()
+        alice = self.enter("alice", server)
+        os.makedirs(self.path("alice", "settings.json", "x"))
+        alice.type("/bell all")
+        self.assertIn("settings.json", alice.wait_for("error", code="storage")["text"])
+        self.assertEqual(alice.ask("/set bell")["settings"], {"bell": "all"}, "for this run")
+
+
+class ScriptsTest(KeptTest):
+    def setUp(self):
+        super().setUp()
+        self.furnish("alice", "dora")
+
+    def send(self, server, *words, profile="dora", name="dora", **more):
+        target = server if isinstance(server, str) else server.address
+        return self.shell("send", target, "--trust-new", "--name", name, "--profile", profile,
+                          *words, **more)  # fmt: skip
+
+    def test_sent_and_confirmed(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        code, output, errors = self.send(server, "dinner is ready")
+        self.assertEqual((code, output, errors), (0, "Confirmed by alice, bob.\n", ""))
+        bob.wait_for("message", text="dinner is ready", direct=False)
+        code, output, _ = self.send(server, "--json", "--to", "bob", given="two\nlines\n")
+        answer = json.loads(output)
+        self.assertEqual(set(answer), {"event", "id", "to", "delivered", "queued"})
+        self.assertEqual((code, answer["event"], answer["to"], answer["delivered"],
+                          answer["queued"]), (0, "send", ["bob"], ["bob"], False))  # fmt: skip
+        message = bob.wait_for("message", text="two\nlines")
+        self.assertEqual((message["id"], message["direct"]), (answer["id"], True))
+        for text in ("/quit", "BYE", "//x", '"quoted"'):
+            self.assertEqual(self.send(server, text)[0], 0)
+            bob.wait_for("message", text=text)
+        bob.type("/join attic")
+        bob.wait_for("ready", room="attic")
+        self.assertEqual(self.send(server, "--room", "#attic", "up here")[:2],
+                         (0, "Confirmed by bob.\n"))  # fmt: skip
+        bob.wait_for("message", room="attic", text="up here")
+
+    def test_not_sent(self):
+        server = self.serve()
+        for words, parts in (
+            (("x", "--wait", "0.5"), ["Nobody else is in #lobby", "--wait"]),
+            (("--to", "nobody", "x"), ["nobody is not on this server"]),
+        ):
+            code, output, errors = self.send(server, *words)
+            self.assertEqual((code, output, errors.count("\n")), (1, "", 1), errors)
+            for part in parts:
+                self.assertIn(part, errors)
+        alice = self.enter("alice", server)
+        for words in (("",), ("x" * (trchat.MAX_TEXT + 1),)):
+            code, output, errors = self.send(server, *words)
+            self.assertEqual((code, output, errors.count("\n")), (1, "", 1), errors)
+        code, output, errors = self.send(server, "x", "--to", "dora")
+        self.assertEqual((code, errors), (1, "trchat: That is you. /names shows who else is here.\n"))
+        self.assertEqual(self.send(server, "x", "--to", "a", "--room", "b")[0], 2)
+        for wait in ("0", "-1", "soon", "nan", "inf"):
+            self.assertEqual(self.send(server, "x", "--wait", wait)[0], 2, wait)
+        code, output, errors = self.send(f"127.0.0.1:{closed_port()}", "x")
+        self.assertEqual((code, errors.count("\n")), (1, 1), errors)
+        lock = trchat.ProfileLock(trchat.Paths(self.profiles, "dora"), "client")
+        self.addCleanup(lock.release)
+        self.assertIn("in use", self.send(server, "x")[2])
+        self.assertEqual(alice.texts(), [])
+
+    def test_errors_in_json(self):
+        server = self.serve()
+        for words, error in ((("--to", "nobody", "x"), "no-such-person"),
+                             (("x", "--wait", "0.5"), "unreachable")):  # fmt: skip
+            code, output, errors = self.send(server, "--json", *words)
+            self.assertEqual((code, errors.count("\n")), (1, 1), errors)
+            events = [json.loads(line) for line in output.splitlines()]
+            self.assertEqual([e.get("code") for e in events if e["event"] == "error"], [error])
+
+    def test_the_target_from_standard_input(self):
+        server = self.serve()
+        alice = self.enter("alice", server)
+        code, output, errors = self.send("-", given=f"{server.address}\nhello\nyou\n")
+        self.assertEqual((code, errors), (0, ""), output)
+        alice.wait_for("message", text="hello\nyou")
+
+    def test_a_contact_who_is_away(self):
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.leave()
+        code, output, errors = self.send(
+            server, "--to", "bob", "--wait", "0.5", "come home", profile="alice", name="alice"
+        )
+        self.assertEqual((code, output, errors.count("\n")), (1, "", 1), errors)
+        self.assertIn("stays queued", errors)
+        code, output, errors = self.send(server, "--to", "bob", "--wait", "0.5", "--json", "now",
+                                         profile="alice", name="alice")  # fmt: skip
+        answer = json.loads(output.splitlines()[0])
+        self.assertEqual((code, answer["queued"], answer["delivered"]), (1, True, []))
+        self.kept_from_before = True
+        bob, alice = self.gather(server, "bob", "alice")
+        bob.wait_for("message", id=answer["id"])
+        self.assertEqual(bob.texts(), ["come home", "now"])
+
+    def test_a_receiver_that_stands_still(self):
+        server = self.serve()
+        alice = self.client("alice", server.address, "--trust-new")
+        bob = self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        code, output, errors = self.send(server, "warm", "--wait", "20")
+        self.assertEqual(code, 0, errors)
+        bob.wait_for("left", name="dora")
+        dora = self.enter("dora", server)
+        alice.stop()
+        words = ("--to", "alice", "--wait", "0.7", "anybody?")
+        dora.leave()
+        code, output, errors = self.send(server, *words)
+        self.assertEqual((code, output, errors.count("\n")), (1, "", 1), errors)
+        self.assertIn("--wait", errors)
+        alice.signal(signal.SIGCONT)
+
+    def test_not_all_have_confirmed(self):
+        """0 only if everybody has it: here one of two stands still until time is up."""
+        server = self.serve()
+        with mock.patch.object(trchat, "CONFIRM_SECONDS", 1.5):
+            alice = self.client("alice", server.address, "--trust-new")
+            bob = self.enter("bob", server)
+            alice.wait_for("joined", name="bob")
+            real, stopped = trchat.send_text, []
+
+            def stop_alice_first(*args):
+                alice.stop()
+                stopped.append(1)
+                return real(*args)
+
+            with mock.patch.object(trchat, "send_text", stop_alice_first):
+                code, output, errors = self.send(server, "--json", "both of you", "--wait", "15")
+            bob.wait_for("message", text="both of you")
+            alice.signal(signal.SIGCONT)
+            self.assertEqual(stopped, [1])
+            self.assertEqual(code, 1, output)
+            self.assertIn("alice", errors)
+
+    def test_several_at_once(self):
+        server = self.serve()
+        bob = self.enter("bob", server)
+        self.furnish("carol", "other")
+        senders = [
+            self.start("send", server.address, "--trust-new", "--json", "--profile", name,
+                       "--name", name, "--to", "bob", f"from {name}", stdin=None)
+            for name in ("alice", "carol", "dora", "other")
+        ]  # fmt: skip
+        for sender in senders:
+            self.assertEqual(sender.exit_code(), 0, sender.story())
+            [answer] = sender.events
+            self.assertEqual(answer["delivered"], ["bob"])
+            sender.events.clear()
+        self.assertEqual(len(bob.texts()), 4)
+
+    def test_listening(self):
+        server = self.serve()
+        alice = self.start("listen", server.address, "--trust-new", "--json", "--profile", "alice",
+                           "--name", "alice")  # fmt: skip
+        alice.wait_for("ready")
+        bob = self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        alice.child.stdin.write("said by the script\n")
+        alice.child.stdin.close()  # and it stays
+        bob.wait_for("message", text="said by the script")
+        bob.say("first")
+        alice.wait_for("message", text="first")
+        again = self.start("listen", server.address, "--profile", "alice", stdin=None)
+        self.assertEqual(again.exit_code(), 1)
+        self.assertIn("in use", again.error_text())
+        alice.signal(signal.SIGTERM)
+        self.assert_ends(alice, "interrupted", 130)
+        bob.wait_for("left", name="alice")
+        text = Process(
+            self.command("listen", server.address, "--profile", "alice", "--name", "alice"),
+            self.home, self.environment(), subprocess.DEVNULL,
+        )  # fmt: skip
+        self.addCleanup(text.end)
+        bob.wait_for("joined", name="alice")
+        bob.say("\x1b[2Jsecond\nline")
+        text.wait_until(lambda _: any("line" in line for line in text.strays))
+        shown = "".join(text.strays)
+        self.assertRegex(shown, r"(?m)^\d\d:\d\d bob~[0-9a-f]{4}: \[2Jsecond\n +line$|second")
+        self.assertNotIn("\x1b", shown)
+        text.signal(signal.SIGINT)
+        self.assertEqual(text.exit_code(), 130)
+        self.assertEqual(text.error_text(), "")
+
+    def test_the_bot_of_the_readme(self):
+        with open(os.path.join(os.path.dirname(SCRIPT), "README.md"), encoding="utf-8") as file:
+            section = file.read().split("## For scripts")[1].split("\n## ")[0]
+        [code] = re.findall(r"```python\n(.*?)```", section, re.S)
+        self.assertLessEqual(code.count("\n"), 20)
+        server = self.server()
+        bob = self.enter("bob", server.token)
+        bot = Process(
+            [sys.executable, "-c", code, server.token],
+            os.path.dirname(self.script), self.environment(TRCHAT_HOME=self.profiles),
+        )  # fmt: skip
+        self.addCleanup(bot.end)
+        bob.wait_for("joined", name="bot")
+        bob.say("hello\nthere")
+        bob.wait_for("message", text="hello\nthere", direct=False)
+        bob.type("/msg bot /quit")
+        bob.wait_for("message", text="/quit", direct=True)
+        bob.say("!time")
+        self.assertRegex(bob.wait_for("message", direct=False)["text"], r"\d\d:\d\d")
+        self.assertIsNone(bot.child.poll())
+        self.assertEqual(bot.error_text(), "")
+
+
+class DestroyedTest(KeptTest):
+    def test_only_with_the_word(self):
+        server = self.serve()
+        self.furnish("alice")
+        alice = self.client("alice", server.address, "--trust-new")
+        bob = self.enter("bob", server)
+        alice.wait_for("joined")
+        alice.type("/wipe", "/wipe yes", "/wipe DESTROY", "still here")
+        bob.wait_for("message", text="still here")
+        alice.wait_until(lambda _: len(alice.of("notice")) == 3)
+        self.assertIn("/wipe destroy", alice.of("notice")[0]["text"])
+        self.assertTrue(os.path.exists(self.path("alice", "cert", "client_key.pem")))
+        alice.type("/wipe destroy")
+        self.assert_ends(alice, "BYE", 0)
+        self.assertFalse(os.path.exists(self.path("alice")))
+        self.assertTrue(os.path.exists(self.path("bob")))
+
+    def test_refused_while_a_server_of_the_profile_runs(self):
+        """Before anything is lost, and the chat goes on."""
+        self.furnish("alice")
+        server = self.server("--auth", "open", profile="alice")
+        alice = self.client("alice", server.address, "--trust-new")
+        alice.type("/wipe destroy")
+        self.assertIn("in use", alice.wait_for("error")["text"])
+        alice.type("/names", "BYE")
+        alice.wait_for("notice", room="lobby")
+        self.assert_ends(alice, "BYE", 0)
+        self.assertTrue(os.path.exists(self.path("alice", "cert", "client_key.pem")))
+        self.assertTrue(os.path.exists(self.path("alice", "cert", "server_key.pem")))
+
+
+class RoomCommandsTest(KeptTest):
+    def setUp(self):
+        super().setUp()
+        self.relay = self.serve()
+        self.alice, self.bob = self.gather(self.relay, "alice", "bob")
+
+    def test_nick(self):
+        alice, bob = self.alice, self.bob
+        alice.type("/nick lissy")  # the admin's own
+        self.assertEqual(alice.wait_for("notice", name="lissy")["text"], "You are lissy.")
+        bob.wait_for("rekeyed", admin="lissy")
+        alice.say("under my new name")
+        self.assertEqual(bob.wait_for("message")["from"], "lissy")
+        for line, code in (("/nick a b", "name-invalid"), ("/nick", "usage")):
+            self.assertEqual(alice.ask(line)["code"], code)
+        alice.type("/nick bob")
+        alice.wait_for("notice", name="lissy")  # taken: she stays who she is
+        self.assertIn("bob is taken", "".join(e["text"] for e in alice.of("notice")))
+        alice.say("and still")
+        bob.wait_for("message", text="and still")
+        alice.leave()
+        self.assertEqual(self.enter("lissy", self.relay, profile="alice").of("ready")[0]["name"],
+                         "lissy")  # fmt: skip
+
+    def test_away_and_back(self):
+        self.alice.ask("/away for lunch", away="for lunch")
+        self.assertEqual(self.bob.wait_for("notice", away="for lunch")["name"], "alice")
+        self.assertIn("alice~", self.bob.ask("/names")["text"])
+        self.assertIn("(away)", self.bob.ask("/names")["text"])
+        carol = self.enter("carol", self.relay)
+        carol.wait_for("notice", name="alice", away="for lunch")
+        self.alice.ask("/back", away="")
+        self.assertEqual(self.bob.wait_for("notice", away="")["text"], "alice is back.")
+        self.alice.ask("/away " + "x" * 500 + "\x1b[2J")
+        self.bob.wait_for("notice", away="x" * trchat.AWAY_MOST)
+
+    def test_topic(self):
+        self.assertEqual(self.alice.ask("/topic")["topic"], "")
+        self.alice.type("/topic what we talk about\x1b[31m")
+        heard = self.bob.wait_for("notice", room="lobby")
+        self.assertTrue(heard["topic"].startswith("what we talk about"))
+        self.assertNotIn("\x1b", heard["topic"])
+        self.assertEqual(self.bob.ask("/topic other")["code"], "denied")
+        self.assertEqual(self.alice.ask("/topic " + "x" * 999)["code"], "usage")
+        carol = self.enter("carol", self.relay)
+        self.assertEqual(carol.ask("/topic")["topic"], heard["topic"])
+        self.alice.type("/topic off")
+        self.bob.wait_for("notice", topic="")
+
+    def test_lock(self):
+        self.alice.type("/lock")
+        self.bob.wait_for("notice", lock="ask")
+        carol = self.enter("carol", self.relay, ready=False)
+        request = self.alice.wait_for("request", room="lobby")
+        self.assertEqual(request["from"], "carol")
+        self.assertEqual(self.alice.ask("/requests")["names"], ["carol"])
+        self.assertEqual(self.bob.ask("/admit carol")["event"], "error")
+        self.alice.type("/admit carol")
+        carol.wait_for("ready")
+        self.alice.type("/lock contacts")
+        carol.wait_for("notice", lock="contacts")
+        dora = self.enter("dora", self.relay, ready=False)
+        dora.wait_for("closed", reason="denied")
+        self.alice.type("/lock off")
+        self.alice.wait_for("notice", lock="off")
+        self.enter("dora", self.relay)
+
+    def test_op(self):
+        self.bob.type("/op alice")
+        self.bob.wait_for("error", code="denied")
+        self.alice.type("/op bob")
+        self.bob.wait_for("notice", admin="bob")
+        self.bob.wait_for("rekeyed", admin="bob")
+        self.assertEqual(self.alice.ask("/topic mine")["code"], "denied")
+        self.bob.type("/topic bob's")
+        self.alice.wait_for("notice", topic="bob's")
+
+    def test_mute(self):
+        self.alice.type("/mute bob")
+        self.bob.wait_for("notice", name="bob")
+        self.bob.say("mmm")
+        self.bob.wait_for("error", code="denied")
+        self.bob.type("/msg alice alone I may")
+        self.alice.wait_for("message", text="alone I may")
+        self.alice.type("/mute bob off")
+        self.bob.wait_for("notice", name="bob", until=None)
+        self.bob.say("aah")
+        self.alice.wait_for("message", text="aah")
+
+    def test_ban_for_a_time(self):
+        self.alice.type("/ban bob 2s")
+        notice = self.alice.wait_for("notice", name="bob")
+        self.assertGreater(notice["until"], 0)
+        self.assertRegex(notice["text"], r"banned bob for [12]s in #lobby\.$")
+        self.bob.wait_for("closed", reason="banned")
+        bob = self.enter("bob", self.relay, ready=False)
+        bob.wait_for("closed", reason="banned")
+        threading.Event().wait(max(0.0, notice["until"] + 0.1 - time.time()))
+        self.enter("bob", self.relay)
+
+    def test_a_client_at_rest_uses_nothing(self):
+        carol_paths = trchat.Paths(self.profiles, "carol")
+        carol_paths.make_folders()
+        furnish(carol_paths, 2)
+        carol = self.client("carol", self.relay.address, "--trust-new")
+        self.alice.say("hello")
+        carol.wait_for("message")
+        self.alice.wait_for("delivered")
+
+        def ticks():
+            with open(f"/proc/{carol.pid}/stat", encoding="ascii") as file:
+                return sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13]))
+
+        threading.Event().wait(1.0)  # acknowledgements and the epoch's end
+        before = ticks()
+        threading.Event().wait(5.0)
+        self.assertLessEqual(ticks() - before, 1)
 
 
 # ==================================================================================================

@@ -11028,7 +11028,11 @@ def local_clock(moment: str) -> str:
 
 
 def _local_time(moment: str):
-    return datetime.datetime.fromisoformat(moment.replace("Z", "+00:00")).astimezone()
+    there = datetime.datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    try:
+        return there.astimezone()
+    except (OverflowError, OSError, ValueError):
+        return there  # somebody's clock says so, at the end of what a calendar holds
 
 
 def complete_chat(client: ChatClient):

@@ -11331,6 +11331,8 @@ def _routine_read(face, client: ChatClient, stay: bool) -> None:
             text, is_text = face.read()
             client.has_capacity.wait()
             client.call(execute, client, text, is_text)
+    except KeyboardInterrupt:  # the key, at a terminal
+        client.leave("interrupted")
     except (EOFError, OSError, ValueError):
         if not stay:
             client.leave("eof")

@@ -10870,6 +10870,8 @@ class ChatWords:
             self._open.pop(event["id"], None)
             event["_waited"] = event["_message"].kept and event["id"] not in self._sent
             self._sent.discard(event["id"])
+        elif kind == "notice" and event.get("cancelled"):
+            self._open.pop(event["id"], None)
 
     def prompt(self, title: str) -> str:
         state = f" …{len(self._open)}" if self._open else " ✓" if self._confirmed else ""

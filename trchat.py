@@ -10927,7 +10927,8 @@ class ChatWords:
         return f'✓ {", ".join(event["by"])} has it: "{start}"'
 
     def _on_undelivered(self, event: dict, here: bool) -> str:
-        start = one_line(self._open.pop(event["id"], ""))[:40]
+        text = self._open.pop(event["id"], "")
+        start = one_line(event["_message"].text if "_message" in event else text)[:40]
         whom = ", ".join(event["to"]) or "anybody"
         return f'✗ Not confirmed by {whom}: "{start}". Send it again if it matters.'
 

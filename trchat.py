@@ -4989,6 +4989,13 @@ class LineEditor:
         self._history, self._killed = [], ("", "")
         self.reset()
 
+    def forget_texts(self, texts: list) -> None:
+        """Drop remembered lines that hold one of these texts; the typing goes on."""
+        typing = self._place >= len(self._history)
+        kept = [line for line in self._history if not any(t in line[0] for t in texts)]
+        self._history, self._killed = kept, ("", "")
+        self._place = len(kept) if typing else min(self._place, len(kept))
+
     @property
     def history(self) -> list:
         """The remembered lines, oldest first."""
@@ -8752,7 +8759,7 @@ class ChatRecords(NoRecords):
         """Keeps what was said, if the owner wants that."""
         kind = event["event"]
         if kind == "queued" and event["_message"].kept:
-            self._written.wait(STORE_SECONDS)  # whoever is told that it is kept may rely on it
+            self._written.wait(KEPT_SECONDS)  # whoever is told that it is kept may rely on it
         if kind == "delivered":
             message = self._unfiled.pop(event["id"], None)
             if message is not None:
@@ -8841,6 +8848,7 @@ class ChatRecords(NoRecords):
 
 
 STORE_SECONDS = 5.0  # how long the end of a chat waits for a slow disk
+KEPT_SECONDS = 1.0  # how long a line for the outbox waits for it
 CLOCK_SKEW = 120.0  # seconds that somebody's clock may be off
 
 
@@ -10661,6 +10669,11 @@ class Terminal:
         with self._lock:
             self._line_editor.forget()
 
+    def forget_texts(self, texts: list) -> None:
+        """Drop remembered lines that hold one of these texts."""
+        with self._lock:
+            self._line_editor.forget_texts(texts)
+
     # -- for the one thread that reads
 
     def read_line(self, prompt="", complete=None, keep=True, remember=True, on_key=None) -> tuple:
@@ -11287,6 +11300,10 @@ class ChatFace(TerminalFace):
 
     def _on_vanished(self, event: dict) -> None:
         numbers = set(event["ids"])
+        own = [e for roll in self._rolls.values() for e in roll.events if "_message" in e]
+        gone = [e["_message"].text for e in own if e["id"] in numbers]
+        if gone:
+            self._terminal.forget_texts(gone)
         for roll in self._rolls.values():
             roll.drop(numbers)
         if self._view.drop(numbers):

@@ -16290,7 +16290,7 @@ class SeveralServersTest(KeptTest):
         self.assert_ends(alice, "BYE", 0)
 
 
-class HistoryTest(KeptTest):
+class KeptHistoryTest(KeptTest):
     def test_what_was_said_is_there_after_a_restart(self):
         server = self.serve()
         alice, bob = self.gather(server, "alice", "bob")
@@ -16550,7 +16550,7 @@ class DisappearingTest(KeptTest):
         self.assertEqual(bob.wait_for("message")["disappear"], 3600)
 
 
-class OutboxTest(KeptTest):
+class KeptOutboxTest(KeptTest):
     def test_it_waits_until_somebody_comes(self):
         secret = "okapi" + os.urandom(6).hex()
         server = self.serve()

@@ -8876,7 +8876,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 34. Chat client | uses 1, 2, 15, 18, 23, 24, 30, 32, 33
+# Part 34. Chat client | uses 1, 2, 12, 15, 18, 23, 24, 30, 32, 33
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -10053,7 +10053,7 @@ def _export_history(history: History, key: str, path: str) -> int:
 
 
 def _export_line(entry: dict) -> str:
-    """An entry as text; further lines of it stand under the first, so that none looks like another."""
+    """An entry as text; further lines stand under its first, so that none looks like another."""
     who = f"* {entry['from']} " if entry["action"] else f"{entry['from']}: "
     text = printable(entry["text"]).replace("\n", "\n    ")
     return f"{entry['time']} {who}{text}\n"

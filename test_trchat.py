@@ -12955,7 +12955,7 @@ class Part22ChatClientTest(NetTest):
 
 
 SCRIPT = os.path.abspath(trchat.__file__)
-PATIENCE = 8.0  # seconds after which waiting counts as failure
+PATIENCE = 20.0  # seconds after which waiting counts as failure
 HEX = r"sha256:[0-9a-f]{64}"
 
 # DESIGN 3.4: exactly these fields, and the ones in the second set where they apply.
@@ -15998,6 +15998,10 @@ class KeptTest(EndToEnd):
     def setUp(self):
         super().setUp()
         self.profiles = os.path.join(self.home, ".trchat")
+        for name, value in (("REKEY_GAP", 0.02), ("ACK_DELAY", 0.02)):  # less to wait for
+            patcher = mock.patch.object(trchat, name, value)
+            patcher.start()
+            self.addCleanup(patcher.stop)
 
     def tearDown(self):
         for process in self.processes:
@@ -16269,6 +16273,19 @@ class SeveralServersTest(KeptTest):
         self.assertEqual(len(alice.ask("/win")["conversations"]), 2)
         bob.say("to lissy")
         alice.wait_for("message", text="to lissy")
+
+    def test_back_to_a_server_whose_rooms_were_all_left(self):
+        one, two = self.serve(), self.serve()
+        bob = self.enter("bob", two)
+        alice = self.join_both(one, two)
+        bob.wait_for("joined", name="alice")
+        alice.type("/leave lobby")
+        bob.wait_for("left", name="alice")
+        self.assertEqual(len(alice.ask("/win")["conversations"]), 1)
+        alice.type(f"/connect {two.address}")
+        bob.wait_for("joined", name="alice")
+        alice.say("back")
+        bob.wait_for("message", text="back")
 
     def test_in_processes(self):
         """The same over standard input and output, and with the death of a server."""
@@ -16767,8 +16784,10 @@ class PeopleTest(KeptTest):
         self.assertIs(alice.ask("/whois bob")["blocked"], True)
         alice.leave()
         alice = self.enter("alice", server)
-        bob.type("/msg alice still?")
+        bob.type("/msg alice still?", "/away from you")
         bob.wait_until(lambda _: len(bob.of("sent")) == 3)
+        while alice.ask("/whois bob")["away"] != "from you":
+            pass  # what he said before that has come, too
         self.assertIs(alice.ask("/unblock bob")["blocked"], False)
         bob.type("/msg alice now")
         alice.wait_for("message", text="now")
@@ -16938,6 +16957,15 @@ class ChosenTest(KeptTest):
         alice.leave()
         with open(self.path("alice", "settings.json"), encoding="utf-8") as file:
             self.assertEqual(json.load(file), {"bell": "off", "colour": "off"})
+
+    def test_changed_in_the_shell_while_a_chat_runs(self):
+        server = self.serve()
+        alice = self.enter("alice", server)
+        self.assertEqual(self.shell("settings", "bell", "all", "--profile", "alice")[0], 0)
+        alice.ask("/quiet on")
+        alice.leave()
+        with open(self.path("alice", "settings.json"), encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"bell": "all", "quiet": "on"})
 
     def test_a_file_that_cannot_be_written(self):
         server = self.serve()
@@ -17191,9 +17219,8 @@ class RoomCommandsTest(KeptTest):
 
     def test_nick(self):
         alice, bob = self.alice, self.bob
-        alice.type("/nick lissy")  # the admin's own
+        alice.type("/nick lissy")
         self.assertEqual(alice.wait_for("notice", name="lissy")["text"], "You are lissy.")
-        bob.wait_for("rekeyed", admin="lissy")
         alice.say("under my new name")
         self.assertEqual(bob.wait_for("message")["from"], "lissy")
         for line, code in (("/nick a b", "name-invalid"), ("/nick", "usage")):
@@ -17296,10 +17323,383 @@ class RoomCommandsTest(KeptTest):
             with open(f"/proc/{carol.pid}/stat", encoding="ascii") as file:
                 return sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13]))
 
-        threading.Event().wait(1.0)  # acknowledgements and the epoch's end
+        threading.Event().wait(0.5)  # until all is said
         before = ticks()
         threading.Event().wait(5.0)
         self.assertLessEqual(ticks() - before, 1)
+
+
+@unittest.skipIf(os.name == "nt", "needs a pseudo-terminal")
+class ChatWindowTest(KeptTest):
+    """What a person sees: the view, the status line, what calls from elsewhere."""
+
+    window, assert_restored = TerminalFaceTest.window, TerminalFaceTest.assert_restored
+    ALT_LEFT, ALT_RIGHT = "\x1b[1;3D", "\x1b[1;3C"
+
+    def setUp(self):
+        super().setUp()
+        self.windows = []
+        self.relay = self.serve()
+
+    def tearDown(self):
+        for window in self.windows:
+            window.end()
+        try:
+            for window in self.windows:
+                self.assertNotIn("Traceback", window.text())
+                self.assertNotIn("Internal error", window.text())
+        finally:
+            super().tearDown()
+
+    def open(self, name, *words, server=None, **options):
+        """A window in which somebody is in the lobby."""
+        if name in self.numbers:
+            self.furnish(name)
+        target = server or self.relay.address
+        window = self.window("connect", target, "--pin", self.relay.shown, "--name", name,
+                             "--profile", name, *words, **options)  # fmt: skip
+        window.see(f"You are {name} in #lobby")
+        return window
+
+    def see_status(self, window, *parts):
+        def holds():
+            rows = window.rows()
+            return len(rows) > 1 and all(part in rows[-2] for part in parts)
+
+        window.wait_until(holds, f"status {parts}")
+        return window.rows()[-2]
+
+    def bells(self, window):
+        """(bells, notifications) so far."""
+        notifications = re.findall(rb"\x1b\]9;([^\x07]*)\x07", window.raw)
+        return window.raw.count(b"\x07") - len(notifications), len(notifications)
+
+    def test_status_and_views(self):
+        alice = self.open("alice", columns=100)
+        self.see_status(alice, "#lobby · only you · epoch 1")
+        bob = self.enter("bob", self.relay)
+        mark = bob.of("ready")[0]["fingerprint"][7:11]
+        self.see_status(alice, "2 people", f"encrypted to bob~{mark}", "epoch 2", "PQ")
+        bob.type("/code alice")
+        digits = bob.wait_for("code")["digits"]
+        alice.line(f"/verify bob {digits}")
+        self.see_status(alice, "encrypted to bob ✓")
+        alice.line("/join den")
+        alice.see("─── #den ───")
+        bob.type("/join den")
+        bob.wait_for("ready", room="den")
+        self.see_status(alice, "#den · 2 people")
+        alice.press("\x1b1")
+        alice.see_last("#lobby >")
+        bob.say("nobody sees this yet")
+        self.see_status(alice, "[2 #den +1]")
+        self.assertNotIn("nobody sees this yet", alice.text())
+        bob.say("but Alice, this you do")
+        alice.see("#den bob: but Alice, this you do")
+        self.see_status(alice, "[2 #den +2!]")
+        bob.type("/msg alice psst")
+        alice.see("[bob to you] psst")
+        self.see_status(alice, "[2 #den +2!] · [3 @bob +1!]")
+        alice.press("\x1b2")
+        alice.see("nobody sees this yet")
+        self.assertNotIn("+2", self.see_status(alice, "#den", "[3 @bob +1!]"))
+        alice.press(self.ALT_RIGHT)
+        alice.see("─── @bob ───")
+        self.assertNotIn("+1", self.see_status(alice, "@bob · encrypted to bob ✓ · PQ"))
+        alice.press(self.ALT_RIGHT)  # around the end
+        alice.see_last("#lobby >")
+        alice.press(self.ALT_LEFT)
+        alice.see_last("@bob >")
+        alice.press("\x1b9\x1b0")  # there are none of these
+        bob.type("/away for lunch \x1b[31m\u202ered")
+        self.assertNotIn("\u202e", self.see_status(alice, "away: for lunch"))
+        self.assertNotIn(b"\x1b[31m", alice.raw)
+        alice.line("/away too")
+        self.see_status(alice, "you are away")
+        alice.line("/back")
+        bob.leave()
+        self.see_status(alice, "@bob · not here")
+        alice.line("for later")
+        alice.see("(waiting) alice: for later")
+        self.see_status(alice, "1 queued")
+        alice.see_last("@bob …1 >")
+        alice.line("/outbox")
+        alice.see("to bob: for later")
+        number = re.search(r"… ([0-9a-f]{8})  to bob", alice.text()).group(1)
+        alice.line(f"/cancel {number}")
+        alice.see("Not sent to bob: for later")
+        alice.see_last("@bob >")
+        self.assertNotIn("queued", alice.rows()[-2])
+
+    def test_no_connection(self):
+        proxy = ByteProxy(self.relay.port)
+        self.addCleanup(proxy.close)
+        alice = self.open("alice", server=f"127.0.0.1:{proxy.port}")
+        self.see_status(alice, "only you")
+        proxy.close()
+        self.see_status(alice, "no connection: what you type waits")
+
+    def test_many_readers_are_counted(self):
+        self.relay.machine.limits = False
+        alice = self.open("alice")
+        for number, name in enumerate(("bob", "carol", "dora", "eve", "fay", "gil"), 1):
+            self.enter(name, self.relay, number=number)
+        self.see_status(alice, "7 people", "encrypted to 6, 0 of them verified")
+        alice.resize(30, 10)
+        alice.wait_until(lambda: "#lobby >" in "".join(alice.rows()[-1:]))
+        alice.line("/msg bob")
+        alice.wait_until(lambda: "@bob >" in "".join(alice.rows()[-1:]))
+
+    def test_bell(self):
+        alice = self.open("alice", columns=120)
+        bob = self.enter("bob", self.relay)
+        self.see_status(alice, "2 people")
+        count = itertools.count()
+
+        def rings(line):
+            """(bells, notifications) that this line of bob's makes; a later one is seen, too."""
+            before = self.bells(alice)
+            text = f"mark {next(count)}"
+            bob.type(line, f"/me {text}")
+            alice.see(text)
+            return tuple(now - then for now, then in zip(self.bells(alice), before))
+
+        self.assertEqual(rings("to the room"), (0, 0))
+        self.assertEqual(rings("/msg alice alone"), (1, 1))
+        self.assertIn(b"\x1b]9;trchat: bob wrote to you\x07", alice.raw)
+        alice.line("own line")
+        alice.line("/bell mention")
+        alice.see("bell     mention")
+        self.assertEqual(rings("to the room"), (0, 0))
+        self.assertEqual(rings("ALICE, look"), (1, 1))
+        self.assertEqual(rings("malice"), (0, 0))
+        self.assertEqual(rings("/msg alice alone"), (1, 1))
+        alice.line("/bell off")
+        alice.see("bell     off")
+        self.assertEqual(rings("/msg alice alice"), (0, 0))
+        alice.line("/set notify off")
+        alice.see("notify   off")
+        alice.line("/bell all")
+        alice.see("bell     all")
+        self.assertEqual(rings("to the room"), (2, 0))  # and the mark
+        before = self.bells(alice)
+        alice.line("own alice line")
+        bob.wait_for("message", text="own alice line")
+        alice.line("/tail")
+        alice.see("of before.")
+        self.assertEqual(self.bells(alice), before, "neither one's own nor old ones ring")
+
+    def test_quiet(self):
+        alice = self.open("alice")
+        alice.line("/quiet")
+        alice.see("quiet    on")
+        bob = self.enter("bob", self.relay)
+        self.see_status(alice, "2 people")
+        bob.type("/away", "here")
+        alice.see("here")
+        bob.leave()
+        self.see_status(alice, "only you")
+        self.assertNotIn("joined", alice.text())
+        self.assertNotIn("is away", alice.text())
+        self.assertNotIn("left", alice.text())
+
+    def test_colours(self):
+        codes = re.compile(rb"\x1b\[[0-9;]*m")
+        bob = self.enter("bob", self.relay)
+        fingerprint = bytes.fromhex(bob.of("ready")[0]["fingerprint"][7:])
+        shown = [self.open("alice"), self.open("carol", FORCE_COLOR="1")]
+        plain = [
+            self.open("dora", NO_COLOR="1", FORCE_COLOR="1"),
+            self.open("other", "--set", "colour=off"),
+        ]
+        bob.wait_for("joined", name="other")
+        bob.say("in colour?")
+        for window in (*shown, *plain):
+            window.see("in colour?")
+        for window in shown:
+            self.assertIn(trchat.nick_colour(fingerprint).encode() + b"bob~", window.raw)
+        for window in plain:
+            self.assertEqual(codes.findall(window.raw), [])
+        shown[0].line("/set colour off")
+        shown[0].see("colour   off")
+        shown[0].see_last("#lobby >")
+        start = len(shown[0].raw)
+        bob.say("and now?")
+        shown[0].see("and now?")
+        self.assertEqual(codes.findall(shown[0].raw[start:]), [])
+
+    def test_days(self):
+        now, days = time.time(), [3]
+        bob = self.enter("bob", self.relay, clock=lambda: now - days[0] * 86400)
+        alice = self.open("alice", TZ="UTC")
+        bob.wait_for("joined", name="alice")
+        bob.say("old news")
+        alice.see("old news")
+        then = time.strftime("%A, %Y-%m-%d", time.gmtime(now - 3 * 86400))
+        self.assertIn(f"─── {then} ───", alice.text())
+        bob.say("more of it")
+        alice.see("more of it")
+        self.assertEqual(alice.text().count(then), 1)
+        alice.line("and this is today")
+        alice.see("alice: and this is today")
+        self.assertEqual(alice.text().count("─── "), 2)
+
+    def test_somebody_from_the_end_of_time(self):
+        """A member's clock says what it likes; the window goes on, wherever it stands."""
+        clock = [0.0]
+        bob = self.enter("bob", self.relay, clock=lambda: clock[0])
+        for zone in ("UTC-14", "UTC+12"):
+            alice = self.open("alice", TZ=zone)
+            bob.wait_for("joined", name="alice")
+            for clock[0] in (0.0, 253402300799.0, 1e15, 253402300800.0):
+                bob.say(f"at {clock[0]}")
+                alice.see(f"at {clock[0]}")
+            alice.line("BYE")
+            self.assertEqual(alice.exit_code(), 0)
+            bob.wait_for("left", name="alice")
+
+    def test_disappearing(self):
+        alice = self.open("alice", lines=12)
+        bob = self.open("bob", lines=12)
+        alice.see("joined #lobby")
+        alice.line("/set disappear 2s")
+        for window in (alice, bob):
+            window.see("alice set what is said in #lobby to disappear after 2s.")
+        cleared = [window.raw.count(b"\x1b[3J") for window in (alice, bob)]
+        alice.line("seen for two seconds")
+        bob.see("seen for two seconds")
+        for number in range(12):  # it scrolls away
+            bob.line(f"/whois nobody{number}")
+        bob.see("nobody11 is not here")
+        for window, before in zip((alice, bob), cleared):
+            window.wait_until(lambda w=window: "seen for two" not in w.text(), "its end")
+            window.wait_until(
+                lambda w=window, b=before: w.raw.count(b"\x1b[3J") > b, "a cleared scrollback"
+            )
+            window.see("to disappear after 2s.")
+        bob.see("nobody11 is not here")
+        alice.press("\x1b[A")  # nor does the line editor give it back
+        alice.see_last("#lobby ✓ > /set disappear 2s")
+        alice.press("\x03")
+        alice.see_last("#lobby ✓ >")
+        alice.line("/tail")
+        alice.see("Nothing is kept of this conversation.")
+        self.assertNotIn("seen for two", alice.text())
+
+    def test_clear(self):
+        alice = self.open("alice")
+        alice.line("to be forgotten")
+        alice.see("alice: to be forgotten")
+        alice.line("/clear")
+        alice.see("#lobby is cleared")
+        self.assertNotIn("to be forgotten", alice.text())
+        alice.line("/tail")
+        alice.see("Nothing is kept")
+
+    def test_long_lines_hang(self):
+        alice = self.open("alice", columns=40)
+        bob = self.enter("bob", self.relay)
+        alice.see("joined")
+        words = "one two three 你好 four five six seven eight nine ten eleven twelve thirteen"
+        bob.say(words)
+        alice.see("thirteen")
+        rows = alice.rows()
+        first = next(i for i, row in enumerate(rows) if "bob~" in row and "one" in row)
+        head = re.match(r"\d\d:\d\d bob~[0-9a-f]{4}: ", rows[first]).end()
+        told = [rows[first][head:]]
+        for row in rows[first + 1 :]:
+            if not row.startswith(" " * 13):
+                break
+            self.assertEqual(row[:13].strip(), "")
+            told.append(row.strip())
+        self.assertEqual("".join(" ".join(told).split()), "".join(words.split()))
+        self.assertGreater(len(told), 2)
+        self.assertTrue(all(trchat.display_width(row) <= 40 for row in rows))
+
+    def test_typing(self):
+        alice = self.open("alice")
+        bob = self.enter("bob", self.relay)
+        alice.see("joined")
+        alice.press("first\x1b\rsecond")
+        alice.line("")
+        bob.wait_for("message", text="first\nsecond")
+        alice.line("find this zebra")
+        bob.wait_for("message", text="find this zebra")
+        alice.line("something else")
+        bob.wait_for("message", text="something else")
+        alice.press("\x12zeb")
+        alice.wait_until(lambda: "zebra" in alice.rows()[-1], "the search")
+        alice.line("")
+        bob.wait_for("message", text="find this zebra")
+        alice.press("unwanted")
+        alice.see("> unwanted")
+        alice.press("\x03")
+        alice.wait_until(lambda: "unwanted" not in alice.text(), "an empty line")
+        alice.line("wanted")
+        bob.wait_for("message", text="wanted")
+        alice.press("\x03")
+        alice.see("Interrupted.")
+        self.assert_restored(alice, 130)
+
+    def test_help_fits(self):
+        alice = self.open("alice", lines=100)
+        alice.line("/help")
+        alice.see("whom you have not verified yet")
+        for usage, text in trchat.help_lines("chat"):
+            rows = [row for row in alice.rows() if row.startswith(usage + " ")]
+            self.assertEqual(len(rows), 1, usage)
+            self.assertTrue(rows[0].endswith(" ".join(text.split()[:3])) or " ".join(
+                text.split()[:3]) in rows[0], rows[0])  # fmt: skip
+        self.assertTrue(all(len(row) <= 80 for row in alice.rows()))
+        alice.line("/help lock")
+        alice.see("/lock [ask|contacts|off]", 2)
+
+    def test_listening_at_a_terminal(self):
+        self.furnish("alice")
+        alice = self.window("listen", self.relay.address, "--trust-new", "--name", "alice",
+                            "--profile", "alice")  # fmt: skip
+        alice.see("You are alice")
+        bob = self.enter("bob", self.relay)
+        alice.see("joined")
+        bob.say("hello")
+        alice.see(": hello")
+        alice.press("\x03")
+        alice.see("Interrupted.")
+        self.assert_restored(alice, 130)
+
+    def test_a_message_reported_after_a_restart(self):
+        """What never arrived is named by its text, also when it was written in an earlier run."""
+        bob = self.enter("bob", self.relay)
+        alice = self.enter("alice", self.relay)
+        bob.wait_for("joined")
+        alice.ask("/contacts add bob", name="bob")
+        bob.leave()
+        alice.wait_for("left")
+        alice.type("/msg bob the tale of a snail")
+        alice.wait_for("queued")
+        alice.leave()
+        window = self.open("alice", "--set", "outbox=1s")
+        window.see('Not confirmed by bob: "the tale of a snail"')
+
+    def test_two_servers(self):
+        other = self.serve()
+        bob = self.enter("bob", other)
+        alice = self.open("alice")
+        alice.line(f"/connect {other.address}")
+        alice.see("is not known; its key is")
+        alice.line(f"/connect {other.address} --trust-new")
+        bob.wait_for("joined", name="alice")
+        self.see_status(alice, f"#lobby on {other.address} · 2 people")
+        alice.see(f"─── #lobby on {other.address} ───")
+        alice.press("\x1b1")
+        self.see_status(alice, f"#lobby on {self.relay.address} · only you")
+        bob.say("are you there?")
+        self.see_status(alice, "[2 #lobby +1]")
+        alice.line("/win 2")
+        alice.see("are you there?")
+        alice.line("/disconnect")
+        alice.see(f"You are no longer on {other.address}.")
+        self.assertNotIn(" on ", self.see_status(alice, "#lobby · only you"))
 
 
 # ==================================================================================================

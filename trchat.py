@@ -8593,7 +8593,6 @@ class Profile:
 
     def __init__(self, paths: Paths, settings: Settings, servers: ServerList, identity: Identity):
         self.paths, self.settings, self.servers = paths, settings, servers
-        self._settings_file = SettingsFile(paths)
         key = load_vault_key(paths, identity)
         self.keeper = Storekeeper()
         self.contacts = open_contacts(paths, key, self.save)
@@ -8608,7 +8607,11 @@ class Profile:
     def set(self, key: str, text: str) -> None:
         """Changes a setting, now and in settings.json."""
         self.settings = self.settings.with_file_value(key, text)
-        self.save(self._settings_file.set, key, text)
+        self.save(self._set_in_file, key, text)
+
+    def _set_in_file(self, key: str, text: str) -> None:
+        """Beside what another command may have written there meanwhile."""
+        SettingsFile(self.paths).set(key, text)
 
     def remember_server(self, connection) -> None:
         """servers.json: where we are, under which name and in which room."""
@@ -9921,6 +9924,10 @@ def _enter_server(client, options: ConnectOptions, target: Target, link: Link) -
     there = [c for c in client.connections if c.machine.server == link.fingerprint]
     if client.leaving or there:
         link.sock.close()
+        if not client.leaving and not client.conversations.of(there[0]):
+            there[0].machine.join(target.room)  # all conversations there had been closed
+            client.visit(client.conversations.open(there[0], "#" + target.room))
+            return
         text = f"You are on {link.address} already."
         raise ChatError(text, "/win shows the conversations there.", "usage")
     if not (target.pin or saved or options.trust_new):
@@ -10619,6 +10626,9 @@ class Terminal:
             self.colours = False
         else:
             self.colours = choice == "on" or wants_colour(os.environ, self.interactive)
+        with self._lock:
+            if self._editor is not None:
+                self._write(self._repainted_locked())
 
     def _as_wanted(self, text: str) -> str:
         # A Windows console that is not (or no longer) ours would show the codes themselves.

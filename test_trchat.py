@@ -16783,7 +16783,9 @@ class PeopleTest(KeptTest):
         self.assertEqual((row["name"], row["blocked"]), ("bob", True))
         self.assertIs(alice.ask("/whois bob")["blocked"], True)
         alice.leave()
+        joins = len(bob.of("joined"))
         alice = self.enter("alice", server)
+        bob.wait_until(lambda _: len(bob.of("joined")) > joins)
         bob.type("/msg alice still?", "/away from you")
         bob.wait_until(lambda _: len(bob.of("sent")) == 3)
         while alice.ask("/whois bob")["away"] != "from you":
@@ -17283,6 +17285,7 @@ class RoomCommandsTest(KeptTest):
         self.alice.type("/op bob")
         self.bob.wait_for("notice", admin="bob")
         self.bob.wait_for("rekeyed", admin="bob")
+        self.alice.wait_until(lambda events: events and self.alice.of("rekeyed")[-1]["admin"] == "bob")
         self.assertEqual(self.alice.ask("/topic mine")["code"], "denied")
         self.bob.type("/topic bob's")
         self.alice.wait_for("notice", topic="bob's")

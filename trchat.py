@@ -9191,10 +9191,8 @@ class ChatClient:
 def describe_status(chat: ChatClient) -> dict:
     """What is true of the current conversation and of the others, for a status line."""
     here, machine = chat.here, chat.machine
-    waiting = sum(
-        len(c.machine.messages.delivery.open) + len(c.machine.messages.delivery.kept)
-        for c in chat.connections
-    )
+    deliveries = [c.machine.messages.delivery for c in chat.connections]
+    waiting = {number for d in deliveries for number in (*d.open, *d.kept)}
     others = [
         (place, c.title, c.unread, c.called)
         for place, c in enumerate(chat.conversations.all, 1)
@@ -9204,7 +9202,7 @@ def describe_status(chat: ChatClient) -> dict:
         "title": here.title,
         "server": machine.server_address if len(chat.connections) > 1 else "",
         "online": machine.phase == "online",
-        "queued": waiting,
+        "queued": len(waiting),
         "others": others,
         "away": machine.directory.away,
     }

@@ -42,23 +42,24 @@ or thread: bytes in, events out) and each uses only parts above itself:
  27. History and outbox
  28. Contacts
  29. Network
- 30. Relay server
- 31. Where to connect
- 32. Connections
- 33. Records of a chat
- 34. Chat client
- 35. Commands
- 36. Chat commands: talking and rooms
- 37. Chat commands: people and records
- 38. Console commands
- 39. Terminal input
- 40. Terminal
- 41. Words for events
- 42. Faces: terminal and JSON lines
- 43. Activities
- 44. Demonstration
- 45. Shell commands
- 46. Menu and door
+ 30. Connections of a server
+ 31. Relay server
+ 32. Where to connect
+ 33. Connections
+ 34. Records of a chat
+ 35. Chat client
+ 36. Commands
+ 37. Chat commands: talking and rooms
+ 38. Chat commands: people and records
+ 39. Console commands
+ 40. Terminal input
+ 41. Terminal
+ 42. Words for events
+ 43. Faces: terminal and JSON lines
+ 44. Activities
+ 45. Demonstration
+ 46. Shell commands
+ 47. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -119,6 +120,7 @@ SILENCE_SECONDS = 75.0  # and gives a silent connection up after this long
 RECONNECT_FIRST, RECONNECT_MOST = 1.0, 30.0
 
 HANDSHAKE_SECONDS = 10.0  # from the first packet to the accepted login
+KNOCK_SECONDS = 300.0  # how long somebody may wait at the door of a host
 MAX_PER_ADDRESS = 50  # connections from one address
 NEW_PER_SECOND = 10  # new connections a second from one address, after a burst of MAX_PER_ADDRESS
 MAX_HALF_OPEN = 512  # connections that have not logged in, over all addresses
@@ -1387,7 +1389,8 @@ def is_next_admin(roster: list, fingerprint: bytes, present) -> bool:
     PONG,
     INVITED,
     ROOMS,
-) = range(1, 14)
+    KNOCKED,
+) = range(1, 15)
 LOGIN, JOIN, LEAVE, LOOKUP, PING, INVITE, BYE, LIST = range(17, 25)
 DATA = 32
 
@@ -1406,6 +1409,7 @@ FRAME_FIELDS = {
     PONG: "",
     INVITED: "n8",  # an invitation now opens the gate
     ROOMS: "[r]",  # every room's name and number of people
+    KNOCKED: "",  # the login is in order; somebody is asked to accept or deny it
     # client to relay
     LOGIN: "b n8 n32",  # bundle, invitation id and MAC (zeros: none)
     JOIN: "s",
@@ -1420,7 +1424,7 @@ AUTH_MODES = ("invite", "keys", "certs", "open")
 FRAME_HEAD = struct.Struct(">IB")
 DATA_HEAD = struct.Struct(">IBII")  # length, kind, destination id, source id
 
-HELLO, TEXT, ACK, EPOCH, FAREWELL, REMOVED, VOUCH, TIMER, AWAY = range(1, 10)
+HELLO, TEXT, ACK, EPOCH, FAREWELL, REMOVED, VOUCH, TIMER, AWAY, PLACES = range(1, 11)
 
 CONTENT_FIELDS = {
     HELLO: "u8 [h] n8 n32",  # answer wanted?, rooms, invitation id and proof (zeros: none)
@@ -1433,6 +1437,7 @@ CONTENT_FIELDS = {
     VOUCH: "s n8 n32 u32 u64",  # room, invitation id, proof key, uses, expiry
     TIMER: "u32 u8",  # seconds after which direct messages disappear (0: never), an answer?
     AWAY: "s",  # why the sender is away, "" when back
+    PLACES: "[s] n32",  # addresses where the sender is host, and the key of that server
 }
 # Acknowledged: all of a stream below the count but those missing; a stream is an epoch id, or
 # zeros for what came through the pairwise session.
@@ -1589,8 +1594,9 @@ class Gatekeeper:
         self.allowed_now: set = set()  # for this run only, not saved
         self.changed = False
 
-    def admit(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float) -> None:
-        """Lets the owner of `bundle` in and remembers key and name; ChatError says why not."""
+    def check(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float):
+        """ChatError if the owner of `bundle` may not come in; the uses left of an invitation that
+        is needed for it, else None."""
         key = bundle.fingerprint
         if key in self.banned:
             raise ChatError("You are banned from this server.", "Ask its operator.", "denied")
@@ -1599,9 +1605,14 @@ class Gatekeeper:
         if not self._known(key, user):
             uses = self._check_stranger(bundle, invitation, mac, now)
         self._check_name(bundle.name, key, user)
+        return uses
+
+    def admit(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float) -> None:
+        """Lets the owner of `bundle` in and remembers key and name; ChatError says why not."""
+        uses = self.check(bundle, invitation, mac, now)
         if uses is not None:
             self._use_up(invitation)
-        self._remember(bundle.name, key, enrol=uses is not None)
+        self._remember(bundle.name, bundle.fingerprint, enrol=uses is not None)
 
     def _known(self, key: bytes, user) -> bool:
         if self.mode == "open" or key in self.allowed or key in self.allowed_now:
@@ -1715,6 +1726,7 @@ def _saved_fingerprint(text: str) -> bytes:
 # ==================================================================================================
 
 MAX_LOGIN = 8192  # bytes of a frame before the login
+KNOCKING_MOST = 16  # people who wait at the door at a time
 MAX_ROOMS_EACH, MAX_WATCHES_EACH = 64, 256
 
 
@@ -1731,6 +1743,7 @@ class RelayClient:
         "id", "address", "nonce", "tls_fingerprint", "bundle", "encoded", "buffer", "wanted",
         "outbox", "queued", "routes", "rooms", "watches", "closing", "tokens", "refilled",
         "throttled_until", "throttled_since", "waiting_for", "holding", "held_since", "holds",
+        "knock",
     )  # fmt: skip
 
     def __init__(self, number: int, address: str, nonce: bytes, now: float):
@@ -1746,6 +1759,7 @@ class RelayClient:
         self.rooms: dict = {}  # room id -> RelayRoom
         self.watches: set = set()
         self.closing = ""
+        self.knock: tuple = ()  # (bundle, encoded, invitation, mac) of a login that is asked about
         self.tokens, self.refilled = float(FRAME_BURST), now
         self.throttled_until = self.throttled_since = 0.0
         self.waiting_for: set = set()  # receivers whose full queues hold this sender up
@@ -1773,6 +1787,8 @@ class RelayMachine:
         self.by_name: dict = {}  # name skeleton -> RelayClient, logged in
         self.rooms: dict = {}  # name -> RelayRoom
         self.watchers: dict = {}  # name skeleton -> set of clients
+        self.doorkeeper: Any = None  # (fingerprint) -> whether that person need not be asked about
+        self.knocking: dict = {}  # fingerprint -> RelayClient that waits for the answer
         self.full: set = set()  # receivers whose queues hold senders up
         self._spent: dict = {}  # fingerprint -> (tokens, when) of keys that were here
         self.dirty: dict = {}  # clients with output; a dict keeps their order
@@ -1807,6 +1823,8 @@ class RelayMachine:
         for receiver in list(client.waiting_for):
             self._release(receiver, client, now)
         self.full.discard(client)
+        if client.knock and self.knocking.pop(client.knock[0].fingerprint, None):
+            self.events.append(("withdrawn", client, ""))
         if client.bundle is not None:
             self._keep_tokens(client)
             self._forget_person(client)
@@ -1999,15 +2017,53 @@ class RelayMachine:
     def _on_login(self, client, now, encoded: bytes, invitation: bytes, mac: bytes) -> None:
         try:
             bundle = consume_bundle(encoded, self.fingerprint)
-            if bundle.nonce != client.nonce:
+            if client.knock or bundle.nonce != client.nonce:
                 raise RemoteProtocolError("The login was made for another connection.")
             if self.gatekeeper.mode == "certs" and client.tls_fingerprint != bundle.fingerprint:
                 raise RemoteProtocolError("The login is not by the certificate's owner.")
+            if self.doorkeeper is not None and not self.doorkeeper(bundle.fingerprint):
+                self.gatekeeper.check(bundle, invitation, mac, now)
+                self._ask_about(client, (bundle, encoded, invitation, mac))
+                return
             self.gatekeeper.admit(bundle, invitation, mac, now)
         except ChatError as error:
-            self.events.append(("refused", client, f"{error.code}: {error.text}"))
-            self.close(client, REFUSED, error.code, str(error))
+            self._refuse(client, error)
             return
+        self._let_in(client, bundle, encoded, now)
+
+    def _refuse(self, client: RelayClient, error: ChatError) -> None:
+        self.events.append(("refused", client, f"{error.code}: {error.text}"))
+        self.close(client, REFUSED, error.code, str(error))
+
+    def _ask_about(self, client: RelayClient, knock: tuple) -> None:
+        """Somebody who may come in by the rules, if whoever keeps the door accepts them."""
+        key = knock[0].fingerprint
+        if key in self.knocking or len(self.knocking) >= KNOCKING_MOST:
+            text = "Somebody else is being asked about, or you are already."
+            raise ChatError(text, "Try again in a minute.", "denied")
+        client.knock, self.knocking[key] = knock, client
+        self._send(client, encode_frame(KNOCKED))
+        self.events.append(("knocked", client, ""))
+
+    def answer_knock(self, name: str, accept: bool, now: float) -> bool:
+        """Lets somebody in who waits at the door, or sends them away; False if nobody does."""
+        found = [c for c in self.knocking.values() if c.knock[0].name == name]
+        if not found:
+            return False
+        client = found[0]
+        (bundle, encoded, invitation, mac), client.knock = client.knock, ()
+        del self.knocking[bundle.fingerprint]
+        try:
+            if not accept:
+                raise ChatError("You were denied.", code="denied")
+            self.gatekeeper.admit(bundle, invitation, mac, now)
+        except ChatError as error:
+            self._refuse(client, error)
+            return True
+        self._let_in(client, bundle, encoded, now)
+        return True
+
+    def _let_in(self, client: RelayClient, bundle: Bundle, encoded: bytes, now: float) -> None:
         self._replace(bundle.fingerprint)
         client.bundle, client.encoded = bundle, encoded
         client.tokens, client.refilled = self._spent.pop(bundle.fingerprint, (FRAME_BURST, now))
@@ -3514,6 +3570,7 @@ class Reception:
 
 FLIGHT, MESSAGE = b"\x01", b"\x02"  # what a direct payload begins with
 AWAY_MOST = 200  # characters of why somebody is away
+PLACES_TOLD = 5  # addresses of a host that are told to others
 LOOKUPS_MOST = 200  # names that the server is asked for after each login
 
 
@@ -3585,6 +3642,7 @@ class Directory:
         self.trust = Trust()
         self.names: dict = {}  # fingerprint -> name
         self.away = ""  # why we are, for all to see
+        self.places: tuple = ()  # (addresses, server's key) where we are host
         self.disconnect()
 
     def meet(self, known: dict) -> None:
@@ -3817,6 +3875,8 @@ class Directory:
             self.send(person, kind, *values)
         if self.away:
             self.send(person, AWAY, self.away)
+        if self.places:
+            self.send(person, PLACES, *self.places)
         self.machine.emit("_seen", fingerprint=person.fingerprint)
         self.machine.messages.flush_owed(person)
 
@@ -3825,6 +3885,21 @@ class Directory:
         self.away = why
         for person in self.people.values():
             self.send(person, AWAY, why)
+
+    def set_places(self, addresses: list, server: bytes) -> None:
+        """Tells everybody here, and whoever comes, where we are host."""
+        self.places = (addresses[:PLACES_TOLD], server)
+        for person in self.people.values():
+            self.send(person, PLACES, *self.places)
+
+    def content_places(self, person: Person, addresses: list, server: bytes) -> None:
+        try:
+            for address in addresses:
+                split_address(address)
+        except ChatError:
+            raise RemoteProtocolError("An address is none.") from None
+        fields = {"fingerprint": person.fingerprint, "server": server}
+        self.machine.emit("_places", **fields, addresses=addresses[:PLACES_TOLD])
 
     def content_away(self, person: Person, why: str) -> None:
         why, before = one_line(why)[:AWAY_MOST], person.away
@@ -3896,6 +3971,9 @@ class Directory:
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
 # What a server or a person sends wrongly becomes an `error` event, never an exception.
 # ==================================================================================================
+
+
+EARLY_FRAMES = (GREETING, KNOCKED, WELCOME, REFUSED, CLOSED)  # what may come before the welcome
 
 
 class ClientMachine:
@@ -4004,7 +4082,7 @@ class ClientMachine:
             for kind, body in self._frames.receive_data(data):
                 values = decode_frame(kind, body)
                 handler = _CLIENT_HANDLERS.get(kind)
-                timely = self.phase == "online" or kind in (GREETING, WELCOME, REFUSED, CLOSED)
+                timely = self.phase == "online" or kind in EARLY_FRAMES
                 if handler is None or self.broken or not timely:
                     raise RemoteProtocolError(f"The server sent a frame of kind {kind}.")
                 handler(self, *values)
@@ -4065,6 +4143,12 @@ class ClientMachine:
             self.send_frame(JOIN, name)
         for name in [*self.messages.wanted_names(), *self.directory.contact_names()][:LOOKUPS_MOST]:
             self.send_frame(LOOKUP, name)
+
+    def _on_knocked(self) -> None:
+        if self.phase != "login":
+            raise RemoteProtocolError("The server asked about us at the wrong time.")
+        text = "Your host is asked to let you in; wait a moment."
+        self.emit("notice", text=text, knocked=True)
 
     def _on_refused(self, code: str, text: str) -> None:
         self.broken = one_line(text) or "refused"
@@ -4310,6 +4394,7 @@ _CLIENT_HANDLERS: dict = {
     ABSENT: lambda machine, *values: machine.messages.on_absent(*values),
     CLOSED: ClientMachine._on_closed,
     PONG: lambda machine: None,  # that it came is all there is to it
+    KNOCKED: ClientMachine._on_knocked,
     INVITED: ClientMachine._on_invited,
     ROOMS: ClientMachine._on_rooms,
     DATA: ClientMachine._on_data,
@@ -4324,6 +4409,7 @@ _CONTENT_HANDLERS: dict = {
     VOUCH: ClientMachine._content_vouch,
     TIMER: lambda machine, *values: machine.messages.content_timer(*values),
     AWAY: lambda machine, *values: machine.directory.content_away(*values),
+    PLACES: lambda machine, *values: machine.directory.content_places(*values),
 }
 
 
@@ -7492,6 +7578,18 @@ class Contacts:
             self._meet(server, name, fingerprint)
             self.save()
 
+    def set_places(self, fingerprint: bytes, server: bytes, addresses: list) -> None:
+        """Where a contact is host, as they say; nothing is kept of others."""
+        contact = self._contacts.get(fingerprint)
+        if contact is None or not contact.saved:
+            return
+        before = (list(contact.addresses), list(contact.servers))
+        _put_first(contact.servers, server)
+        for address in reversed(addresses):
+            _put_first(contact.addresses, _usual_address(address))
+        if before != (contact.addresses, contact.servers):
+            self.save()
+
     def set_timer(self, fingerprint: bytes, seconds: int) -> None:
         """After how long direct messages with somebody disappear; 0 for never."""
         self.timers.pop(fingerprint, None)
@@ -7777,15 +7875,10 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 30. Relay server | uses 1, 2, 7, 23, 24, 26, 29
+# Part 30. Connections of a server | uses 1
 #
-# One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
-# then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
+# One accepted connection, and how many of them an address may have.
 # ==================================================================================================
-
-READ, WRITE = 1, 2  # selectors.EVENT_READ, EVENT_WRITE
-ACCEPT_MOST = 64  # connections taken in one turn
-CLOSE_SECONDS = 2.0  # how long a refused client may take to read why
 
 
 class RelaySocket:
@@ -7868,6 +7961,18 @@ class AddressLimits:
         return ready
 
 
+# ==================================================================================================
+# Part 31. Relay server | uses 1, 2, 7, 23, 24, 26, 29, 30
+#
+# One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
+# then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
+# ==================================================================================================
+
+READ, WRITE = 1, 2  # selectors.EVENT_READ, EVENT_WRITE
+ACCEPT_MOST = 64  # connections taken in one turn
+CLOSE_SECONDS = 2.0  # how long a refused client may take to read why
+
+
 class RelayServer:
     """The relay machine with its sockets. `save` stores the gatekeeper; `publish` takes events."""
 
@@ -7877,6 +7982,7 @@ class RelayServer:
         self.inbox = Inbox()
         self._selector = selectors.DefaultSelector()
         self._half_open: dict = {}  # RelaySocket -> deadline, oldest first
+        self._knocking: dict = {}  # the same for those who wait to be accepted
         self._limits = AddressLimits()
         self._by_client: dict = {}  # RelayClient -> RelaySocket
         self._throttled: dict = {}  # RelaySocket -> when it may be read again
@@ -7907,6 +8013,24 @@ class RelayServer:
         """Tells everybody, lets what is queued go out for a moment, and ends the loop."""
         self.inbox.post(self._begin_stop)
         self._thread.join(CLOSE_SECONDS + 1)
+
+    def answer(self, name: str, accept: bool) -> bool:
+        """Accepts or denies somebody at the door (any thread); False if nobody waits there."""
+        return self.call(self._answer, name, accept)
+
+    def waiting_names(self) -> list:
+        """Who waits at the door (any thread)."""
+        return sorted(client.knock[0].name for client in list(self.machine.knocking.values()))
+
+    def _answer(self, name: str, accept: bool) -> bool:
+        now = time.monotonic()
+        knocking = list(self._knocking)
+        found = self.machine.answer_knock(name, accept, time.time())
+        for conn in knocking:
+            if conn.client.bundle is not None and self._knocking.pop(conn, None):
+                conn.client.refilled = now
+                self._limits.logged_in(conn)
+        return found
 
     def _begin_stop(self) -> None:
         self._stopping = "stopping"
@@ -7964,7 +8088,8 @@ class RelayServer:
         if not self._has_timers():
             return None
         times = [self._save_at, self._hold_at, self._accept_at]
-        times += [next(iter(d.values())) for d in (self._half_open, self._closing) if d]
+        tables = (self._half_open, self._knocking, self._closing)
+        times += [next(iter(table.values())) for table in tables if table]
         times += self._throttled.values()
         if self._limits.waiting:
             times.append(time.monotonic() + 1 / NEW_PER_SECOND)
@@ -7973,11 +8098,12 @@ class RelayServer:
 
     def _has_timers(self) -> bool:
         """Mostly not, and then a turn costs a third less."""
-        connections = self._half_open or self._closing or self._throttled or self._limits.waiting
+        waiting = self._half_open or self._knocking or self._closing or self._throttled
+        connections = waiting or self._limits.waiting
         return bool(connections or self.machine.full or self._save_at or self._accept_at)
 
     def _run_timers(self, now: float) -> None:
-        for table in (self._half_open, self._closing):
+        for table in (self._half_open, self._knocking, self._closing):
             while table and next(iter(table.values())) <= now:
                 self._end(next(iter(table)), "it took too long")
         for conn in [c for c, until in self._throttled.items() if until <= now]:
@@ -8062,7 +8188,7 @@ class RelayServer:
             self._selector.unregister(conn.sock)
             conn.mask = 0
         conn.sock.close()
-        for table in (self._half_open, self._throttled, self._closing):
+        for table in (self._half_open, self._knocking, self._throttled, self._closing):
             table.pop(conn, None)
         if self.machine.limits:
             self._limits.release(conn, now)
@@ -8125,6 +8251,8 @@ class RelayServer:
             self._greet(conn, now)
         client = conn.client
         self.machine.receive(client, plaintext, now)
+        if client.knock and self._half_open.pop(conn, None):
+            self._knocking[conn] = now + KNOCK_SECONDS
         if client.bundle is not None and self._half_open.pop(conn, None):
             self._limits.logged_in(conn)
         if client.closing:
@@ -8225,12 +8353,23 @@ def relay_event(kind: str, client: RelayClient, text: str) -> dict:
         shown = fingerprint_text(client.bundle.fingerprint)
         fields.update(name=client.name, fingerprint=shown)
     who = client.name or client.address
+    if kind in ("knocked", "withdrawn"):
+        return _request_event(kind, client)
     if kind == "joined":
         return notice(f"{who} came from {client.address}.", **fields)
     if kind == "left":
         why = "" if text in ("", "BYE") else f" ({text})"
         return notice(f"{who} left{why}.", **fields)
     return notice(f"{who}: {one_line(text)}", **fields)
+
+
+def _request_event(kind: str, client: RelayClient) -> dict:
+    """Somebody at the door, or no longer there."""
+    bundle = client.knock[0]
+    shown = fingerprint_text(bundle.fingerprint)
+    if kind == "withdrawn":
+        return notice(f"{bundle.name} does not wait any more.", name=bundle.name, fingerprint=shown)
+    return {"event": "request", "from": bundle.name, "fingerprint": shown}
 
 
 def prepare_socket(sock) -> None:
@@ -8251,7 +8390,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 31. Where to connect | uses 1, 2, 4, 23, 24, 29
+# Part 32. Where to connect | uses 1, 2, 4, 23, 24, 29
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -8280,13 +8419,16 @@ class ConnectOptions(Record):
     source_port: int
 
 
-def resolve_target(options: ConnectOptions, servers: ServerList) -> Target:
-    """What `connect` was given: a token, a saved server's name, or an address."""
+def resolve_target(options: ConnectOptions, servers: ServerList, contacts: Contacts) -> Target:
+    """What `connect` was given: a token, a saved server's or a contact's name, or an address."""
     text = options.target
+    contact = contacts.find(text)
     pin = parse_fingerprint(options.pin) if options.pin else b""
     target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None)
     if text.startswith(TOKEN_PREFIX):
         _use_token(target, consume_token(text), servers)
+    elif contact is not None and contact.servers and not servers.find(text):
+        target.addresses, target.pin = list(contact.addresses), pin or contact.servers[0]
     else:
         saved = servers.find(text)
         target.addresses = [saved["address"] if saved else _full_address(text)]
@@ -8337,34 +8479,34 @@ def choose_name(machine: ClientMachine, wanted: str, preferred: str, saved) -> N
 def dial_any(target: Target, timeout: float = DIAL_SECONDS) -> Link:
     """Tries a target's addresses side by side; the first that is the right server wins."""
     answers = queue.SimpleQueue()
-    won = threading.Event()
+    finish = threading.Semaphore(1)  # taken by the one that wins
     for address in target.addresses:
-        spawn("dial", _routine_dial, target, address, timeout, won, answers)
+        spawn("dial", _routine_dial, target, address, timeout, finish, answers)
     errors = []
     for _ in target.addresses:
         link, error = answers.get()
         if link is not None:
-            won.set()
             return link
         errors.append(error)
     mismatches = [e for e in errors if e.code != "unreachable"]
     raise (mismatches or errors)[0]
 
 
-def _routine_dial(target: Target, address: str, timeout: float, won, answers) -> None:
+def _routine_dial(target: Target, address: str, timeout: float, finish, answers) -> None:
     try:
         link = dial(address, timeout, target.source_port, target.chain)
         check_pin(link, target.pin)
     except ChatError as error:
         answers.put((None, error))
         return
-    if won.is_set():
+    if finish.acquire(blocking=False):
+        answers.put((link, None))
+    else:
         link.sock.close()
-    answers.put((link, None))
 
 
 # ==================================================================================================
-# Part 32. Connections | uses 1, 3, 23, 24, 29-31
+# Part 33. Connections | uses 1, 3, 23, 24, 29, 31, 32
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -8561,7 +8703,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 33. Records of a chat | uses 1, 2, 7, 12, 17, 18, 23, 26-28
+# Part 34. Records of a chat | uses 1, 2, 7, 12, 17, 18, 23, 26-28
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -8658,6 +8800,7 @@ class ChatRecords(NoRecords):
         self._internal = {
             "_known": self._on_known, "_verified": self._on_verified, "_seen": self._on_seen,
             "_kept": self._on_kept, "_unkept": self._on_unkept, "_timer": self._on_timer,
+            "_places": self._on_places,
         }  # fmt: skip
 
     def require(self) -> Profile:
@@ -8726,6 +8869,14 @@ class ChatRecords(NoRecords):
         machine = connection.machine
         where = (machine.server, machine.server_address, time.time())
         self.profile.contacts.seen(event["fingerprint"], *where)
+
+    def _on_places(self, connection, event: dict) -> None:
+        """Where a contact is host; if that is the server we are on, it may have moved."""
+        if event["server"] == connection.machine.server:
+            known = [a for a in connection.target.addresses if a not in event["addresses"]]
+            connection.target.addresses = [*event["addresses"], *known][:PLACES_MOST]
+        places = (event["server"], event["addresses"])
+        self.profile.contacts.set_places(event["fingerprint"], *places)
 
     def _on_timer(self, connection, event: dict) -> None:
         self.profile.contacts.set_timer(event["fingerprint"], event["seconds"])
@@ -8879,7 +9030,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 34. Chat client | uses 1, 2, 12, 15, 18, 23, 24, 30, 32, 33
+# Part 35. Chat client | uses 1, 2, 12, 15, 18, 23, 24, 31, 33, 34
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -8911,6 +9062,7 @@ class ChatClient:
         self.reason = ""  # why it ended
         self.leaving = ""
         self.undelivered = 0
+        self.door: Any = None  # a host's RelayServer, whose newcomers are asked about
         self.wipe = False  # whether the profile is to be destroyed when all is over
         self.wants_status = False  # whether a face shows what `_status` events carry
         self._leave_by = 0.0
@@ -9238,7 +9390,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 35. Commands | uses 1, 2
+# Part 36. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -9387,7 +9539,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 36. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 35
+# Part 37. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 36
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -9559,21 +9711,33 @@ def _chat_invite(client, rest: str) -> None:
     uses, seconds = _invite_options(rest, 1)
     room = _current_room(client).name
     expires = int(client.machine.wall_clock() + seconds) if seconds else 0
-    addresses = list(client.target.addresses)
+    places = client.machine.directory.places
+    addresses = list(places[0] if places else client.target.addresses)
     token = Token(addresses, client.machine.server, b"", b"", uses, expires, room)
     client.machine.invite(token)
 
 
+def _at_the_door(client, name: str, accept: bool) -> bool:
+    """Answers somebody who waits for the host of a direct chat; False if nobody does."""
+    return client.door is not None and client.door.answer(split_mark(name)[0], accept)
+
+
 def _chat_admit(client, rest: str) -> None:
-    _current_room(client).admission.admit(_need(rest, "/admit NAME"), time.monotonic())
+    name = _need(rest, "/admit NAME")
+    if not _at_the_door(client, name, True):
+        _current_room(client).admission.admit(name, time.monotonic())
 
 
 def _chat_deny(client, rest: str) -> None:
-    _current_room(client).admission.refuse(_need(rest, "/deny NAME"))
+    name = _need(rest, "/deny NAME")
+    if not _at_the_door(client, name, False):
+        _current_room(client).admission.refuse(name)
 
 
 def _chat_requests(client, rest: str) -> None:
     names = sorted(person.name for person in _current_room(client).admission.requests.values())
+    if client.door is not None:
+        names = [*client.door.waiting_names(), *names]
     text = "Waiting to enter: " + (", ".join(names) or "nobody") + "."
     client.show_notice(text, names=names)
 
@@ -9683,7 +9847,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 37. Chat commands: people and records | uses 1, 2, 4, 6, 16, 22-24, 31, 35, 36
+# Part 38. Chat commands: people and records | uses 1, 2, 4, 6, 16, 22-24, 32, 36, 37
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -9898,7 +10062,7 @@ def _chat_connect(client, rest: str) -> None:
             setattr(options, option[2:], words.pop(0))
         else:
             raise ChatError("This is not how it is written.", CONNECT_USAGE)
-    target = resolve_target(options, profile.servers)
+    target = resolve_target(options, profile.servers, profile.contacts)
     client.show_notice(f"Connecting to {' or '.join(target.addresses)} ...")
     spawn("connect", _routine_connect, client, options, target)
 
@@ -10162,7 +10326,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 38. Console commands | uses 1, 2, 7, 30, 35
+# Part 39. Console commands | uses 1, 2, 7, 31, 36
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -10282,7 +10446,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 39. Terminal input | uses 23
+# Part 40. Terminal input | uses 23
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -10488,7 +10652,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 40. Terminal | uses 2, 19-21, 23, 39
+# Part 41. Terminal | uses 2, 19-21, 23, 40
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -10850,7 +11014,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 41. Words for events | uses 2, 7, 19, 35, 36
+# Part 42. Words for events | uses 2, 7, 19, 36, 37
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -10902,6 +11066,13 @@ class ChatWords:
         """An event's text, a Said, or None; `here`: it belongs to the conversation in view."""
         handler = getattr(self, "_on_" + event["event"].replace("-", "_"), None)
         return handler(event, here) if handler else None
+
+    def _on_listening(self, event: dict, here: bool) -> str:
+        return (
+            "Give this token to the person you want to talk to (for 24 hours):\n\n"
+            f"{event['token']}\n\nThey run: python3 trchat.py connect TOKEN, or choose 2 in the "
+            "menu.\nYou are asked before anybody comes in; /invite makes more tokens."
+        )
 
     def _on_ready(self, event: dict, here: bool) -> str:
         own = event["fingerprint"]
@@ -10963,6 +11134,9 @@ class ChatWords:
 
     def _on_request(self, event: dict, here: bool) -> str:
         name = event["from"]
+        if "room" not in event:
+            mark = event["fingerprint"][7:11]
+            return f"? {name}~{mark} is at the door: /accept {name} or /deny {name}"
         return f"? {name} wants to enter #{event['room']}: /admit {name} or /deny {name}"
 
     def _on_code(self, event: dict, here: bool) -> str:
@@ -11080,7 +11254,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 42. Faces: terminal and JSON lines | uses 2, 19, 23, 24, 35, 40, 41
+# Part 43. Faces: terminal and JSON lines | uses 2, 19, 23, 24, 36, 41, 42
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -11408,7 +11582,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 43. Activities | uses 1-4, 8, 9, 16, 23, 24, 26, 29-31, 33-35, 38, 42
+# Part 44. Activities | uses 1-4, 8, 9, 15, 16, 23, 24, 26, 29, 31, 32, 34-36, 39, 43
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -11426,7 +11600,9 @@ class ServerOptions(Record):
 class RunningServer:
     """A relay server of one profile, from its files to its console."""
 
-    def __init__(self, paths: Paths, options: ServerOptions, ask_passphrase, publish):
+    def __init__(
+        self, paths: Paths, options: ServerOptions, ask_passphrase, publish, doorkeeper=None
+    ):
         paths.make_folders()
         self._users_path = paths.file("users.json")
         key, certificate = KeyPair(paths, "server").load(ask_passphrase)
@@ -11438,7 +11614,9 @@ class RunningServer:
         context = server_context(key, certificate, anchors)
         listener = listen(options.host, options.port)
         self.host, self.port = options.host, listener.getsockname()[1]
+        self.public: list = []  # addresses of a tunnel
         machine = RelayMachine(self.fingerprint, self._gatekeeper, options.limits)
+        machine.doorkeeper = doorkeeper
         self.server = RelayServer(listener, context, machine, self._save, publish)
         self.server.start()
 
@@ -11458,14 +11636,17 @@ class RunningServer:
     def addresses(self) -> list:
         """Where others may find this server, best first."""
         if self.host not in ("0.0.0.0", "::", ""):
-            return [join_address(self.host, self.port)]
+            return [*self.public, join_address(self.host, self.port)]
         found = local_addresses() if self.host == "::" else local_addresses()[:1]
-        return [join_address(host, self.port) for host in found or ["127.0.0.1"]]
+        local = [join_address(host, self.port) for host in found or ["127.0.0.1"]]
+        return [*local, *self.public]
 
-    def make_token(self, uses: int, seconds: float) -> str:
+    def make_token(
+        self, uses: int, seconds: float, room: str = DEFAULT_ROOM, inviter: bytes = b""
+    ) -> str:
         """A token for this server; in the loop thread, as it opens the gate."""
         now = time.time()
-        token = Token(self.addresses(), self.fingerprint, b"", b"", 0, 0, DEFAULT_ROOM)
+        token = Token(self.addresses(), self.fingerprint, inviter, b"", 0, 0, room)
         if self._gatekeeper.mode == "invite":
             token.secret, token.uses = random_bytes(16), uses
             token.expires = int(now + seconds) if seconds else 0
@@ -11589,10 +11770,9 @@ def open_chat(paths: Paths, options: ConnectOptions, settings: Settings, ask_pas
     """A ChatClient with one person's records, for a server that is not dialled yet."""
     if options.name:
         check_name(options.name)
-    servers = ServerList(paths)
-    target = resolve_target(options, servers)
     identity, *chain = load_identity(paths, ask_passphrase)
-    profile = Profile(paths, settings, servers, identity)
+    profile = Profile(paths, settings, ServerList(paths), identity)
+    target = resolve_target(options, profile.servers, profile.contacts)
     machine = ClientMachine(identity, "", time.time, target.token)
     return ChatClient(machine, target, ChatRecords(profile), tuple(chain))
 
@@ -11632,6 +11812,109 @@ def run_connect(
     if client.wipe:
         destroy_profile(paths)
     return code
+
+
+# Chatting directly
+
+
+class HostOptions(Record):
+    name: str | None
+    room: str
+    port: int | None
+    uses: int
+
+
+def run_host(
+    paths: Paths, options: HostOptions, settings: Settings, make_face, ask_passphrase
+) -> int:
+    """A server and a client in one process: whoever comes is asked about, and all ends with us."""
+    locks = [ProfileLock(paths, role) for role in ("client", "server")]
+    try:
+        identity = load_identity(paths, ask_passphrase)[0]
+        hosting = Hosting(paths, options, settings, identity, ask_passphrase)
+        try:
+            code = hosting.run(make_face)
+        finally:
+            hosting.stop()
+    finally:
+        for lock in locks:
+            lock.release()
+    if hosting.client.wipe:
+        destroy_profile(paths)
+    return code
+
+
+class Hosting:
+    """The server of a direct chat, and its owner's client on it."""
+
+    def __init__(self, paths: Paths, options: HostOptions, settings, identity, ask_passphrase):
+        self._paths, self._options, self._own = paths, options, identity.fingerprint
+        self.client: Any = None  # there is none yet when the server starts
+        self.running = self._start_server(ask_passphrase)
+        here = join_address("127.0.0.1", self.running.port)
+        pin = fingerprint_text(self.running.fingerprint)
+        connect = ConnectOptions(here, options.name, options.room, pin, False, 0)
+        self._connect = connect
+        self.client = open_chat(paths, connect, settings, ask_passphrase)
+        self.client.door = self.running.server
+
+    def _start_server(self, ask_passphrase) -> RunningServer:
+        """On the port given, or the one of last time if it is free, or any."""
+        path = self._paths.file("host.json")
+        last = read_json(path, {}).get("port", 0)
+        wanted = [self._options.port] if self._options.port is not None else [last, 0]
+        running = None
+        for port in wanted:
+            try:
+                running = self._listen(port, ask_passphrase)
+                break
+            except ChatError:
+                if port == wanted[-1]:
+                    raise
+        write_json(path, {"port": running.port})
+        return running
+
+    def _listen(self, port: int, ask_passphrase) -> RunningServer:
+        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        own = [fingerprint_text(self._own)]
+        options = ServerOptions(host, port, "invite", own, None, True)
+        return RunningServer(self._paths, options, ask_passphrase, self._publish, self._is_welcome)
+
+    def _is_welcome(self, fingerprint: bytes) -> bool:
+        """In the loop thread: whom nobody has to be asked about."""
+        if fingerprint == self._own:
+            return True
+        trust = self.client.trust if self.client is not None else Trust()
+        return fingerprint in trust.contacts and fingerprint not in trust.blocked
+
+    def _publish(self, event: dict) -> None:
+        """Of the server's events a host sees who waits at the door."""
+        if self.client is not None and (event["event"] == "request" or event.get("knocked")):
+            self.client.events.publish(event)
+
+    def run(self, make_face) -> int:
+        face = make_face(self.client)
+        with face:
+            link = dial_first(self.client, self._connect, face, None)
+            machine = self.client.first.machine
+            machine.directory.places = (self.running.addresses(), self.running.fingerprint)
+            face.show(self._listening())
+            return run_chat(face, self.client, link, stay=True)
+
+    def _listening(self) -> dict:
+        invitation = (self._options.uses, float(INVITATION_SECONDS), self._options.room, self._own)
+        token = self.running.server.call(self.running.make_token, *invitation)
+        return {
+            "event": "listening",
+            "host": self.running.host,
+            "port": self.running.port,
+            "fingerprint": fingerprint_text(self.running.fingerprint),
+            "token": token,
+            "public": self.running.public[0] if self.running.public else None,
+        }
+
+    def stop(self) -> None:
+        self.running.stop()
 
 
 # Scripts
@@ -11704,7 +11987,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 44. Demonstration | uses 1, 3, 4, 7-9, 16, 26, 29-31, 34, 35
+# Part 45. Demonstration | uses 1, 3, 4, 7-9, 16, 26, 29, 31, 32, 35, 36
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -11886,7 +12169,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 45. Shell commands | uses 1, 2, 4, 7, 19, 22-28, 31, 33, 35, 37, 40, 42-44
+# Part 46. Shell commands | uses 1, 2, 4, 7, 19, 22-28, 32, 34, 36, 38, 41, 43-45
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -12047,6 +12330,20 @@ def _run_chat(session: Session, stay: bool) -> int:
 
     ways = (make_face, session.ask, session.ask_passphrase)
     return run_connect(session.paths, _connect_choices(session), session.settings(), *ways, stay)
+
+
+def _shell_host(session: Session) -> int:
+    session.prepare()
+    given, settings = session.arguments, session.settings()
+    room = check_room(given.room) if given.room else DEFAULT_ROOM
+    options = HostOptions(given.name, room, given.port, given.uses)
+
+    def make_face(client: ChatClient):
+        if session.json:
+            return JSONFace(sys.stdin, sys.stdout)
+        return ChatFace(sys.stdin, sys.stdout, client, settings.public())
+
+    return run_host(session.paths, options, settings, make_face, session.ask_passphrase)
 
 
 def _shell_send(session: Session) -> int:
@@ -12238,6 +12535,15 @@ def _connect_options(parser) -> None:
     parser.add_argument("--source-port", type=_port, default=0, help="the local port to come from")
 
 
+def _host_options(parser) -> None:
+    parser.add_argument("--name", help="your nickname (default: the last one, or the login name)")
+    parser.add_argument("--room", help="the room's name (lobby)")
+    parser.add_argument("--port", type=_port, help="default: the one of last time, else any")
+    parser.add_argument(
+        "--uses", type=int, default=1, help="how many people the token lets ask (1)"
+    )
+
+
 def _send_options(parser) -> None:
     _connect_options(parser)
     parser.add_argument("text", nargs="?", help="the message; left out: standard input")
@@ -12287,6 +12593,8 @@ for _activity in (
      _streaming(_shell_server), _server_options, (1, "Start a server")),
     ("connect", "connect trchat:AbC...", "connect to a server and chat",
      _streaming(_shell_connect), _connect_options, (2, "Connect to a server")),
+    ("host", "host --name alice", "chat directly: others connect to you, and you accept them",
+     _streaming(_shell_host), _host_options, (3, "Chat directly (peer to peer)")),
     ("send", 'send TARGET "dinner is ready" --to bob', "send one message and wait until it arrived",
      _shell_send, _send_options, None),
     ("listen", "listen TARGET --json", "show what is said until stopped; for scripts",
@@ -12346,7 +12654,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 46. Menu and door | uses 1, 2, 4, 22-24, 29, 31, 35, 37, 42, 45
+# Part 47. Menu and door | uses 1, 2, 4, 22-24, 29, 32, 36, 38, 43, 46
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -12399,8 +12707,8 @@ def _menu_answer() -> str:
 
 def _menu_activity(session: Session, choice: str) -> None:
     makers = {
-        "server": _menu_server, "connect": _menu_connect, "contacts": _menu_people,
-        "settings": _menu_settings,
+        "server": _menu_server, "connect": _menu_connect, "host": _menu_host,
+        "contacts": _menu_people, "settings": _menu_settings,
     }  # fmt: skip
     words = makers[choice](session)
     if words:
@@ -12432,6 +12740,11 @@ def _connect_words(session: Session, target: str, nickname: str) -> list:
     default = nickname or login_name()
     name = session.ask_text(f"Your name [{default}]: ").strip()
     return ["connect", *(["--name", name] if name else []), "--", target]
+
+
+def _menu_host(session: Session) -> list:
+    name = session.ask_text(f"Your name [{login_name()}]: ").strip()
+    return ["host", *(["--name", name] if name else [])]
 
 
 def _menu_people(session: Session) -> list:

@@ -2140,12 +2140,12 @@ class Part07WireFormat(PureCase):
 
         to_client = "GREETING WELCOME REFUSED PRESENT ROOM JOINED LEFT GONE ABSENT CLOSED PONG"
         to_relay = "LOGIN JOIN LEAVE LOOKUP PING INVITE BYE LIST"
-        contents = "HELLO TEXT ACK EPOCH FAREWELL REMOVED VOUCH TIMER AWAY"
-        self.assertEqual(numbers(to_client + " INVITED ROOMS"), [*range(1, 14)])
+        contents = "HELLO TEXT ACK EPOCH FAREWELL REMOVED VOUCH TIMER AWAY PLACES"
+        self.assertEqual(numbers(to_client + " INVITED ROOMS KNOCKED"), [*range(1, 15)])
         self.assertEqual(numbers(to_relay), [*range(17, 25)])
-        self.assertEqual({*trchat.FRAME_FIELDS}, {*range(1, 14), *range(17, 25)})
-        self.assertEqual(numbers(contents), [*range(1, 10)])
-        self.assertEqual({*trchat.CONTENT_FIELDS}, {*range(1, 10)})
+        self.assertEqual({*trchat.FRAME_FIELDS}, {*range(1, 15), *range(17, 25)})
+        self.assertEqual(numbers(contents), [*range(1, 11)])
+        self.assertEqual({*trchat.CONTENT_FIELDS}, {*range(1, 11)})
         self.assertEqual(trchat.DATA, 32)
 
     def test_the_bytes_on_the_wire_are_those_of_the_description(self):
@@ -3407,7 +3407,7 @@ class Part09RelayMachineTest(MachineTest):
 def person_token(network, inviter, room="lobby", uses=5, expires=0):
     """A token that `inviter` makes with /invite."""
     inviter.now = network.now
-    inviter.invite(trchat.Token(["relay:1"], network.fingerprint, b"", b"", uses, expires, room))
+    inviter.invitations.create(trchat.Token(["relay:1"], network.fingerprint, b"", b"", uses, expires, room))
     network.run()
     text = [e["token"] for e in events(inviter, "notice") if "token" in e][-1]
     return trchat.consume_token(text)
@@ -5675,7 +5675,7 @@ class Part13ClientMachineTest(MachineTest):
         for mode in ("keys", "certs"):
             alice.mode = mode
             with self.assertRaises(trchat.ChatError):
-                alice.invite(trchat.Token(["x:1"], network.fingerprint, b"", b"", 1, 0, "lobby"))
+                alice.invitations.create(trchat.Token(["x:1"], network.fingerprint, b"", b"", 1, 0, "lobby"))
 
     def test_a_token_whose_inviter_is_not_in_the_room_warns(self):
         network = Network()

@@ -28,38 +28,39 @@ or thread: bytes in, events out) and each uses only parts above itself:
  13. Messages *
  14. Reception *
  15. People and sessions *
- 16. Client machine *
- 17. Sealed records *
- 18. Conversations *
- 19. Keys and widths *
- 20. Line editor *
- 21. Screen *
- 22. Settings *
- 23. Settings and paths
- 24. Events and threads
- 25. Dependencies
- 26. Vault
- 27. History and outbox
- 28. Contacts
- 29. Network
- 30. Connections of a server
- 31. Relay server
- 32. Where to connect
- 33. Connections
- 34. Records of a chat
- 35. Chat client
- 36. Commands
- 37. Chat commands: talking and rooms
- 38. Chat commands: people and records
- 39. Console commands
- 40. Terminal input
- 41. Terminal
- 42. Words for events
- 43. Faces: terminal and JSON lines
- 44. Activities
- 45. Demonstration
- 46. Shell commands
- 47. Menu and door
+ 16. Invitations by members *
+ 17. Client machine *
+ 18. Sealed records *
+ 19. Conversations *
+ 20. Keys and widths *
+ 21. Line editor *
+ 22. Screen *
+ 23. Settings *
+ 24. Settings and paths
+ 25. Events and threads
+ 26. Dependencies
+ 27. Vault
+ 28. History and outbox
+ 29. Contacts
+ 30. Network
+ 31. Connections of a server
+ 32. Relay server
+ 33. Where to connect
+ 34. Connections
+ 35. Records of a chat
+ 36. Chat client
+ 37. Commands
+ 38. Chat commands: talking and rooms
+ 39. Chat commands: people and records
+ 40. Console commands
+ 41. Terminal input
+ 42. Terminal
+ 43. Words for events
+ 44. Faces: terminal and JSON lines
+ 45. Activities
+ 46. Demonstration
+ 47. Shell commands
+ 48. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -3965,7 +3966,70 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 16. Client machine | pure | uses 1-4, 6, 7, 10, 11, 13-15
+# Part 16. Invitations by members | pure | uses 1, 3, 4, 7, 10
+#
+# Tokens that a person inside makes: the server learns what opens its gate, the room's members what
+# lets the holder through a lock.
+# ==================================================================================================
+
+
+class Invitations:
+    """Those that this client has made, and what it knows of others'."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self._tokens: dict = {}  # invitation id -> Token that waits for the server
+
+    def vouch_again(self, room: RoomKeeper) -> None:
+        """The room's members have changed: all are to know of our invitations."""
+        for invitation, voucher in room.admission.vouchers.items():
+            if voucher.told is not None:
+                self._vouch(room, invitation, voucher)
+
+    def create(self, token: Token) -> None:
+        """Makes a token of one's own; answered by a notice once the server knows of it."""
+        if self.machine.mode in ("keys", "certs"):
+            hint = "Ask its operator to /allow the newcomer's fingerprint."
+            raise ChatError("This server lets people in by their keys only.", hint)
+        token.inviter, token.secret = self.machine.identity.fingerprint, random_bytes(16)
+        derived = derive_invitation(token.secret)
+        self._tokens[derived.id] = token
+        self.machine.send_frame(INVITE, derived.id, derived.gate, token.uses, int(token.expires))
+        room = self.machine.rooms.get(token.room)
+        if room is not None:
+            voucher = Voucher(derived.proof, token.uses, token.expires, set(), set())
+            room.admission.vouchers[derived.id] = voucher
+            self._vouch(room, derived.id, voucher)
+
+    def _vouch(self, room: RoomKeeper, invitation: bytes, voucher: Voucher) -> None:
+        """Tells the room's members of an invitation, so that any admin can let its holder in."""
+        fields = (room.name, invitation, voucher.proof, voucher.uses, int(voucher.expires))
+        for person in room.members.values():
+            news = person is not None and person.hash not in voucher.told
+            if news and room.is_member(person.fingerprint):
+                voucher.told.add(person.hash)
+                self.machine.directory.send(person, VOUCH, *fields)
+
+    def content_vouch(self, person: Person, name, invitation, proof, uses, expires) -> None:
+        room = self.machine.rooms.get(name)
+        if room is None or not room.is_member(person.fingerprint):
+            return
+        known = room.admission.vouchers.get(invitation)
+        if known is None and len(room.admission.vouchers) < 4096:
+            room.admission.vouchers[invitation] = Voucher(proof, uses, expires, set(), None)
+        elif known is not None and known.told is None:
+            known.proof = proof  # the maker's word may come after a false one
+
+    def on_invited(self, invitation: bytes) -> None:
+        token = self._tokens.pop(invitation, None)
+        if token is not None:
+            text = create_token(token)
+            uses = f"{token.uses} people" if token.uses > 1 else "one person"
+            self.machine.emit("notice", text=f"A token for {uses}: {text}", token=text)
+
+
+# ==================================================================================================
+# Part 17. Client machine | pure | uses 1, 2, 4, 6, 7, 11, 13-16
 #
 # The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
@@ -3985,6 +4049,7 @@ class ClientMachine:
         self.directory = Directory(self)
         self.messages = Messages(self)
         self.reception = Reception(self)
+        self.invitations = Invitations(self)
         self.rooms: dict = {}  # name -> RoomKeeper
         self.server, self.server_address, self.mode = b"", "", ""
         self.now = 0.0
@@ -3993,7 +4058,6 @@ class ClientMachine:
         self.lost_at: float | None = None
         self.spare_names: list = []  # to be tried if the server says `name-taken`
         self.renamed = False
-        self._tokens: dict = {}  # invitation id -> (Token, room) waiting for the server
         self._alarms: dict = {}  # text -> when
         self._reset()
 
@@ -4277,9 +4341,7 @@ class ClientMachine:
         for person in room.members.values():
             if person is not None and room.is_admin():
                 self.directory.greet(person)
-        for invitation, voucher in room.admission.vouchers.items():
-            if voucher.told is not None:
-                self._vouch(room, invitation, voucher)
+        self.invitations.vouch_again(room)
 
     def _content_epoch(self, person: Person, encoded, signature, key) -> None:
         said, proof = decode_announcement(encoded), (encoded, signature, key)
@@ -4320,47 +4382,6 @@ class ClientMachine:
             self.fatal = {KICKED: "kicked", BANNED: "banned"}.get(why, "denied")
             self.broken = text
 
-    def invite(self, token: Token) -> None:
-        """Makes a token of one's own; answered by a notice once the server knows of it."""
-        if self.mode in ("keys", "certs"):
-            hint = "Ask its operator to /allow the newcomer's fingerprint."
-            raise ChatError("This server lets people in by their keys only.", hint)
-        token.inviter, token.secret = self.identity.fingerprint, random_bytes(16)
-        derived = derive_invitation(token.secret)
-        self._tokens[derived.id] = token
-        self.send_frame(INVITE, derived.id, derived.gate, token.uses, int(token.expires))
-        room = self.rooms.get(token.room)
-        if room is not None:
-            voucher = Voucher(derived.proof, token.uses, token.expires, set(), set())
-            room.admission.vouchers[derived.id] = voucher
-            self._vouch(room, derived.id, voucher)
-
-    def _vouch(self, room: RoomKeeper, invitation: bytes, voucher: Voucher) -> None:
-        """Tells the room's members of an invitation, so that any admin can let its holder in."""
-        fields = (room.name, invitation, voucher.proof, voucher.uses, int(voucher.expires))
-        for person in room.members.values():
-            news = person is not None and person.hash not in voucher.told
-            if news and room.is_member(person.fingerprint):
-                voucher.told.add(person.hash)
-                self.directory.send(person, VOUCH, *fields)
-
-    def _content_vouch(self, person: Person, name, invitation, proof, uses, expires) -> None:
-        room = self.rooms.get(name)
-        if room is None or not room.is_member(person.fingerprint):
-            return
-        known = room.admission.vouchers.get(invitation)
-        if known is None and len(room.admission.vouchers) < 4096:
-            room.admission.vouchers[invitation] = Voucher(proof, uses, expires, set(), None)
-        elif known is not None and known.told is None:
-            known.proof = proof  # the maker's word may come after a false one
-
-    def _on_invited(self, invitation: bytes) -> None:
-        token = self._tokens.pop(invitation, None)
-        if token is not None:
-            text = create_token(token)
-            uses = f"{token.uses} people" if token.uses > 1 else "one person"
-            self.emit("notice", text=f"A token for {uses}: {text}", token=text)
-
     def goodbye(self) -> None:
         """Tells everybody, and the server, that we leave on purpose."""
         if self.phase == "online":
@@ -4395,7 +4416,7 @@ _CLIENT_HANDLERS: dict = {
     CLOSED: ClientMachine._on_closed,
     PONG: lambda machine: None,  # that it came is all there is to it
     KNOCKED: ClientMachine._on_knocked,
-    INVITED: ClientMachine._on_invited,
+    INVITED: lambda machine, *values: machine.invitations.on_invited(*values),
     ROOMS: ClientMachine._on_rooms,
     DATA: ClientMachine._on_data,
 }
@@ -4406,7 +4427,7 @@ _CONTENT_HANDLERS: dict = {
     EPOCH: ClientMachine._content_epoch,
     FAREWELL: ClientMachine._content_farewell,
     REMOVED: ClientMachine._content_removed,
-    VOUCH: ClientMachine._content_vouch,
+    VOUCH: lambda machine, *values: machine.invitations.content_vouch(*values),
     TIMER: lambda machine, *values: machine.messages.content_timer(*values),
     AWAY: lambda machine, *values: machine.directory.content_away(*values),
     PLACES: lambda machine, *values: machine.directory.content_places(*values),
@@ -4414,7 +4435,7 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 17. Sealed records | pure | uses 1-3
+# Part 18. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -4592,7 +4613,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 18. Conversations | pure | uses 1, 2, 17
+# Part 19. Conversations | pure | uses 1, 2, 18
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -4710,7 +4731,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 19. Keys and widths | pure | uses 2
+# Part 20. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -5036,7 +5057,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 20. Line editor | pure | uses 2, 19
+# Part 21. Line editor | pure | uses 2, 20
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -5375,7 +5396,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 21. Screen | pure | uses 19
+# Part 22. Screen | pure | uses 20
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -5578,7 +5599,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 22. Settings | pure | uses 1, 2
+# Part 23. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -5769,7 +5790,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 23. Settings and paths | uses 1, 2, 4, 22
+# Part 24. Settings and paths | uses 1, 2, 4, 23
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -6044,7 +6065,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 24. Events and threads | uses 2, 23
+# Part 25. Events and threads | uses 2, 24
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -6156,7 +6177,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 25. Dependencies | uses 1, 23
+# Part 26. Dependencies | uses 1, 24
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -6517,7 +6538,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 26. Vault | uses 1-4, 23
+# Part 27. Vault | uses 1-4, 24
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -6734,7 +6755,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 27. History and outbox | uses 1-3, 17, 23, 24
+# Part 28. History and outbox | uses 1-3, 18, 24, 25
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -7199,7 +7220,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 28. Contacts | uses 1-4, 6, 23
+# Part 29. Contacts | uses 1-4, 6, 24
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -7637,7 +7658,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 29. Network | uses 1-4, 23, 26
+# Part 30. Network | uses 1-4, 24, 27
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -7875,7 +7896,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 30. Connections of a server | uses 1
+# Part 31. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -7962,7 +7983,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 31. Relay server | uses 1, 2, 7, 23, 24, 26, 29, 30
+# Part 32. Relay server | uses 1, 2, 7, 24, 25, 27, 30, 31
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -8390,7 +8411,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 32. Where to connect | uses 1, 2, 4, 23, 24, 29
+# Part 33. Where to connect | uses 1, 2, 4, 24, 25, 30
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -8506,7 +8527,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 33. Connections | uses 1, 3, 23, 24, 29, 31, 32
+# Part 34. Connections | uses 1, 3, 24, 25, 30, 32, 33
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -8703,7 +8724,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 34. Records of a chat | uses 1, 2, 7, 12, 17, 18, 23, 26-28
+# Part 35. Records of a chat | uses 1, 2, 7, 12, 18, 19, 24, 27-29
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -9030,7 +9051,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 35. Chat client | uses 1, 2, 12, 15, 18, 23, 24, 31, 33, 34
+# Part 36. Chat client | uses 1, 2, 12, 15, 19, 24, 25, 32, 34, 35
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -9390,7 +9411,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 36. Commands | uses 1, 2
+# Part 37. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -9539,7 +9560,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 37. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 36
+# Part 38. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 37
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -9714,7 +9735,7 @@ def _chat_invite(client, rest: str) -> None:
     places = client.machine.directory.places
     addresses = list(places[0] if places else client.target.addresses)
     token = Token(addresses, client.machine.server, b"", b"", uses, expires, room)
-    client.machine.invite(token)
+    client.machine.invitations.create(token)
 
 
 def _at_the_door(client, name: str, accept: bool) -> bool:
@@ -9847,7 +9868,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 38. Chat commands: people and records | uses 1, 2, 4, 6, 16, 22-24, 32, 36, 37
+# Part 39. Chat commands: people and records | uses 1, 2, 4, 6, 17, 23-25, 33, 37, 38
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -10326,7 +10347,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 39. Console commands | uses 1, 2, 7, 31, 36
+# Part 40. Console commands | uses 1, 2, 7, 32, 37
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -10446,7 +10467,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 40. Terminal input | uses 23
+# Part 41. Terminal input | uses 24
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -10652,7 +10673,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 41. Terminal | uses 2, 19-21, 23, 40
+# Part 42. Terminal | uses 2, 20-22, 24, 41
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -11014,7 +11035,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 42. Words for events | uses 2, 7, 19, 36, 37
+# Part 43. Words for events | uses 2, 7, 20, 37, 38
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -11254,7 +11275,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 43. Faces: terminal and JSON lines | uses 2, 19, 23, 24, 36, 41, 42
+# Part 44. Faces: terminal and JSON lines | uses 2, 20, 24, 25, 37, 42, 43
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -11582,7 +11603,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 44. Activities | uses 1-4, 8, 9, 15, 16, 23, 24, 26, 29, 31, 32, 34-36, 39, 43
+# Part 45. Activities | uses 1-4, 8, 9, 15, 17, 24, 25, 27, 30, 32, 33, 35-37, 40, 44
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -11987,7 +12008,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 45. Demonstration | uses 1, 3, 4, 7-9, 16, 26, 29, 31, 32, 35, 36
+# Part 46. Demonstration | uses 1, 3, 4, 7-9, 17, 27, 30, 32, 33, 36, 37
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -12169,7 +12190,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 46. Shell commands | uses 1, 2, 4, 7, 19, 22-28, 32, 34, 36, 38, 41, 43-45
+# Part 47. Shell commands | uses 1, 2, 4, 7, 20, 23-29, 33, 35, 37, 39, 42, 44-46
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -12654,7 +12675,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 47. Menu and door | uses 1, 2, 4, 22-24, 29, 32, 36, 38, 43, 46
+# Part 48. Menu and door | uses 1, 2, 4, 23-25, 30, 33, 37, 39, 44, 47
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

@@ -17706,6 +17706,167 @@ class ChatWindowTest(KeptTest):
 
 
 # ==================================================================================================
+# Chatting directly
+# ==================================================================================================
+
+
+class KnockTest(MachineTest):
+    """The relay machine of a host: a login that is in order waits for an answer."""
+
+    def knocking(self, mode="invite", welcome=()):
+        network = Network(mode)
+        network.relay.doorkeeper = lambda fingerprint: fingerprint in welcome
+        token = server_token(network)
+        bob = network.make("bob", token=token)
+        network.connect(bob)
+        network.run()
+        return network, bob
+
+    def test_nothing_is_enrolled_or_told_before_the_answer(self):
+        network, bob = self.knocking()
+        self.assertEqual([e["text"] for e in events(bob, "notice")], ["Your host is asked to let you in; wait a moment."])
+        self.assertEqual((network.relay.present, network.relay.by_name), ({}, {}))
+        self.assertEqual((network.gatekeeper.users, bob.phase), ({}, "login"))
+        bob.send_frame(trchat.JOIN, "lobby")  # too early: not a frame of a login
+        network.run()
+        self.assertTrue(bob.broken or bob not in network.links)
+        self.assertEqual(network.relay.rooms, {})
+
+    def test_accepted(self):
+        network, bob = self.knocking()
+        self.assertTrue(network.relay.answer_knock("bob", True, network.now))
+        network.wait(1)
+        self.assertEqual(members(bob), ["bob"])
+        self.assertTrue(network.gatekeeper.users[bob.identity.fingerprint].enrolled)
+        self.assertFalse(network.relay.answer_knock("bob", True, network.now), "once")
+
+    def test_denied(self):
+        network, bob = self.knocking()
+        uses = [gate[1] for gate in network.gatekeeper.invitations.values()]
+        self.assertTrue(network.relay.answer_knock("bob", False, network.now))
+        network.run()
+        self.assertEqual([(e["code"], e["text"]) for e in events(bob, "error")], [("denied", "You were denied.")])
+        self.assertEqual((bob.fatal, network.gatekeeper.users), ("denied", {}))
+        self.assertEqual([gate[1] for gate in network.gatekeeper.invitations.values()], uses)
+
+    def test_who_needs_no_asking(self):
+        network, bob = self.knocking(welcome={pooled_identity(0).fingerprint})
+        self.assertEqual(events(bob, "notice"), [])
+        self.assertEqual(members(bob), ["bob"])
+
+    def test_a_stranger_is_refused_and_not_asked_about(self):
+        network, bob = self.knocking()
+        mallory = network.make("mallory")
+        network.connect(mallory)
+        network.run()
+        self.assertEqual(events(mallory, "error")[0]["code"], "not-invited")
+        self.assertEqual(len(network.relay.knocking), 1)
+
+    def test_who_does_not_wait_is_forgotten(self):
+        network, bob = self.knocking()
+        network.drop(bob)
+        self.assertEqual(network.relay.knocking, {})
+        self.assertIn("withdrawn", [kind for kind, *_ in network.relay.events])
+        network.come_back(bob)
+        self.assertEqual(len(network.relay.knocking), 1)
+
+    def test_only_so_many_at_a_time_and_nobody_twice(self):
+        with mock.patch.object(trchat, "KNOCKING_MOST", 2):
+            network, bob = self.knocking("open")
+            again = network.make("bob2", number=bob.number)
+            others = [network.make(f"p{n}") for n in range(2)]
+            for person in (again, *others):
+                network.connect(person)
+                network.run()
+        self.assertEqual([e["code"] for p in (again, others[1]) for e in events(p, "error")], ["denied", "denied"])
+        self.assertEqual(len(network.relay.knocking), 2)
+
+
+class DirectChatTest(EndToEnd):
+    """`host` as a process, and those who come."""
+
+    def host(self, *words, name="alice", **extra) -> Process:
+        host = self.start("host", "--json", "--profile", name, "--name", name, *words, **extra)
+        host.listening = host.wait_for("listening")
+        host.wait_for("ready")
+        port = host.listening["port"]
+        token = trchat.consume_token(host.listening["token"])
+        # this machine's own addresses may not be reachable from where tests run
+        host.token = trchat.create_token(trchat.Token([f"127.0.0.1:{port}"], *[getattr(token, f) for f in token._fields[1:]]))
+        return host
+
+    def test_accepted_then_remembered_as_a_contact(self):
+        alice = self.host()
+        token = trchat.consume_token(alice.listening["token"])
+        self.assertEqual((token.uses, len(token.inviter), len(token.secret)), (1, 32, 16))
+        bob = self.client("bob", alice.token, ready=False)
+        request = alice.wait_for("request")
+        self.assertEqual(request["from"], "bob")
+        bob.wait_for("notice", knocked=True)
+        self.assertEqual(bob.of("ready"), [])
+        alice.type("/accept bob")
+        bob.wait_for("ready")
+        alice.wait_for("joined", name="bob")
+        bob.say("hello")
+        alice.wait_for("message", text="hello")
+        alice.type("/contacts add bob")
+        alice.wait_for("notice", name="bob")
+        bob.type("/contacts add alice")
+        bob.wait_for("notice", name="alice")
+        bob.type("BYE")
+        self.assert_ends(bob, "BYE", 0)
+        alice.child.stdin.close()  # the end of its input does not end a host
+        alice.wait_for("left", name="bob")
+        alice.signal(signal.SIGTERM)
+        self.assert_ends(alice, "interrupted", 130)
+        alice = self.host()
+        self.assertEqual(alice.listening["port"], port_of(self.home, "alice"), "the port of last time")
+        bob = self.client("bob", "alice")  # a contact's name is enough, and nobody is asked
+        self.assertEqual(alice.of("request"), [])
+        alice.wait_for("joined", name="bob")
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+        self.assertEqual(bob.wait_for("closed")["reason"], "server-closed")
+
+    def test_denied(self):
+        alice = self.host()
+        bob = self.client("bob", alice.token, ready=False)
+        alice.wait_for("request")
+        alice.type("/requests")
+        self.assertEqual(alice.wait_for("notice", names=["bob"])["names"], ["bob"])
+        alice.type("/deny bob")
+        self.assert_ends(bob, "denied", 1)
+        self.assertEqual([e["text"] for e in bob.of("error")], ["You were denied."])
+        self.assertNotIn("alice", json.dumps(bob.events))
+        with open(os.path.join(self.home, ".trchat", "alice", "users.json"), encoding="utf-8") as file:
+            self.assertNotIn("bob", file.read())
+        carol = self.client("carol", alice.token, ready=False)  # the token was not used up
+        alice.wait_for("request", **{"from": "carol"})
+        carol.signal(signal.SIGKILL)
+        alice.wait_for("notice", name="carol")  # does not wait any more
+        alice.type("/accept carol")
+        self.assertEqual(alice.wait_for("error")["code"], "no-such-person")
+
+    def test_a_stranger_without_the_token(self):
+        alice = self.host()
+        address = f"127.0.0.1:{alice.listening['port']}"
+        mallory = self.client("mallory", address, "--pin", alice.listening["fingerprint"], ready=False)
+        self.assertEqual(mallory.wait_for("error")["code"], "not-invited")
+        self.assert_ends(mallory, "denied", 1)
+        self.assertEqual(alice.of("request"), [])
+
+    def test_a_port_given_and_taken(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            self.assert_refused(["host", "--port", port, "--profile", "x"], port)
+
+
+def port_of(home: str, profile: str) -> int:
+    with open(os.path.join(home, ".trchat", profile, "host.json"), encoding="utf-8") as file:
+        return json.load(file)["port"]
+
+
+# ==================================================================================================
 # Benchmarks
 # ==================================================================================================
 

@@ -8389,7 +8389,8 @@ def _request_event(kind: str, client: RelayClient) -> dict:
     bundle = client.knock[0]
     shown = fingerprint_text(bundle.fingerprint)
     if kind == "withdrawn":
-        return notice(f"{bundle.name} does not wait any more.", name=bundle.name, fingerprint=shown)
+        fields = {"name": bundle.name, "fingerprint": shown, "withdrawn": True}
+        return notice(f"{bundle.name} does not wait any more.", **fields)
     return {"event": "request", "from": bundle.name, "fingerprint": shown}
 
 
@@ -11910,7 +11911,7 @@ class Hosting:
 
     def _publish(self, event: dict) -> None:
         """Of the server's events a host sees who waits at the door."""
-        if self.client is not None and (event["event"] == "request" or event.get("knocked")):
+        if self.client is not None and (event["event"] == "request" or event.get("withdrawn")):
             self.client.events.publish(event)
 
     def run(self, make_face) -> int:

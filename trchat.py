@@ -3792,7 +3792,10 @@ class Directory:
                         *room.succession.claims.get(person.fingerprint, (0, NO_EPOCH)),
                         self.machine.now,
                     )
-        self.machine.emit("notice", text=f"The key of {person.name} is accepted.", name=person.name)
+            text = f"The key of {person.name} is accepted."
+        else:
+            text = f"The key of {person.name} has not changed."
+        self.machine.emit("notice", text=text, name=person.name)
 
     def require(self, name: str) -> Person:
         person = self.find(name)
@@ -5801,6 +5804,7 @@ argparse = Lazy("argparse")
 ctypes = Lazy("ctypes")
 fcntl = Lazy("fcntl")
 getpass = Lazy("getpass")
+ipaddress = Lazy("ipaddress")
 json = Lazy("json")
 metadata = Lazy("importlib.metadata")
 msvcrt = Lazy("msvcrt")
@@ -8498,6 +8502,20 @@ def choose_name(machine: ClientMachine, wanted: str, preferred: str, saved) -> N
         machine.spare_names = [f"{machine.name[:28]}{i}" for i in range(2, 10)]
 
 
+def way_of(address: str) -> str:
+    """What kind of way an address is, for people."""
+    host, _ = split_address(address)
+    if host.endswith(".onion"):
+        return "through Tor"
+    try:
+        ip = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return "by name"  # a tunnel's, or one that somebody owns
+    if ip.is_loopback:
+        return "on this computer"
+    return "on the local network" if not ip.is_global else "over the internet"
+
+
 def dial_any(target: Target, timeout: float = DIAL_SECONDS) -> Link:
     """Tries a target's addresses side by side; the first that is the right server wins."""
     answers = queue.SimpleQueue()
@@ -8880,6 +8898,10 @@ class ChatRecords(NoRecords):
         contacts = self.profile.contacts
         if event.get("old") and contacts.by_fingerprint(event["old"]) is not None:
             contacts.replace_key(event["old"], event["fingerprint"], event["key"])
+        stale = [e for e in self.waiting.values() if e["to"] == event.get("old", b"").hex()]
+        if stale:  # what was written for one key is not for another
+            text = f"{len(stale)} messages for the old key of {event['name']} do not go to the new."
+            self._chat.show_notice(f"{text} /outbox lists them, /cancel takes them back.")
         contacts.remember(connection.machine.server, event["name"], event["fingerprint"])
         self.refresh_trust()
 
@@ -9932,7 +9954,7 @@ def _chat_block(client, rest: str, on: bool = True) -> None:
     fingerprint, name, _ = _identity_of(client, _need(rest, "/block NAME"))
     records.require().contacts.block(fingerprint, name, on)
     records.refresh_trust()
-    text = f"{name} is blocked: nothing of them is shown, and nothing they send you is confirmed."
+    text = f"{name} is blocked: nothing of them is shown, and what they send you alone is refused."
     client.show_notice(text if on else f"{name} is no longer blocked.", name=name, blocked=on)
 
 
@@ -10166,7 +10188,9 @@ def _chat_cancel(client, rest: str) -> None:
 
 
 def _chat_tail(client, rest: str) -> None:
-    count = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 6 else 20
+    if rest and not (rest.isascii() and rest.isdigit() and len(rest) < 6):
+        raise ChatError("This is no number of messages.", "Write /tail, or /tail 50.")
+    count = int(rest or 20)
     history, here = client.records.require().history, client.here
     key = client.records.conversation_key(here)
     client.records.ask(_shower(client), _looked_up, history, history.tail, key, max(1, count))
@@ -11807,6 +11831,8 @@ def dial_first(client: ChatClient, options: ConnectOptions, face, ask) -> Link:
         face.say(f"Connecting to {' or '.join(target.addresses)} ...")
     try:
         link = dial_any(target)
+        if face.interactive and len(target.addresses) > 1:
+            face.say(f"{link.address} answered first, {way_of(link.address)}.")
         saved = servers.find_fingerprint(fingerprint_text(link.fingerprint))
         choose_name(connection.machine, options.name or "", profile.settings.name, saved)
         if not options.trust_new:

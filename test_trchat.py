@@ -17668,7 +17668,9 @@ class ChatWindowTest(KeptTest):
         alice.see(": hello")
         alice.press("\x03")
         alice.see("Interrupted.")
-        self.assert_restored(alice, 130)
+        self.assertEqual(alice.exit_code(), 130, alice.text())
+        self.assertEqual(termios.tcgetattr(alice.slave), alice.mode)
+        self.assertNotIn(b"\x1b", alice.raw, "plain lines, without a prompt")
 
     def test_a_message_reported_after_a_restart(self):
         """What never arrived is named by its text, also when it was written in an earlier run."""

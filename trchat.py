@@ -7900,7 +7900,1025 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 31. Connections of a server | uses 1
+# Part 29. Tunnels | uses 1-4, 23, 24, 29
+#
+# Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
+# tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
+# ==================================================================================================
+
+
+http_client = Lazy("http.client")
+
+START_SECONDS = 15.0  # the longest that an address may take to come
+ASK_SECONDS = 0.5  # without a line of the log the agent is asked this often for the address
+WATCH_SECONDS = 30.0  # how often a tunnel of somebody else's agent is looked at
+END_SECONDS = 3.0  # between asking a program to end and ending it
+RESTART_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+STEADY_SECONDS = 60.0  # after holding this long the pauses begin anew
+
+
+class TunnelOptions(Record):
+    """What tunnels need to know; all of it may be left out.
+
+    `map_port(port, options, report)` makes a Tunnel; it is what open_auto tries first.
+    """
+
+    ssh_host: str = ""  # [user@]host[:port], a Host of ~/.ssh/config, "pinggy" or "serveo"
+    key_file: str = ""  # where tor's onion address is kept; without it each start has a new one
+    lease_file: str = ""  # where TunnelLease says what is to be cleaned up after a crash
+    map_port: Any = None
+
+
+def tunnel_error(text: str, hint: str = "") -> ChatError:
+    return ChatError(text, hint, "unreachable")
+
+
+def process_mark(pid: int) -> tuple:
+    """(when it started, its command line) of a running process, ("", "") if there is none.
+
+    The time is in ticks since the boot on Linux, in the words of `ps` elsewhere, "" on Windows.
+    """
+    if sys.platform.startswith("linux"):
+        return _linux_mark(pid)
+    ps, tasks = ["ps", "-o", "lstart=", "-o", "command=", "-p"], ["tasklist", "/nh", "/fi"]
+    command = [*tasks, f"pid eq {pid}"] if os.name == "nt" else [*ps, str(pid)]
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 5}
+    try:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, **quiet)
+    except (OSError, subprocess.SubprocessError):
+        return "", ""
+    line = ran.stdout.decode("utf-8", "replace").strip()
+    return ("", line) if os.name == "nt" else (line[:24], line[24:])
+
+
+def _linux_mark(pid: int) -> tuple:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            command = os.fsdecode(file.read().replace(b"\0", b" "))
+    except OSError:
+        return "", ""
+    return ("", "") if fields[0] == b"Z" else (int(fields[19]), command)
+
+
+def _signal_group(pid: int, hard: bool) -> None:
+    """Ends a program and its own children, as it may be a wrapper around another."""
+    try:
+        if os.name == "nt":
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            subprocess.call(["taskkill", "/t", "/f", "/pid", str(pid)], **quiet)
+        else:
+            os.killpg(pid, signal.SIGKILL if hard else signal.SIGTERM)
+    except OSError:
+        pass  # it has gone
+
+
+def _local_api(web: int, method: str, path: str, body=None, timeout: float = 4.0) -> tuple:
+    """(status, answer) of an agent's API on this machine; (0, {}) if none answers."""
+    connection = http_client.HTTPConnection("127.0.0.1", web, timeout=timeout)  # never by a proxy
+    headers = {"Content-Type": "application/json"} if body else {}
+    try:
+        connection.request(method, "/api/" + path, json.dumps(body) if body else None, headers)
+        response = connection.getresponse()
+        data = response.read(1 << 20)
+        answer = json.loads(data) if data else {}
+        return response.status, answer if type(answer) is dict else {}
+    except (OSError, http_client.HTTPException, ValueError, RecursionError):
+        return 0, {}
+    finally:
+        connection.close()
+
+
+def _drop_rented(program: str) -> bool:
+    """Asks an agent to end a tunnel, named `port of the API/name`."""
+    web, _, name = program.partition("/")
+    return web.isdigit() and _local_api(int(web), "DELETE", f"tunnels/{name}")[0] == 204
+
+
+def _shut(sock) -> None:
+    """Ends a wait for this socket in another thread."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+class TunnelLease:
+    """A note on the program that carries a tunnel, for the next start after a crash of ours."""
+
+    def __init__(self, path: str):
+        self._path = path  # "": no note
+
+    def write(self, kind: str, pid: int, program: str) -> None:
+        if self._path:
+            entry = {"pid": pid, "started": process_mark(pid)[0] if pid else ""}
+            write_json(self._path, {**entry, "kind": kind, "program": program})
+
+    def release(self) -> None:
+        try:
+            os.unlink(self._path)
+        except OSError:
+            pass
+
+    def clean_up(self) -> bool:
+        """Ends what an earlier trchat could not; True if there was something. ChatError if the
+        note cannot be read."""
+        entry = read_json(self._path, {}) if self._path else {}
+        found = False
+        if entry.get("kind") == "ngrok-api":
+            found = _drop_rented(str(entry.get("program")))
+        elif self._still_runs(entry):
+            found = True
+            self._end(entry)
+        self.release()
+        return found
+
+    @staticmethod
+    def _still_runs(entry: dict) -> bool:
+        """Whether it is the very process of the note, not a later one with its number."""
+        pid, program = entry.get("pid"), os.path.basename(str(entry.get("program") or "?"))
+        if type(pid) is not int or pid <= 1:
+            return False
+        started, command = process_mark(pid)
+        return bool(command) and started == entry.get("started") and program in command
+
+    def _end(self, entry: dict) -> None:
+        _signal_group(entry["pid"], hard=False)
+        limit = time.monotonic() + END_SECONDS
+        while self._still_runs(entry) and time.monotonic() < limit:
+            time.sleep(0.02)  # the end of a process that is not our child is no event
+        if self._still_runs(entry):
+            _signal_group(entry["pid"], hard=True)
+
+
+class Child:
+    """A program that runs until it ends or is ended; `take` gets its lines, then None."""
+
+    def __init__(self, kind: str, command: list, take, lease_file: str):
+        self._lock, self._ended = threading.Lock(), False
+        self._lease = TunnelLease(lease_file)
+        self._process = _start_program(command)
+        self.pid = self._process.pid
+        try:
+            self._lease.write(kind, self.pid, command[0])
+        except ChatError:
+            self.end()
+            raise
+        spawn(f"output of {kind}", self._routine_read, take)
+
+    def _routine_read(self, take) -> None:
+        """For ever, as a program whose output nobody takes stands still."""
+        with self._process.stdout as output:
+            for line in iter(lambda: output.readline(65536), b""):
+                take(line.decode("utf-8", "replace").rstrip())
+        self.end()
+        take(None)
+
+    def end(self) -> None:
+        """Returns when it is gone."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+            if self._process.poll() is None:
+                self._stop()
+            self._process.stdin.close()
+            self._lease.release()
+
+    def _stop(self) -> None:
+        _signal_group(self.pid, hard=False)
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            _signal_group(self.pid, hard=True)
+            self._process.wait()
+
+
+def _start_program(command: list):
+    """In a group of its own, as Ctrl-C at our terminal is for us; without a terminal to ask at."""
+    flags = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")  # of Windows
+    pipe = subprocess.PIPE
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            creationflags=sum(getattr(subprocess, flag, 0) for flag in flags),
+            preexec_fn=_die_with_us(),
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "strerror", "") or error
+        raise tunnel_error(f"Starting {command[0]} failed: {reason}.") from None
+
+
+def _die_with_us():
+    """On Linux, what the child does first: asks for SIGTERM when the thread that made it dies."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    death_signal, parent, number = 1, os.getpid(), int(signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+    def ask() -> None:  # between fork and exec: no import, no lock
+        prctl(death_signal, number)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def find_program(name: str, hint: str) -> str:
+    found = shutil.which(name)
+    if not found:
+        raise tunnel_error(f"There is no program {name} on this machine.", hint)
+    return found
+
+
+class Tunnel:
+    """A way in from the outside to a TCP port of 127.0.0.1.
+
+    report(kind, text) is called from the tunnel's own thread: "address" with the public address
+    when it has come back or changed, "lost" and "notice" with a sentence.
+    """
+
+    name = ""
+
+    def __init__(self, port: int, options: TunnelOptions, report):
+        self.port, self.options, self._report = port, options, report
+        self.address = ""  # the public one, while there is one
+        self.trying = False  # whether it works, or goes on trying to
+        self._lock = threading.Lock()
+        self._closing, self._settled = threading.Event(), threading.Event()
+        self._answered = False  # open() has returned, the rest is reported
+        self._fault: ChatError | None = None  # why there is no address and will be none
+        self._excuse: ChatError | None = None  # why there is none yet
+        self._held: Any = None  # what close() has to end
+        self._thread: Any = None
+
+    @classmethod
+    def lacks(cls, options: TunnelOptions) -> str:
+        """What this machine lacks for it, in a sentence; "" if it is worth a try."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        """Sets the tunnel up (_hold, _up) and stays until it has ended: always a ChatError."""
+        raise NotImplementedError
+
+    def open(self) -> str:
+        """The public `host:port`. ChatError with advice; if `trying` is then still True, the
+        address may come later and is reported, unless close() is called."""
+        self.trying = True
+        self._thread = spawn(f"tunnel {self.name}", self._routine_keep)
+        self._settled.wait(START_SECONDS + 1)  # a second for _run's own, better sentence
+        with self._lock:
+            self._answered = True
+            address, fault, excuse = self.address, self._fault, self._excuse
+        if address:
+            return address
+        if fault or not excuse:
+            self.close()
+        raise fault or excuse or self._late()
+
+    def close(self) -> None:
+        """Ends it, whatever state it is in; from any thread, any number of times."""
+        self.trying = False
+        self._closing.set()
+        self._settled.set()
+        with self._lock:
+            held = self._held
+        if held is not None:
+            held.end()
+        if self._thread not in (None, threading.current_thread()):
+            self._thread.join(END_SECONDS)  # it may have been about to start something
+
+    def _routine_keep(self) -> None:
+        """Sets the tunnel up, and up again when it has ended, at first at once."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            reason = self._attempt()
+            if self._closing.is_set() or not self._mourn(reason):
+                self.trying = False
+                return
+            if time.monotonic() - began >= STEADY_SECONDS:
+                failures = 0
+            self._closing.wait(RESTART_PAUSES[min(failures, len(RESTART_PAUSES) - 1)])
+            failures += 1
+
+    def _attempt(self) -> ChatError:
+        try:
+            self._run()
+        except ChatError as error:
+            return error
+        except OSError as error:
+            return tunnel_error(f"The {self.name} tunnel failed: {error.strerror or error}.")
+        finally:
+            if self._held is not None:
+                self._held.end()
+        return tunnel_error(f"The {self.name} tunnel has ended.")
+
+    def _mourn(self, reason: ChatError) -> bool:
+        """Notes or reports an end; whether to go on."""
+        with self._lock:
+            answered, known = self._answered, str(reason) == str(self._fault)
+            self.address, self._fault, self._excuse = "", reason, None
+            self._settled.set()
+        if answered and not known:  # the same is not said at every try
+            self._tell("lost", str(reason))
+        return answered
+
+    def _hold(self, thing):
+        """`thing.end()` is called at the end, even if that has come already."""
+        with self._lock:
+            self._held = thing
+        if self._closing.is_set():
+            thing.end()
+            raise tunnel_error("The tunnel was closed.")
+        return thing
+
+    def _up(self, address: str) -> None:
+        with self._lock:
+            self.address, self._excuse, self._fault = address, None, None
+            answered = self._answered
+            self._settled.set()
+        if answered:
+            self._tell("address", address)
+
+    def _tell(self, kind: str, text: str) -> None:
+        if not self._closing.is_set():
+            self._report(kind, text)
+
+    def _late(self) -> ChatError:
+        text = f"{self.name} gave no address within {START_SECONDS:.0f} seconds."
+        return tunnel_error(text, "Check this machine's network, and try again.")
+
+    def _next_line(self, said, limit: float) -> str | None:
+        """What the program says next, None at its end; without an address also "" for nothing."""
+        if self.address and not self._excuse:
+            return said.get()
+        if time.monotonic() > limit and not self._excuse:
+            raise self._late()
+        try:
+            return said.get(timeout=ASK_SECONDS)
+        except queue.Empty:
+            return ""
+
+
+# ==================================================================================================
+# Part 29. Tunnels through ngrok | uses 1-4, 23, 24, 29
+#
+# The agent's log tells its port, its session and its errors; its API on that port the addresses.
+# Texts change from version to version, so that advice goes by the numbers of errors alone.
+# ==================================================================================================
+
+
+NGROK_WEB = range(4040, 4046)  # where agents offer their API
+NGROK_TOKENS = "Get one at https://dashboard.ngrok.com/get-started/your-authtoken"
+NGROK_SAVE = "and run 'ngrok config add-authtoken TOKEN', or set NGROK_AUTHTOKEN."
+NGROK_OTHERS = "Close another at https://dashboard.ngrok.com, or take --tunnel ssh or tor."
+NGROK_ADVICE = {  # number after ERR_NGROK_ -> what is wrong, what to do
+    "4018": ("ngrok has no authtoken here.", f"{NGROK_TOKENS} (free) {NGROK_SAVE}"),
+    "105": ("ngrok's authtoken is not in the right form.", f"{NGROK_TOKENS} {NGROK_SAVE}"),
+    "107": ("ngrok's authtoken is no longer valid.", f"{NGROK_TOKENS} {NGROK_SAVE}"),
+    "108": ("The ngrok account runs as many agents as its plan allows.", NGROK_OTHERS),
+    "121": ("This ngrok is too old.", "Run 'ngrok update', or get it from https://ngrok.com."),
+    "123": (
+        "The ngrok account's e-mail address is not verified.",
+        "Follow the link in ngrok's mail, or ask for another at https://dashboard.ngrok.com.",
+    ),
+    "302": ("ngrok opens TCP addresses for accounts only.", f"{NGROK_TOKENS} {NGROK_SAVE}"),
+    "324": ("This ngrok agent has as many addresses as the plan allows.", NGROK_OTHERS),
+    "334": ("This ngrok address is in use by another agent.", NGROK_OTHERS),
+    "8013": (
+        "ngrok opens TCP addresses only once a card is on file (it is not charged).",
+        "Add one at https://dashboard.ngrok.com/settings, or take --tunnel ssh or tor.",
+    ),
+    "15002": ("This ngrok plan needs a reserved address.", NGROK_OTHERS),
+    "103": ("The ngrok account is suspended.", "Write to support@ngrok.com."),
+    "8014": ("The ngrok account is blocked.", "Write to support@ngrok.com."),
+}
+LOGFMT = LazyPattern(r'([\w.]+)=("(?:[^"\\]|\\.)*"|\S*)')
+NGROK_CODE = LazyPattern(r"ERR_NGROK_(\d+)")
+NGROK_URL = LazyPattern(r"tcp://([\w.-]+:\d{1,5})/?$")
+NOT_READY = LazyPattern(r"not (?:yet )?ready|not yet been established")
+
+
+def parse_log_line(line: str) -> dict:
+    """The fields of a line of ngrok's log, which is JSON or logfmt, or its last word on stderr."""
+    if line.startswith("ERROR:"):
+        return {"lvl": "eror", "err": line[6:].strip()}
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = {key: _unquoted(value) for key, value in LOGFMT.findall(line)}
+    return entry if type(entry) is dict else {}
+
+
+def _unquoted(value: str) -> str:
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value
+    except ValueError:
+        return value[1:-1]
+
+
+def ngrok_fault(text: str, port: int) -> ChatError:
+    """The advice that fits what ngrok said."""
+    for code in NGROK_CODE.findall(text):
+        if code in NGROK_ADVICE:
+            return tunnel_error(*NGROK_ADVICE[code])
+    reason = next((one_line(part)[:200] for part in text.splitlines() if part.strip()), "it ended")
+    hint = f"'ngrok tcp {port}' in a terminal may show more."
+    return tunnel_error(f"ngrok opened no tunnel: {reason.strip(' .')}.", hint)
+
+
+class NgrokLog:
+    """What an agent's log has told so far."""
+
+    def __init__(self):
+        self.web, self.session = 0, False  # the API's port; whether there is a session
+        self.url, self.upstream = "", ""  # of a tunnel that has just been started
+        self.offline = ""  # why the service cannot be reached
+        self._errors = collections.deque(maxlen=20)
+
+    def feed(self, line: str) -> None:
+        entry = parse_log_line(line)
+        message, error = str(entry.get("msg", "")), str(entry.get("err") or "")
+        if "starting web service" in message:
+            port = str(entry.get("addr", "")).rpartition(":")[2]
+            self.web = int(port) if port.isdigit() else 0
+        elif message in ("client session established", "tunnel session started"):
+            self.session, self.offline = True, ""
+            self._errors.clear()
+        elif message == "started tunnel":
+            self.url, self.upstream = str(entry.get("url", "")), entry.get("addr", "")
+        if entry.get("lvl") in ("eror", "error", "crit") and error not in ("", "nil", "<nil>"):
+            self._errors.append(error)
+            if message == "failed to reconnect session" and not NGROK_CODE.search(error):
+                self.session, self.offline = False, error
+
+    def fault(self, port: int) -> ChatError:
+        return ngrok_fault("\n".join(self._errors), port)
+
+
+def _ngrok_tunnels(web: int, timeout: float = 4.0) -> list | None:
+    """[(public address, where it leads)] of the TCP tunnels of an agent, None if there is none."""
+    for path in ("tunnels", "endpoints"):  # the newer form comes second, as both are served
+        status, answer = _local_api(web, "GET", path, timeout=timeout)
+        rows = answer.get(path)
+        if status == 200 and type(rows) is list:
+            return [_ngrok_row(row) for row in rows if type(row) is dict]
+        if status == 0:
+            return None
+    return None
+
+
+def _ngrok_row(row: dict) -> tuple:
+    upstream = row.get("config") or row.get("upstream")
+    where = upstream.get("addr", upstream.get("url")) if type(upstream) is dict else ""
+    return _ngrok_address(row.get("public_url") or row.get("url")), where
+
+
+def _ngrok_address(url) -> str:
+    found = NGROK_URL.match(str(url))
+    return found.group(1) if found else ""
+
+
+def _leads_to(upstream, port: int) -> bool:
+    """Whether an address as agents write it (localhost:1, //localhost:1, {"Host": ...}) is ours."""
+    text = upstream.get("Host", "") if type(upstream) is dict else str(upstream)
+    host, _, number = text.rpartition("//")[2].rpartition(":")
+    return number == str(port) and host in ("", "localhost", "127.0.0.1")
+
+
+def _find_ngrok(webs, port: int) -> str:
+    """The public address of our port at any of these agents."""
+    pairs = (pair for web in webs for pair in _ngrok_tunnels(web) or [])
+    return next((public for public, upstream in pairs if public and _leads_to(upstream, port)), "")
+
+
+class RentedTunnel:
+    """A tunnel of an agent that somebody else runs; "" as its name: somebody else's, too."""
+
+    def __init__(self, web: int, name: str, lease_file: str):
+        self._lock, self._ended = threading.Lock(), False
+        self._web, self._name = web, name
+        self._sock: Any = None
+        self._lease = TunnelLease(lease_file if name else "")
+        self._lease.write("ngrok-api", 0, f"{web}/{name}")
+
+    def wait(self) -> None:
+        """Until the agent hangs up, which it does when it ends, or WATCH_SECONDS are over."""
+        with self._lock:
+            if self._ended:
+                return
+            try:
+                self._sock = socket.create_connection(("127.0.0.1", self._web), WATCH_SECONDS)
+            except OSError:
+                return
+        try:
+            self._sock.recv(1)
+        except OSError:
+            pass  # time is over, or end() was called
+        self._sock.close()
+
+    def end(self) -> None:
+        with self._lock:
+            if not self._ended and self._sock is not None:
+                _shut(self._sock)
+            if self._name:  # also a second time: it may have been made in between
+                _drop_rented(f"{self._web}/{self._name}")
+            self._ended = True
+            self._lease.release()
+
+
+class NgrokTunnel(Tunnel):
+    """Through ngrok's service: an agent of our own, or one that already runs (plans count them)."""
+
+    name = "ngrok"
+
+    @classmethod
+    def lacks(cls, options: TunnelOptions) -> str:
+        if any(_ngrok_tunnels(web, ASK_SECONDS) is not None for web in NGROK_WEB):
+            return ""
+        if not shutil.which("ngrok"):
+            return "There is no program ngrok on this machine."
+        home = os.path.expanduser("~")
+        folders = [".config/ngrok", "Library/Application Support/ngrok", "AppData/Local/ngrok"]
+        folders += [".ngrok2", "snap/ngrok/current/.config/ngrok"]
+        files = (os.path.join(home, folder, "ngrok.yml") for folder in folders)
+        found = os.environ.get("NGROK_AUTHTOKEN") or any(map(os.path.exists, files))
+        return "" if found else NGROK_ADVICE["4018"][0]
+
+    def _run(self) -> None:
+        for web in NGROK_WEB:
+            if _ngrok_tunnels(web, ASK_SECONDS) is not None:
+                self._rent(web)
+        self._run_agent()
+
+    def _run_agent(self) -> None:
+        program = find_program("ngrok", "Get it at https://ngrok.com/download.")
+        command = [program, "tcp", str(self.port), "--log", "stdout", "--log-format", "json"]
+        said, log = queue.Queue(), NgrokLog()
+        self._hold(Child("ngrok", command, said.put, self.options.lease_file))
+        limit = time.monotonic() + START_SECONDS
+        for line in iter(lambda: self._next_line(said, limit), None):
+            log.feed(line)
+            self._heed(log, silent=not line)
+        raise log.fault(self.port)
+
+    def _heed(self, log: NgrokLog, silent: bool) -> None:
+        if log.offline and not self._excuse:
+            reason = one_line(log.offline).strip(" .")[:200]
+            self._excuse = tunnel_error(
+                f"ngrok cannot reach its service: {reason}.",
+                "It goes on trying; check this machine's network.",
+            )
+            self._tell("notice", str(self._excuse))
+        elif log.url:
+            public, log.url = _ngrok_address(log.url), ""
+            if public and _leads_to(log.upstream or self.port, self.port):
+                self._up(public)
+        elif (self._excuse or not self.address) and (log.session or silent) and not log.offline:
+            public = _find_ngrok([log.web] if log.web else NGROK_WEB, self.port)
+            if public:
+                self._up(public)
+
+    def _rent(self, web: int) -> None:
+        """Uses an agent that runs already, for as long as it does."""
+        public = _find_ngrok([web], self.port)
+        name = "" if public else f"trchat-{self.port}-{random_bytes(4).hex()}"
+        rented = self._hold(RentedTunnel(web, name, self.options.lease_file))
+        self._up(public or self._ask_for(web, name))
+        while not self._closing.is_set() and _find_ngrok([web], self.port):
+            rented.wait()
+            self._closing.wait(ASK_SECONDS)  # should it hang up at once without ending
+        raise tunnel_error("The ngrok agent that carried the tunnel has ended.")
+
+    def _ask_for(self, web: int, name: str) -> str:
+        wish = {"addr": str(self.port), "proto": "tcp", "name": name}
+        limit = time.monotonic() + START_SECONDS
+        while True:
+            status, answer = _local_api(web, "POST", "tunnels", wish)
+            public = _ngrok_address(answer.get("public_url"))
+            if status == 201 and public:
+                return public
+            reason = json.dumps(answer) if answer else "the agent that runs does not answer"
+            late = self._closing.wait(ASK_SECONDS) or time.monotonic() > limit
+            if late or not NOT_READY.search(reason):
+                details = answer.get("details")
+                said = details.get("err") if type(details) is dict else answer.get("msg")
+                raise ngrok_fault(str(said or reason), self.port)
+
+
+# ==================================================================================================
+# Part 29. Tunnels through ssh and tor | uses 1-4, 23, 24, 29
+#
+# ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
+# port. And the choice between all that this machine has.
+# ==================================================================================================
+
+
+SSH_PRESETS = {"pinggy": ["-p", "443", "tcp@free.pinggy.io"], "serveo": ["serveo.net"]}
+SSH_OPTIONS = (
+    "BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15", "ServerAliveCountMax=3",
+    "StrictHostKeyChecking=accept-new", "ConnectTimeout=10", "ControlPath=none", "LogLevel=INFO",
+)  # fmt: skip
+SSH_PORT = LazyPattern(r"Allocated port (\d+) for remote forward to ")
+SSH_URL = LazyPattern(r"(?:tcp://|TCP connections from )([\w-]+(?:\.[\w-]+)+:\d{1,5})\b")
+SSH_ADVICE = (  # what ssh says -> what is wrong, what to do
+    (
+        r"HOST IDENTIFICATION HAS CHANGED|Host key verification failed",
+        "{host} shows another key than before: somebody may be in the middle.",
+        "If its key was changed on purpose, run 'ssh-keygen -R HOST' and connect once by hand.",
+    ),
+    (
+        r"Permission denied|Too many authentication failures",
+        "{host} does not let this account in without a password.",
+        "Put your key there with 'ssh-copy-id {host}', and load it with ssh-add if it is locked.",
+    ),
+    (
+        r"forwarding failed|prohibited|forwarding request failed",
+        "{host} does not forward ports.",
+        "Its /etc/ssh/sshd_config must say 'AllowTcpForwarding yes' (or remote).",
+    ),
+    (
+        r"Could not resolve hostname",
+        "The name of {host} is not known.",
+        "Check its spelling and your network.",
+    ),
+    (
+        r"[Uu]nsupported option|Bad configuration option",
+        "This ssh is too old.",
+        "Install OpenSSH 7.6 or newer.",
+    ),
+)
+
+
+class SSHTunnel(Tunnel):
+    """Through a host of one's own that runs sshd, or a public service that speaks ssh."""
+
+    name = "ssh"
+
+    @classmethod
+    def lacks(cls, options: TunnelOptions) -> str:
+        if not options.ssh_host:
+            return "No host to reach by ssh is set."
+        return "" if shutil.which("ssh") else "There is no program ssh on this machine."
+
+    def _run(self) -> None:
+        program = find_program("ssh", "Install OpenSSH (https://www.openssh.com).")
+        command = [program, *self._words()]
+        outside = "" if self.options.ssh_host in SSH_PRESETS else self._public_host(program)
+        said, last = queue.Queue(), collections.deque(maxlen=30)
+        self._hold(Child("ssh", command, said.put, self.options.lease_file))
+        limit = time.monotonic() + START_SECONDS
+        for line in iter(lambda: self._next_line(said, limit), None):
+            last.append(line)
+            public = self._address_in(line, outside)
+            if public and public != self.address:
+                self._up(public)
+                spawn("look from outside", self._routine_look, public)
+        raise self._advice("\n".join(last))
+
+    def _words(self) -> list:
+        """ssh's arguments; a service is talked with, as it tells the address that way."""
+        target = self.options.ssh_host
+        words = [word for option in SSH_OPTIONS for word in ("-o", option)] + ["-T", "-a", "-x"]
+        if target in SSH_PRESETS:
+            return [*words, "-R", f"0:127.0.0.1:{self.port}", *SSH_PRESETS[target]]
+        return [*words, "-N", "-R", f"*:0:127.0.0.1:{self.port}", *self._own_host()]
+
+    def _own_host(self) -> list:
+        user, at, host = self.options.ssh_host.rpartition("@")
+        if host.startswith("-") or user.startswith("-"):
+            raise ChatError("That is no host for ssh.", "Write user@host or user@host:port.")
+        host, port = split_address(host, 22)
+        return ["-p", str(port)] * (port != 22) + ["--", user + at + host]
+
+    def _public_host(self, program: str) -> str:
+        """The host's real name, as ~/.ssh/config may have another one."""
+        command, quiet = [program, "-G", *self._own_host()], subprocess.DEVNULL
+        try:
+            ran = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=quiet, stdin=quiet, timeout=5
+            )
+        except (OSError, subprocess.SubprocessError):
+            return self._own_host()[-1].rpartition("@")[2]
+        found = re.search(r"(?m)^hostname (\S+)", ran.stdout.decode("utf-8", "replace"))
+        return found.group(1) if found else self._own_host()[-1].rpartition("@")[2]
+
+    def _address_in(self, line: str, outside: str) -> str:
+        """The public address, if this line tells it."""
+        told, port = SSH_URL.search(line), SSH_PORT.match(line)
+        if self.options.ssh_host in SSH_PRESETS:
+            outside = "serveo.net" if self.options.ssh_host == "serveo" else ""
+            if told:
+                return told.group(1)
+        return join_address(outside, int(port.group(1))) if port and outside else ""
+
+    def _routine_look(self, public: str) -> None:
+        """By default sshd offers a forwarded port to its own machine only."""
+        try:
+            socket.create_connection(split_address(public), 5).close()
+        except OSError:
+            text = f"{public} cannot be reached: the host seems to offer it to itself only."
+            hint = "Its sshd_config needs 'GatewayPorts clientspecified', its firewall that port."
+            self._tell("notice", f"{text} {hint}")
+
+    def _advice(self, said: str) -> ChatError:
+        host = self.options.ssh_host
+        for pattern, text, hint in SSH_ADVICE:
+            if re.search(pattern, said):
+                return tunnel_error(text.format(host=host), hint.format(host=host))
+        lines = [one_line(line)[:200] for line in said.splitlines() if line.strip()]
+        reason = lines[-1].strip(" .") if lines else "it ended"
+        return tunnel_error(
+            f"The ssh tunnel through {host} ended: {reason}.", f"Try 'ssh {host}' by hand."
+        )
+
+
+class TorControl:
+    """A connection to a Tor's control port (control-spec.txt); what it opened ends with it."""
+
+    def __init__(self, target: str):
+        try:
+            self._sock = self._connect(target)
+        except OSError as error:
+            text = f"No Tor answers at {target}: {error.strerror or error}."
+            hint = "Start it with 'ControlPort 9051' and 'CookieAuthentication 1' in its torrc."
+            raise tunnel_error(text, f"{hint} TRCHAT_TOR_CONTROL names another place.") from None
+        self._file = self._sock.makefile("rb")
+
+    @staticmethod
+    def _connect(target: str):
+        if "/" not in target:
+            return socket.create_connection(split_address(target, 9051), 5)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(5)
+            sock.connect(target)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def ask(self, words: str) -> tuple:
+        """(status, [line without its status, ...]) of a command."""
+        self._sock.sendall(words.encode("latin-1") + b"\r\n")
+        lines = [self._read()]
+        while lines[-1][3:4] != " ":
+            lines.append(self._read())
+        return lines[-1][:3], [line[4:] for line in lines]
+
+    def _read(self) -> str:
+        line = self._file.readline(65536)
+        if not line.endswith(b"\n"):
+            raise tunnel_error("Tor has ended.")
+        return line.decode("latin-1").rstrip("\r\n")
+
+    def must(self, words: str) -> list:
+        status, lines = self.ask(words)
+        if status != "250":
+            what, text = words.split(" ")[0], one_line(lines[-1])[:200].strip(" .")
+            raise tunnel_error(f"Tor refuses {what}: {text}.", TOR_ADVICE.get(status, ""))
+        return lines
+
+    def log_in(self) -> None:
+        """In the best way that both sides know."""
+        line = next((x for x in self.must("PROTOCOLINFO 1") if x.startswith("AUTH ")), "")
+        found = TOR_METHODS.search(line)
+        methods = found.group(1).split(",") if found else []
+        password = os.environ.get("TRCHAT_TOR_PASSWORD")
+        if "NULL" in methods:
+            self.must("AUTHENTICATE")
+        elif password and "HASHEDPASSWORD" in methods:
+            quoted = password.encode().decode("latin-1").replace("\\", "\\\\").replace('"', '\\"')
+            self.must(f'AUTHENTICATE "{quoted}"')
+        elif "SAFECOOKIE" in methods or "COOKIE" in methods:
+            self._show_cookie(line, "SAFECOOKIE" in methods)
+        else:
+            raise tunnel_error("Tor asks for a password.", "Set TRCHAT_TOR_PASSWORD to it.")
+
+    def _show_cookie(self, line: str, safely: bool) -> None:
+        cookie = self._cookie(line)
+        if not safely:
+            self.must(f"AUTHENTICATE {cookie.hex()}")
+            return
+        ours = random_bytes(32)
+        answer = self.must(f"AUTHCHALLENGE SAFECOOKIE {ours.hex()}")[-1]
+        found = TOR_CHALLENGE.search(answer)
+        proof, theirs = map(bytes.fromhex, found.groups()) if found else (b"", b"")
+        seen = cookie + ours + theirs
+        if not same(proof, hmac_sha256(TOR_SERVER_KEY, seen)):
+            raise tunnel_error("What answers at the control port is not the Tor of that cookie.")
+        self.must(f"AUTHENTICATE {hmac_sha256(TOR_CLIENT_KEY, seen).hex()}")
+
+    @staticmethod
+    def _cookie(line: str) -> bytes:
+        found = TOR_COOKIE.search(line)
+        quoted = found.group(1).encode("latin-1") if found else b""
+        path = os.fsdecode(quoted.decode("unicode_escape").encode("latin-1"))
+        hint = "Join the group of its owner (debian-tor on Debian) and log in anew."
+        try:
+            cookie = read_file(path, 4096) or b""
+        except ChatError as error:
+            raise tunnel_error(error.text, hint) from None
+        if len(cookie) != 32:  # any other file is not to be shown to whoever asks
+            raise tunnel_error(f"Tor's cookie {one_line(path)} cannot be used.", hint)
+        return cookie
+
+    def wait(self) -> None:
+        """Until this connection ends."""
+        self._sock.settimeout(None)
+        try:
+            while self._file.readline(65536):
+                pass
+        except OSError:
+            pass
+
+    def end(self) -> None:
+        _shut(self._sock)
+        self._sock.close()
+
+
+TOR_PLACES = ("127.0.0.1:9051", "/run/tor/control", "127.0.0.1:9151")
+TOR_METHODS = LazyPattern(r"\bMETHODS=(\S+)")
+TOR_COOKIE = LazyPattern(r'\bCOOKIEFILE="((?:[^"\\]|\\.)*)"')
+TOR_CHALLENGE = LazyPattern(r"SERVERHASH=([0-9A-Fa-f]{64}) SERVERNONCE=([0-9A-Fa-f]{64})")
+TOR_SERVER_KEY = b"Tor safe cookie authentication server-to-controller hash"
+TOR_CLIENT_KEY = b"Tor safe cookie authentication controller-to-server hash"
+TOR_ADVICE = {
+    "515": "Set TRCHAT_TOR_PASSWORD to the password of its HashedControlPassword.",
+    "550": "Another trchat may be using this profile's address; close that one.",
+}
+ONION_KEY = LazyPattern(r"ED25519-V3:[A-Za-z0-9+/]{86}==")
+
+
+def tor_control() -> str:
+    """Where the control port is: `host:port` or the path of a socket."""
+    given = os.environ.get("TRCHAT_TOR_CONTROL")
+    return given or next(filter(_is_there, TOR_PLACES), TOR_PLACES[0])
+
+
+def _is_there(target: str) -> bool:
+    try:
+        TorControl._connect(target).close()
+    except OSError:
+        return False
+    return True
+
+
+class TorTunnel(Tunnel):
+    """An onion service of a Tor that runs on this machine; its address is its key."""
+
+    name = "tor"
+
+    def __init__(self, port: int, options: TunnelOptions, report):
+        super().__init__(port, options, report)
+        self._key = ""
+
+    @classmethod
+    def lacks(cls, options: TunnelOptions) -> str:
+        place = tor_control()
+        return "" if _is_there(place) else f"No Tor answers at {place}."
+
+    def _run(self) -> None:
+        control = self._hold(TorControl(tor_control()))
+        control.log_in()
+        service = self._add(control)
+        if "status/circuit-established=1" not in control.must("GETINFO status/circuit-established"):
+            self._tell("notice", "Tor has no way into its network yet; it goes on trying.")
+        self._up(f"{service}.onion:{self.port}")
+        control.wait()
+        raise tunnel_error("Tor has ended.")
+
+    def _add(self, control: TorControl) -> str:
+        """The service's id. Without `Detach` it lasts as long as the connection."""
+        key = self._key or self._saved_key()
+        where = f"Port={self.port},127.0.0.1:{self.port}"
+        lines = control.must(f"ADD_ONION {key or 'NEW:ED25519-V3'} {where}")
+        told = dict(line.split("=", 1) for line in lines if "=" in line)
+        self._key = key or told.get("PrivateKey", "")
+        if not key and self.options.key_file:
+            write_file(self.options.key_file, self._key.encode("ascii") + b"\n")
+        return told.get("ServiceID", "")
+
+    def _saved_key(self) -> str:
+        path = self.options.key_file
+        data = read_file(path, 4096) if path else None
+        key = (data or b"").decode("ascii", "replace").strip()
+        if data is not None and not ONION_KEY.fullmatch(key):
+            raise damaged_file(path)
+        return key
+
+
+SOCKS_FAULTS = {
+    1: "the proxy failed", 2: "the proxy does not allow it", 3: "the network cannot be reached",
+    4: "the host cannot be reached", 5: "the connection was refused", 6: "it took too long",
+    7: "the proxy cannot connect", 8: "the proxy takes no names",
+}  # fmt: skip
+
+
+def tor_proxy() -> tuple:
+    """(host, port) of Tor's SOCKS port: TRCHAT_TOR_SOCKS, else 127.0.0.1:9050."""
+    return split_address(os.environ.get("TRCHAT_TOR_SOCKS") or "127.0.0.1:9050", 9050)
+
+
+def socks5_connect(proxy: tuple, host: str, port: int, timeout: float):
+    """A socket to host:port through a SOCKS5 proxy (RFC 1928), which resolves the name.
+
+    ChatError if there is no such way; the socket has `timeout` set.
+    """
+    limit = time.monotonic() + timeout
+    place = join_address(*proxy)
+    try:
+        sock = socket.create_connection(proxy, timeout)
+    except OSError:
+        hint = "Start Tor, or set TRCHAT_TOR_SOCKS (Tor Browser: 127.0.0.1:9150)."
+        raise tunnel_error(f"No Tor proxy answers at {place}.", hint) from None
+    try:
+        _socks5_greet(sock, host, port, limit)
+        sock.settimeout(timeout)
+        return sock
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError):
+            raise tunnel_error(f"The proxy at {place} does not answer.", "Is it Tor's?") from None
+        raise
+
+
+def _socks5_greet(sock, host: str, port: int, limit: float) -> None:
+    try:
+        name = host.encode("ascii")
+    except UnicodeEncodeError:
+        name = host.encode("idna")
+    sock.sendall(b"\x05\x01\x00")
+    if _receive(sock, 2, limit) != b"\x05\x00":
+        raise tunnel_error("The proxy wants a password, or is none.", "Use Tor's SOCKS port.")
+    sock.sendall(b"\x05\x01\x00\x03" + u8(len(name)) + name + u16(port))
+    version, status, _, kind = _receive(sock, 4, limit)
+    if version != 5 or status:
+        reason = SOCKS_FAULTS.get(status, f"reason {status}")
+        text = f"The proxy could not connect to {join_address(host, port)}: {reason}."
+        raise tunnel_error(text, "Is the server running, and is the address right?")
+    size = {1: 4, 4: 16}.get(kind) or _receive(sock, 1, limit)[0]
+    _receive(sock, size + 2, limit)
+
+
+def _receive(sock, count: int, limit: float) -> bytes:
+    data = b""
+    while len(data) < count:
+        sock.settimeout(max(0.001, limit - time.monotonic()))
+        part = sock.recv(count - len(data))
+        if not part:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+        data += part
+    return data
+
+
+TUNNELS = {"ngrok": NgrokTunnel, "ssh": SSHTunnel, "tor": TorTunnel}
+
+
+def open_auto(port: int, options: TunnelOptions, report, say) -> Tunnel:
+    """The first tunnel that this machine can open, cheapest first; its `address` is the public one.
+
+    say(sentence) tells each step. ChatError that sums up why there is none.
+    """
+    passed = []
+    for kind in (options.map_port, NgrokTunnel, TorTunnel, SSHTunnel):
+        if kind is None:
+            continue
+        name = getattr(kind, "name", "port mapping")
+        lacks = getattr(kind, "lacks", lambda options: "")(options)
+        tunnel = None if lacks else _try_tunnel(kind(port, options, report), name, say, passed)
+        if tunnel is not None:
+            return tunnel
+        if lacks:
+            passed.append(f"{name}: {lacks}")
+            say(f"Passed over {name}: {lacks}")
+    hint = "Set up one of them, or let the others come over the same network."
+    raise tunnel_error("No tunnel could be opened. " + " ".join(passed), hint)
+
+
+def _try_tunnel(tunnel, name: str, say, passed: list):
+    say(f"Trying {name}.")
+    try:
+        say(f"The public address is {tunnel.open()} (through {name}).")
+        return tunnel
+    except ChatError as error:
+        tunnel.close()
+        passed.append(f"{name}: {error}")
+        say(f"No tunnel through {name}: {error}")
+        return None
+
+
+# ==================================================================================================
+# Part 30. Relay server | uses 1, 2, 7, 23, 24, 26, 29
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================

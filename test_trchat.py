@@ -67,7 +67,7 @@ import warnings  # noqa: E402
 # The top of test_trchat.py: right after `import sys` and before anything that needs a package.
 
 
-TEST_PACKAGES = [trchat.REQUIREMENT, "doubleratchet", "hypothesis", "pyte"]
+TEST_PACKAGES = [trchat.REQUIREMENT, "doubleratchet", "hypothesis", "pyngrok", "pyte"]
 STAMP = "trchat-requirements.txt"
 
 
@@ -17866,6 +17866,1389 @@ class DirectChatTest(EndToEnd):
 def port_of(home: str, profile: str) -> int:
     with open(os.path.join(home, ".trchat", profile, "host.json"), encoding="utf-8") as file:
         return json.load(file)["port"]
+
+
+# ==================================================================================================
+# Tunnels
+# ==================================================================================================
+
+# An agent like ngrok's v3, as far as its command line, log, API and errors go; what it forwards
+# comes in at a port of this machine. FAKE_NGROK=mode,mode makes it fail, FAKE_NGROK_WEB moves 4040.
+FAKE_NGROK = '''
+import http.server, itertools, json, os, random, signal, socket, sys, threading, time
+
+MODES = os.environ.get("FAKE_NGROK", "").split(",")
+WEB = int(os.environ.get("FAKE_NGROK_WEB", "4040"))
+CODES = {"noauth": 4018, "badtoken": 105, "revoked": 107, "limit": 108, "old": 121, "email": 123,
+         "suspended": 103}
+words, options, tunnels = [], {"log": "false", "log-format": "logfmt"}, {}
+arguments = iter(sys.argv[1:])
+for word in arguments:
+    if not word.startswith("--"):
+        words.append(word)
+    elif "=" in word or word in ("--none", "--version"):
+        name, _, value = word[2:].partition("=")
+        options[name] = value
+    else:
+        options[word[2:]] = next(arguments)
+if "hush" in MODES:
+    sys.stderr = open(os.devnull, "w")
+online, ready, writing = threading.Event(), threading.Event(), threading.Lock()
+
+
+def log(level, message, **more):
+    if options["log"] != "stdout" or "silent" in MODES:
+        return
+    entry = {"t": time.strftime("%Y-%m-%dT%H:%M:%S+0000"), "lvl": level, "msg": message, **more}
+    if options["log-format"] == "json" and "logfmt" not in MODES:
+        line = json.dumps(entry)
+    else:
+        plain = lambda v: v and all(c.isalnum() or c in "-_.:/+[]" for c in v)
+        line = " ".join(f"{k}={v if plain(str(v)) else json.dumps(str(v))}" for k, v in entry.items())
+    with writing:
+        print(line, flush=True)
+
+
+def leave(error, *lines):
+    log("eror", "terminating with error", obj="app", err=error)
+    for line in lines or error.splitlines():
+        print("ERROR:  " + line, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def copy(source, target):
+    try:
+        while True:
+            data = source.recv(65536)
+            if not data:
+                break
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def listen():
+    """At a port by chance, as ngrok's are: hardly ever the same twice."""
+    while True:
+        try:
+            return socket.create_server(("127.0.0.1", random.randrange(33000, 60000)))
+        except OSError:
+            pass
+
+
+class Tunnel:
+    """Forwards a port of its own to another one, for as long as it is open."""
+
+    def __init__(self, name, upstream):
+        self.name, self.upstream = name, upstream
+        host, _, port = upstream.rpartition(":")
+        self.target = (host or "localhost", int(port))
+        self.listener = listen()
+        self.url = "tcp://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        try:
+            while True:
+                self.join(self.listener.accept()[0])
+        except OSError:
+            pass
+
+    def join(self, left):
+        try:
+            right = socket.create_connection(self.target)
+        except OSError:
+            log("warn", "failed to open private leg", obj="join", privaddr=self.upstream)
+            return left.close()
+        log("info", "join connections", obj="join", l=str(self.target), r=str(left.getpeername()))
+        for pair in ((left, right), (right, left)):
+            threading.Thread(target=copy, args=pair, daemon=True).start()
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def row(self):
+        return {"name": self.name, "ID": "0f", "uri": "/api/tunnels/" + self.name,
+                "public_url": self.url, "proto": "tcp",
+                "config": {"addr": self.upstream, "inspect": False},
+                "metrics": {"conns": {"count": 0}, "http": {"count": 0}}}
+
+    def endpoint(self):
+        return {"name": self.name, "ID": "0f", "uri": "/api/endpoints/" + self.name,
+                "url": self.url, "upstream": {"url": self.upstream, "protocol": "tcp"}}
+
+
+def local(address):
+    return address if ":" in str(address) else "localhost:%s" % address
+
+
+def start_tunnel(name, upstream):
+    tunnel = tunnels[name] = Tunnel(name, upstream)
+    if "quiet" not in MODES:
+        addr = {"Scheme": "", "Host": upstream} if "addrdict" in MODES else "//" + upstream
+        log("info", "started tunnel", obj="tunnels", name=name, addr=addr, url=tunnel.url)
+    return tunnel
+
+
+CARD = "failed to start tunnel: You must add a credit or debit card before you can use TCP " \\
+    "endpoints on a free account.\\n\\n\\nERR_NGROK_8013\\n"
+NOT_READY = {"error_code": 104, "status_code": 503,
+             "msg": "ngrok is not yet ready to start tunnels",
+             "details": {"err": "a successful ngrok tunnel session has not yet been established"}}
+
+
+class API(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, value=None):
+        data = b"" if value is None else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def refuse(self, status, message, code=0, err=""):
+        self.answer(status, {"error_code": code, "status_code": status, "msg": message,
+                             "details": {"err": err}})
+
+    def find(self):
+        """(kind of list, name) of the path, or None after an answer was given."""
+        if self.headers["Host"].partition(":")[0] not in ("localhost", "127.0.0.1"):
+            return self.refuse(403, "host not allowed")
+        parts = self.path.strip("/").split("/")
+        kinds = ("endpoints", "status") if "endpoints" in MODES else ("tunnels", "endpoints", "status")
+        if len(parts) < 2 or parts[0] != "api" or parts[1] not in kinds:
+            return self.refuse(404, "Resource not found")
+        if len(parts) > 2 and parts[2] not in tunnels:
+            return self.refuse(404, "Resource not found", 100)
+        return parts[1], "".join(parts[2:])
+
+    def do_GET(self):
+        found = self.find()
+        if not found:
+            return
+        kind, name = found
+        form = (lambda t: t.row()) if kind == "tunnels" else (lambda t: t.endpoint())
+        if kind == "status":
+            self.answer(200, {"status": "online" if ready.is_set() else "connecting",
+                              "agent_version": "3.9.0", "uri": "/api/status"})
+        elif name:
+            self.answer(200, form(tunnels[name]))
+        else:
+            self.answer(200, {kind: [form(t) for t in list(tunnels.values())], "uri": "/api/" + kind})
+
+    def do_POST(self):
+        wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        found = self.find()
+        if not found:
+            return
+        upstream = wish.get("addr") or wish.get("upstream", {}).get("url")
+        if not ready.is_set():
+            if "older" in MODES:
+                self.refuse(502, "tunnel session not ready yet")
+            else:
+                self.answer(503, NOT_READY)
+        elif "card" in MODES:
+            self.refuse(502, "failed to start tunnel", 103, CARD)
+        elif wish.get("name") in tunnels or not upstream:
+            self.refuse(400, "The tunnel cannot be made", 102, "bad name or address")
+        else:
+            tunnel = start_tunnel(wish["name"], local(upstream))
+            self.answer(201, tunnel.row() if found[0] == "tunnels" else tunnel.endpoint())
+
+    def do_DELETE(self):
+        found = self.find()
+        if found:
+            tunnels.pop(found[1]).close()
+            self.answer(204)
+
+
+def start_web():
+    for number in range(WEB, WEB + 20):
+        try:
+            http.server.ThreadingHTTPServer.allow_reuse_address = True
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", number), API)
+            break
+        except OSError:
+            if number == WEB:
+                log("warn", "can't bind default web address, trying alternatives", obj="web",
+                    addr="127.0.0.1:%d" % number)
+    server.daemon_threads = True
+    log("info", "starting web service", obj="web", addr="127.0.0.1:%d" % number, allow_hosts="[]")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+def session():
+    """Comes once the network does; refused by what the mode says."""
+    pauses = itertools.chain((0.2, 0.3), itertools.repeat(0.5))
+    while not online.is_set():
+        log("eror", "failed to reconnect session", obj="csess", id="1",
+            err="dial tcp: lookup connect.ngrok-agent.com: no such host")
+        online.wait(next(pauses))
+    for mode, code in CODES.items():
+        if mode in MODES:
+            error = "authentication failed: The words of this change.\\n\\n\\r\\nERR_NGROK_%d\\r\\n" % code
+            log("eror", "failed to reconnect session", obj="csess", id="1", err=error)
+            log("eror", "session closing", obj="tunnels.session", err=error)
+            leave(error, "authentication failed: The words of this change.", "", "ERR_NGROK_%d" % code)
+    time.sleep(1.2 if "slow" in MODES else 0.05)
+    log("info", "client session established", obj="tunnels.session")
+    log("info", "tunnel session started", obj="tunnels.session")
+
+
+def stop(number, frame):
+    log("info", "received stop request", obj="app", stopReq="{err:<nil> restart:false}")
+    log("info", "session closing", obj="tunnels.session", err="nil")
+    os._exit(0)
+
+
+def lose_network(number, frame):
+    """SIGUSR1: the network comes or goes."""
+    if online.is_set():
+        online.clear()
+        threading.Thread(target=session, daemon=True).start()
+    else:
+        online.set()
+
+
+def main():
+    if words[:1] == ["version"] or "version" in options:
+        return print("ngrok version 3.9.0")
+    if words[:2] == ["config", "add-authtoken"]:
+        return print("Authtoken saved to configuration file: " + options.get("config", "ngrok.yml"))
+    if words[:1] not in (["tcp"], ["start"]) or (words[0] == "tcp") != (len(words) == 2):
+        return print("ERROR:  unknown command " + repr(words), file=sys.stderr)
+    signal.signal(signal.SIGUSR1, lose_network)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in MODES else stop)
+    if "hangs" in MODES:
+        threading.Event().wait()
+    if "offline" not in MODES:
+        online.set()
+    log("info", "no configuration paths supplied")
+    log("info", "open config file", path="/root/.config/ngrok/ngrok.yml", err="nil")
+    start_web()
+    session()
+    if words[0] == "tcp":
+        if "card" in MODES:
+            leave(CARD)
+        start_tunnel("command_line", local(words[1]))
+    ready.set()
+    if "dies" in MODES:
+        os._exit(2)
+    while "flood" in MODES:
+        log("info", "flood " + "x" * 500, obj="x")
+    threading.Event().wait()
+
+
+main()
+'''
+
+
+class EchoServer:
+    """Sends back what comes, at a port of this machine."""
+
+    def __init__(self):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self._listener.accept()[0]
+                threading.Thread(target=self._echo, args=(sock,), daemon=True).start()
+
+    @staticmethod
+    def _echo(sock):
+        with sock, contextlib.suppress(OSError):
+            EchoServer.copy(sock, sock)
+
+    @staticmethod
+    def copy(source, target):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                target.sendall(data)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def free_ports(count):
+    """The first of so many ports in a row that nobody has."""
+    while True:
+        first = random.randrange(20000, 32000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                return first
+            except OSError:
+                pass
+
+
+def wait_gone(pid, seconds=NET_PATIENCE):
+    """Waits for the end of a process that need not be a child of ours."""
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    try:
+        return bool(select.select([handle], [], [], seconds)[0])
+    finally:
+        os.close(handle)
+
+
+class TunnelCase(unittest.TestCase):
+    """A server that echoes, an `ngrok` in PATH, and what the tunnels report."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder, self.echo, self.reports = folder.name, EchoServer(), EventLog()
+        self.addCleanup(self.echo.close)
+        self.bin = os.path.join(self.folder, "bin")
+        os.mkdir(self.bin)
+        self.web = free_ports(8)
+        environment = {"PATH": self.bin + os.pathsep + os.environ["PATH"], "FAKE_NGROK": "",
+                       "FAKE_NGROK_WEB": str(self.web), "HOME": self.folder}  # fmt: skip
+        self.patch(mock.patch.dict(os.environ, environment))
+        for name in ("NGROK_AUTHTOKEN", "TRCHAT_TOR_CONTROL", "TRCHAT_TOR_PASSWORD"):
+            os.environ.pop(name, None)
+        self.patch(mock.patch.object(trchat, "NGROK_WEB", range(self.web, self.web + 6)))
+        self.patch(mock.patch.object(trchat, "RESTART_PAUSES", (0.0, 0.05, 0.1)))
+        self.patch(mock.patch.object(trchat, "ASK_SECONDS", 0.1))
+
+    def patch(self, patcher):
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def program(self, name, source):
+        """Puts a program into PATH."""
+        path = os.path.join(self.bin, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(source)
+        os.chmod(path, 0o755)
+        return path
+
+    def ngrok(self, modes=""):
+        """Makes ngrok be there, in this mood from now on."""
+        os.environ["FAKE_NGROK"] = modes
+        return self.program("ngrok", f"#!{sys.executable} -S\n{FAKE_NGROK}")
+
+    def tunnel(self, kind, **options):
+        report = lambda what, text: self.reports.publish({"event": what, "text": text})  # noqa: E731
+        tunnel = trchat.TUNNELS[kind](self.echo.port, trchat.TunnelOptions(**options), report)
+        self.addCleanup(tunnel.close)
+        return tunnel
+
+    def told(self, kind, text=""):
+        return self.reports.wait(lambda e: e["event"] == kind and text in e["text"])["text"]
+
+    def fails(self, tunnel, *texts):
+        """Opening it fails with advice, and leaves nothing."""
+        with self.assertRaises(trchat.ChatError) as caught:
+            tunnel.open()
+        self.assertEqual(caught.exception.code, "unreachable")
+        for text in texts:
+            self.assertIn(text, str(caught.exception))
+        return caught.exception
+
+    def assert_flows(self, address):
+        data = os.urandom(300_000)
+        with socket.create_connection(trchat.split_address(address), NET_PATIENCE) as sock:
+            threading.Thread(target=sock.sendall, args=(data,), daemon=True).start()
+            got = b""
+            while len(got) < len(data):
+                got += sock.recv(65536)
+        self.assertEqual(got, data)
+
+    def assert_refused(self, address):
+        with self.assertRaises(OSError):
+            socket.create_connection(trchat.split_address(address), 5).close()
+
+    def agent(self, *words, modes=""):
+        """An agent that somebody else runs; its log."""
+        path = self.ngrok(modes)
+        child = subprocess.Popen(
+            [path, *(words or ("start", "--none")), "--log", "stdout"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
+        )  # fmt: skip
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        sign = "started tunnel" if "tcp" in words else "starting web service"
+        for line in child.stdout:
+            if sign in line:
+                os.environ["FAKE_NGROK"] = ""
+                return child
+        raise AssertionError("the agent did not start")
+
+    def names(self, web=None):
+        """What the tunnels of an agent are called."""
+        return [row["name"] for row in self.api(web).get("tunnels", [])]
+
+    def api(self, web=None):
+        return trchat._local_api(web or self.web, "GET", "tunnels")[1]
+
+
+class NgrokTest(TunnelCase):
+    def test_data_flows_and_nothing_is_left(self):
+        self.ngrok()
+        tunnel = self.tunnel("ngrok")
+        address = tunnel.open()
+        self.assertEqual(tunnel.address, address)
+        self.assert_flows(address)
+        pid = tunnel._held.pid
+        self.assertEqual(os.getpgid(pid), pid)  # Ctrl-C at the terminal is not for it
+        for _ in range(2):
+            tunnel.close()
+        self.assertTrue(wait_gone(pid, 0))
+        self.assert_refused(address)
+        self.assertEqual(self.reports.events, [])
+
+    def test_every_form_of_log(self):
+        for modes in ("logfmt", "addrdict", "addrdict,logfmt", "quiet", "silent", "quiet,endpoints"):
+            with self.subTest(modes=modes):
+                self.ngrok(modes)
+                tunnel = self.tunnel("ngrok")
+                self.assert_flows(tunnel.open())
+                tunnel.close()
+
+    def test_log_lines(self):
+        lines = (
+            ('lvl=info msg="started tunnel" addr=//localhost:1 url=tcp://a.b:2', "started tunnel"),
+            ('{"lvl": "info", "msg": "started tunnel", "addr": "x"}', "started tunnel"),
+            (r'lvl=eror msg="a \"b\" c\n" err=nil', 'a "b" c\n'),
+            ('msg="never ends', "never"),
+        )
+        for line, message in lines:
+            self.assertEqual(trchat.parse_log_line(line)["msg"], message)
+        self.assertEqual(trchat.parse_log_line("ERROR:  ERR_NGROK_8013")["err"], "ERR_NGROK_8013")
+        for line in ("", "1", "[1]", "null", "nonsense", "[" * 100_000, '"' * 1000, "a=" * 1000):
+            self.assertIs(type(trchat.parse_log_line(line)), dict)
+
+    def test_refusals_become_advice(self):
+        cases = (
+            ("noauth", "authtoken", "config add-authtoken"), ("badtoken", "form", "NGROK_AUTHTOKEN"),
+            ("revoked", "no longer valid", "authtoken"), ("limit", "as many agents", "Close another"),
+            ("card", "card", "--tunnel ssh"), ("old", "too old", "ngrok update"),
+            ("email", "e-mail", "link"), ("suspended", "suspended", "support"),
+            ("noauth,logfmt", "authtoken", "config add-authtoken"),
+        )  # fmt: skip
+        for modes, *texts in cases:
+            with self.subTest(modes=modes):
+                self.ngrok(modes)
+                tunnel = self.tunnel("ngrok")
+                self.fails(tunnel, *texts)
+                self.assertFalse(tunnel.trying)
+                self.assertTrue(wait_gone(tunnel._held.pid, 0))
+        for code, (text, hint) in trchat.NGROK_ADVICE.items():
+            fault = trchat.ngrok_fault(f"words\r\n\r\nERR_NGROK_{code}\r\n", 1)
+            self.assertEqual((fault.text, fault.hint), (text, hint))
+        self.assertIn("strange thing", str(trchat.ngrok_fault("\n a strange thing.\nmore", 7)))
+
+    def test_without_the_program(self):
+        os.environ["PATH"] = self.bin
+        self.fails(self.tunnel("ngrok"), "no program ngrok", "ngrok.com/download")
+
+    def test_program_that_cannot_start(self):
+        self.program("ngrok", "#!/nowhere/at/all\n")
+        self.fails(self.tunnel("ngrok"), "Starting", "failed")
+
+    def test_never_comes_up(self):
+        self.patch(mock.patch.object(trchat, "START_SECONDS", 0.7))
+        self.ngrok("hangs")
+        tunnel = self.tunnel("ngrok")
+        self.fails(tunnel, "no address within")
+        self.assertTrue(wait_gone(tunnel._held.pid, 0))
+
+    def test_offline_goes_on_trying(self):
+        self.patch(mock.patch.object(trchat, "START_SECONDS", 0.7))
+        self.ngrok("offline")
+        tunnel = self.tunnel("ngrok")
+        self.fails(tunnel, "no such host", "goes on trying")
+        self.assertIn("no such host", self.told("notice"))
+        self.assertTrue(tunnel.trying)
+        os.kill(tunnel._held.pid, signal.SIGUSR1)
+        self.assert_flows(self.told("address"))
+
+    def test_network_that_goes_and_comes_back(self):
+        self.ngrok()
+        tunnel = self.tunnel("ngrok")
+        address = tunnel.open()
+        os.kill(tunnel._held.pid, signal.SIGUSR1)
+        self.told("notice", "cannot reach its service")
+        os.kill(tunnel._held.pid, signal.SIGUSR1)
+        self.assertEqual(self.told("address"), address)
+
+    def test_starts_again_when_killed(self):
+        self.ngrok()
+        tunnel = self.tunnel("ngrok")
+        first = tunnel.open()
+        pid = tunnel._held.pid
+        os.kill(pid, signal.SIGKILL)
+        self.told("lost")
+        address = self.told("address")
+        self.assertNotEqual(address, first)
+        self.assertEqual(tunnel.address, address)
+        self.assert_flows(address)
+        self.assertNotEqual(tunnel._held.pid, pid)
+
+    def test_dies_again_and_again(self):
+        self.ngrok()
+        tunnel = self.tunnel("ngrok")
+        tunnel.open()
+        os.environ["FAKE_NGROK"] = "limit"
+        os.kill(tunnel._held.pid, signal.SIGKILL)
+        self.told("lost", "as many agents")
+        os.environ["FAKE_NGROK"] = ""
+        self.assert_flows(self.told("address"))
+        losses = [e for e in self.reports.events if "as many agents" in e["text"]]
+        self.assertEqual(len(losses), 1)  # not at each try
+
+    def test_a_flood_of_output_does_no_harm(self):
+        self.ngrok("flood")
+        tunnel = self.tunnel("ngrok")
+        address = tunnel.open()
+        for _ in range(3):
+            self.assert_flows(address)
+        self.assertIn("command_line", self.names())
+
+    def test_stubborn_programs_are_ended(self):
+        self.patch(mock.patch.object(trchat, "END_SECONDS", 0.3))
+        self.ngrok("stubborn")
+        tunnel = self.tunnel("ngrok")
+        tunnel.open()
+        tunnel.close()
+        self.assertTrue(wait_gone(tunnel._held.pid, 0))
+
+    def test_closed_while_it_opens(self):
+        self.ngrok("slow")
+        tunnel = self.tunnel("ngrok")
+        result = queue.Queue()
+
+        def opening():
+            try:
+                result.put(tunnel.open())
+            except trchat.ChatError as error:
+                result.put(error)
+
+        threading.Thread(target=opening, daemon=True).start()
+        limit = time.monotonic() + NET_PATIENCE
+        while tunnel._held is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        closers = [threading.Thread(target=tunnel.close) for _ in range(3)]
+        for thread in closers:
+            thread.start()
+        for thread in closers:
+            thread.join()
+        self.assertIsInstance(result.get(timeout=NET_PATIENCE), trchat.ChatError)
+        self.assertTrue(wait_gone(tunnel._held.pid, 0))
+
+    def test_closing_before_opening(self):
+        self.tunnel("ngrok").close()
+
+    def test_two_at_once_and_the_first_goes(self):
+        """The second uses the agent of the first, and gets one of its own when that has gone."""
+        self.ngrok()
+        other = EchoServer()
+        self.addCleanup(other.close)
+        first = self.tunnel("ngrok")
+        one = first.open()
+        second = trchat.NgrokTunnel(other.port, trchat.TunnelOptions(), first._report)
+        self.addCleanup(second.close)
+        two = second.open()
+        self.assertNotEqual(one, two)
+        self.assert_flows(one)
+        self.assert_flows(two)
+        self.assertEqual(len(self.names()), 2)
+        first.close()
+        self.told("lost", "agent that carried the tunnel has ended")
+        self.assert_flows(self.told("address"))
+
+    def test_an_agent_that_runs_is_used(self):
+        self.agent()
+        tunnel = self.tunnel("ngrok")
+        self.assert_flows(tunnel.open())
+        self.assertEqual(len(self.names()), 1)
+        self.assertTrue(self.names()[0].startswith(f"trchat-{self.echo.port}-"))
+        tunnel.close()
+        self.assertEqual(self.names(), [])
+
+    def test_an_agent_that_is_not_ready_is_waited_for(self):
+        for modes in ("slow", "slow,older"):
+            with self.subTest(modes=modes):
+                agent = self.agent(modes=modes)
+                tunnel = self.tunnel("ngrok")
+                self.assert_flows(tunnel.open())
+                tunnel.close()
+                agent.kill()
+                agent.wait()
+
+    def test_an_agent_that_refuses(self):
+        self.agent(modes="card")
+        self.fails(self.tunnel("ngrok"), "card is on file")
+
+    def test_an_agent_that_never_gets_ready(self):
+        self.patch(mock.patch.object(trchat, "START_SECONDS", 0.3))
+        self.agent(modes="offline")
+        self.fails(self.tunnel("ngrok"), "session has not yet been established")
+
+    def test_an_agent_that_dies_is_replaced(self):
+        agent = self.agent()
+        tunnel = self.tunnel("ngrok")
+        tunnel.open()
+        agent.kill()
+        self.told("lost")
+        self.assert_flows(self.told("address"))
+
+    def test_a_tunnel_made_by_hand_is_used_and_left(self):
+        """Two agents, of which the second leads to our port."""
+        self.agent("tcp", "127.0.0.1:1")
+        self.agent("tcp", str(self.echo.port))
+        tunnel = self.tunnel("ngrok")
+        self.assert_flows(tunnel.open())
+        self.assertEqual(self.names(self.web + 1), ["command_line"])
+        tunnel.close()
+        self.assertEqual(self.names(self.web + 1), ["command_line"])
+        self.assertEqual(self.names(), ["command_line"])
+
+    def test_whose_address_it_is(self):
+        ours = ("localhost:80", "//localhost:80", "127.0.0.1:80", "tcp://localhost:80", ":80",
+                {"Scheme": "", "Host": "localhost:80"}, "80")  # fmt: skip
+        for upstream in ours:
+            self.assertTrue(trchat._leads_to(upstream, 80), upstream)
+        for upstream in ("localhost:8080", "10.0.0.1:80", "", None, {}, 7, "localhost", []):
+            self.assertFalse(trchat._leads_to(upstream, 80), upstream)
+
+    def test_a_stranger_at_the_port_of_the_api(self):
+        answers = (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", b"\0" * 99,
+                   b'HTTP/1.1 200 OK\r\n\r\n{"tunnels": 7, "endpoints": [1, {"config": 2}]}')  # fmt: skip
+        for answer in answers:
+            with self.subTest(answer=answer), socket.create_server(("127.0.0.1", 0)) as listener:
+
+                def serve(listener=listener, answer=answer):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            sock = listener.accept()[0]
+                            sock.recv(65536)
+                            sock.sendall(answer)
+                            sock.close()
+
+                threading.Thread(target=serve, daemon=True).start()
+                found = trchat._find_ngrok([listener.getsockname()[1]], 80)
+                self.assertEqual(found, "")
+                listener.shutdown(socket.SHUT_RDWR)
+
+    def test_the_stand_in_passes_for_ngrok(self):
+        """pyngrok, which is made for the real one, works with it and sees its refusals."""
+        from pyngrok import conf, exception, ngrok, process
+        import logging
+
+        logging.getLogger("pyngrok").addHandler(logging.NullHandler())
+        path, config = self.ngrok(), os.path.join(self.folder, "ngrok.yml")
+        with open(config, "w", encoding="utf-8") as file:
+            file.write("version: 3\nagent:\n  authtoken: x\n")
+        for version in ("2", "3"):
+            made = conf.PyngrokConfig(ngrok_path=path, config_path=config, config_version=version)
+            tunnel = ngrok.connect(self.echo.port, "tcp", pyngrok_config=made)
+            self.assert_flows(tunnel.public_url.partition("//")[2])
+            self.assertEqual(len(ngrok.get_tunnels(made)), 1)
+            ngrok.disconnect(tunnel.public_url, made)
+            self.assertEqual(ngrok.get_tunnels(made), [])
+            child = process.get_process(made).proc
+            ngrok.kill(made)
+            child.stdout.close()
+        for modes in ("noauth,hush", "limit,hush"):
+            os.environ["FAKE_NGROK"] = modes
+            with self.assertRaisesRegex(exception.PyngrokNgrokError, "ERR_NGROK"):
+                ngrok.connect(self.echo.port, "tcp", pyngrok_config=made)
+        os.environ["FAKE_NGROK"] = "card"
+        with self.assertRaisesRegex(exception.PyngrokNgrokHTTPError, "ERR_NGROK_8013"):
+            ngrok.connect(self.echo.port, "tcp", pyngrok_config=made)
+        child = process.get_process(made).proc
+        ngrok.kill(made)
+        child.stdout.close()
+
+
+# A program that opens a tunnel, says `pid of the helper, address`, and stays until it is killed.
+TUNNEL_HOLDER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import trchat
+sys.dont_write_bytecode = True
+web, port, lease, watched = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5] == "watched"
+trchat.NGROK_WEB = range(web, web + 6)
+if not watched:
+    trchat._die_with_us = lambda: None
+tunnel = trchat.NgrokTunnel(port, trchat.TunnelOptions(lease_file=lease), lambda *told: None)
+address = tunnel.open()
+print(getattr(tunnel._held, "pid", 0), address, flush=True)
+trchat.threading.Event().wait()
+"""
+
+
+class TunnelLeaseTest(TunnelCase):
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.folder, "tunnel.json")
+        self.lease = trchat.TunnelLease(self.path)
+
+    def holder(self, watched=True):
+        """(process that holds a tunnel, pid of its helper, address)."""
+        folder = os.path.dirname(os.path.abspath(trchat.__file__))
+        words = (folder, str(self.web), str(self.echo.port), self.path, "watched" if watched else "")
+        packages = os.path.dirname(os.path.dirname(os.path.abspath(cryptography.__file__)))
+        child = subprocess.Popen(
+            [sys.executable, "-B", "-c", TUNNEL_HOLDER, *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": packages},
+        )  # fmt: skip
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.stderr.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        line = child.stdout.readline().split()
+        self.assertEqual(len(line), 2, line or child.stderr.read())
+        return child, int(line[0]), line[1]
+
+    def end(self, child, number):
+        child.send_signal(number)
+        child.wait(NET_PATIENCE)
+        self.assertEqual(child.stderr.read(), "")
+
+    @unittest.skipUnless(ON_LINUX, "only Linux ends children with their parent")
+    def test_helpers_die_with_us(self):
+        self.ngrok()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with self.subTest(signal=number):
+                child, pid, address = self.holder()
+                self.assert_flows(address)
+                self.end(child, number)
+                self.assertTrue(wait_gone(pid))
+                self.assert_refused(address)
+
+    def test_the_next_start_ends_what_was_left(self):
+        self.ngrok()
+        child, pid, _ = self.holder(watched=False)
+        with open(self.path, encoding="utf-8") as file:
+            entry = json.load(file)
+        self.assertEqual(set(entry), {"pid", "started", "kind", "program"})
+        self.assertEqual((entry["pid"], entry["kind"]), (pid, "ngrok"))
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        self.end(child, signal.SIGKILL)
+        self.assertFalse(wait_gone(pid, 0))
+        self.assertTrue(self.lease.clean_up())
+        self.assertTrue(wait_gone(pid))
+        self.assertFalse(os.path.exists(self.path))
+        self.assertFalse(self.lease.clean_up())
+
+    def test_the_next_start_ends_a_stubborn_one(self):
+        self.patch(mock.patch.object(trchat, "END_SECONDS", 0.2))
+        self.ngrok("stubborn")
+        child, pid, _ = self.holder(watched=False)
+        self.end(child, signal.SIGKILL)
+        self.assertTrue(self.lease.clean_up())
+        self.assertTrue(wait_gone(pid))
+
+    def test_the_next_start_ends_what_was_rented(self):
+        self.agent()
+        child, pid, address = self.holder()
+        self.assertEqual((pid, len(self.names())), (0, 1))
+        self.end(child, signal.SIGKILL)
+        self.assert_flows(address)
+        self.assertTrue(self.lease.clean_up())
+        self.assertEqual(self.names(), [])
+        self.assertFalse(self.lease.clean_up())
+
+    def test_another_process_is_never_ended(self):
+        """Not one that has the number now, nor one with another start, nor nonsense."""
+        sleeper = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        self.addCleanup(sleeper.wait)
+        self.addCleanup(sleeper.kill)
+        started = trchat.process_mark(sleeper.pid)[0]
+        right = {"pid": sleeper.pid, "started": started, "kind": "ngrok", "program": "/bin/sleep"}
+        wrong = ({"program": "/usr/bin/ngrok"}, {"started": 1}, {"started": ""}, {"pid": 0}, {"pid": 1},
+                 {"pid": -sleeper.pid}, {"pid": str(sleeper.pid)}, {"pid": True}, {"program": None},
+                 {"pid": 2**40}, {"kind": "ngrok-api"})  # fmt: skip
+        for change in wrong:
+            trchat.write_json(self.path, {**right, **change})
+            self.assertFalse(self.lease.clean_up(), change)
+            self.assertIsNone(sleeper.poll(), change)
+        trchat.write_json(self.path, {})
+        self.assertFalse(self.lease.clean_up())
+        trchat.write_json(self.path, right)
+        self.assertTrue(self.lease.clean_up())
+        self.assertEqual(sleeper.wait(NET_PATIENCE), -signal.SIGTERM)
+
+    def test_ended_by_itself_leaves_no_note(self):
+        self.ngrok()
+        tunnel = self.tunnel("ngrok", lease_file=self.path)
+        tunnel.open()
+        self.assertTrue(os.path.exists(self.path))
+        tunnel.close()
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_where_no_note_can_be_written(self):
+        self.ngrok()
+        tunnel = self.tunnel("ngrok", lease_file=os.path.join(self.folder, "no", "folder"))
+        with self.assertRaises(trchat.ChatError) as caught:
+            tunnel.open()
+        self.assertEqual(caught.exception.code, "storage")
+
+    def test_marks_of_other_systems(self):
+        if not shutil.which("ps"):
+            self.skipTest("needs ps")
+        with mock.patch.object(sys, "platform", "darwin"):
+            started, command = trchat.process_mark(os.getpid())
+            self.assertIn(str(time.localtime().tm_year), started)
+            self.assertIn("python", command)
+            self.assertEqual(trchat.process_mark(2**22 + 7), ("", ""))
+
+
+# --------------------------------------------------------------------------------------------------
+# Through ssh: a real sshd with a configuration, keys and a port of its own
+# --------------------------------------------------------------------------------------------------
+
+SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+@unittest.skipUnless(SSHD and shutil.which("ssh"), "needs OpenSSH's server and client")
+class SSHTunnelTest(TunnelCase):
+    def setUp(self):
+        super().setUp()
+        self.keys = os.path.join(self.folder, "keys")
+        os.mkdir(self.keys, 0o700)
+        for name in ("host", "user", "other"):
+            self.keygen(name)
+        shutil.copy(os.path.join(self.keys, "user.pub"), os.path.join(self.keys, "authorized"))
+        self.user, self.port = trchat.getpass.getuser(), free_ports(1)
+        self.ssh_config("user")
+
+    def keygen(self, name):
+        path = os.path.join(self.keys, name)
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+    def ssh_config(self, key):
+        """The real ssh, with this key and a file of known hosts of the test's own."""
+        path = os.path.join(self.keys, "config")
+        rows = (f"IdentityFile {self.keys}/{key}", "IdentitiesOnly yes", "IdentityAgent none",
+                f"UserKnownHostsFile {self.keys}/known", "GlobalKnownHostsFile /dev/null",
+                "Host alias", "HostName 127.0.0.1", f"Port {self.port}")  # fmt: skip
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(rows) + "\n")
+        real = shutil.which("ssh", path=os.environ["PATH"].partition(os.pathsep)[2])
+        self.program("ssh", f'#!/bin/sh\nexec {real} -F {path} "$@"\n')
+
+    def sshd(self, *rows, host="127.0.0.1", key="host"):
+        """Starts sshd; its process."""
+        if os.getuid() == 0:
+            os.makedirs("/run/sshd", exist_ok=True)  # where it gives up its rights
+        path, port = os.path.join(self.keys, "sshd_config"), self.port
+        rows = (*rows, f"ListenAddress {host}:{port}", f"HostKey {self.keys}/{key}", "PidFile none",
+                f"AuthorizedKeysFile {self.keys}/authorized", "StrictModes no", "UsePAM no",
+                "PermitRootLogin yes", "PasswordAuthentication no", "MaxStartups 50",
+                "KbdInteractiveAuthentication no")  # fmt: skip
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(rows) + "\n")
+        child = subprocess.Popen(
+            [SSHD, "-D", "-e", "-f", path], stderr=subprocess.PIPE, encoding="utf-8"
+        )
+        self.addCleanup(child.stderr.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.terminate)
+        line = child.stderr.readline()
+        self.assertIn("listening", line)
+        threading.Thread(target=child.stderr.read, daemon=True).start()
+        return child
+
+    def host(self, host="127.0.0.1"):
+        return f"{self.user}@{host}:{self.port}"
+
+    def test_data_flows_and_nothing_is_left(self):
+        self.sshd()
+        tunnel = self.tunnel("ssh", ssh_host=self.host())
+        address = tunnel.open()
+        self.assertTrue(address.startswith("127.0.0.1:"))
+        self.assert_flows(address)
+        tunnel.close()
+        self.assertTrue(wait_gone(tunnel._held.pid, 0))
+        self.assert_refused_soon(address)
+        self.assertEqual(self.reports.events, [])
+
+    def assert_refused_soon(self, address):
+        """sshd learns of the end of the connection a moment later."""
+        limit = time.monotonic() + NET_PATIENCE
+        while time.monotonic() < limit:
+            try:
+                socket.create_connection(trchat.split_address(address), 5).close()
+            except OSError:
+                return
+        self.fail("it still answers")
+
+    def test_a_host_of_the_configuration(self):
+        self.sshd()
+        tunnel = self.tunnel("ssh", ssh_host=f"{self.user}@alias")
+        address = tunnel.open()
+        self.assertTrue(address.startswith("127.0.0.1:"), address)
+        self.assert_flows(address)
+
+    def test_starts_again_when_killed(self):
+        self.sshd()
+        tunnel = self.tunnel("ssh", ssh_host=self.host())
+        tunnel.open()
+        os.kill(tunnel._held.pid, signal.SIGKILL)
+        self.told("lost", "ended")
+        self.assert_flows(self.told("address"))
+
+    def test_starts_again_when_the_host_does(self):
+        server = self.sshd()
+        tunnel = self.tunnel("ssh", ssh_host=self.host())
+        tunnel.open()
+        command = ["ps", "-o", "pid=", "--ppid", str(server.pid)]
+        serving = subprocess.run(command, stdout=subprocess.PIPE).stdout.split()
+        server.terminate()
+        server.wait()
+        for pid in serving:
+            os.kill(int(pid), signal.SIGKILL)
+        self.told("lost")
+        self.sshd()
+        self.assert_flows(self.told("address"))
+
+    def test_what_the_host_shows_to_itself_only(self):
+        self.sshd(host="127.0.0.2")
+        tunnel = self.tunnel("ssh", ssh_host=self.host("127.0.0.2"))
+        address = tunnel.open()
+        self.assertTrue(address.startswith("127.0.0.2:"), address)
+        self.assertIn("GatewayPorts clientspecified", self.told("notice", address))
+
+    def test_gateway_ports(self):
+        for value in ("clientspecified", "yes"):
+            with self.subTest(value=value):
+                server = self.sshd(f"GatewayPorts {value}", host="127.0.0.2")
+                tunnel = self.tunnel("ssh", ssh_host=self.host("127.0.0.2"))
+                self.assert_flows(tunnel.open())
+                tunnel.close()
+                server.terminate()
+                server.wait()
+        self.assertEqual(self.reports.events, [])
+
+    def test_key_that_is_not_known_there(self):
+        self.sshd()
+        self.ssh_config("other")
+        tunnel = self.tunnel("ssh", ssh_host=self.host())
+        self.fails(tunnel, "without a password", "ssh-copy-id")
+        self.assertTrue(wait_gone(tunnel._held.pid, 0))
+
+    def test_host_key_that_has_changed(self):
+        self.sshd()
+        with open(os.path.join(self.keys, "other.pub"), encoding="utf-8") as file:
+            key = " ".join(file.read().split()[:2])
+        with open(os.path.join(self.keys, "known"), "w", encoding="utf-8") as file:
+            file.write(f"[127.0.0.1]:{self.port} {key}\n")
+        self.fails(self.tunnel("ssh", ssh_host=self.host()), "another key than before", "ssh-keygen")
+
+    def test_forwarding_refused(self):
+        self.sshd("AllowTcpForwarding local")
+        self.fails(self.tunnel("ssh", ssh_host=self.host()), "does not forward", "AllowTcpForwarding")
+
+    def test_nobody_there(self):
+        self.fails(self.tunnel("ssh", ssh_host=self.host()), "Connection refused", "by hand")
+
+    def test_name_not_known(self):
+        tunnel = self.tunnel("ssh", ssh_host="me@host.invalid")
+        self.fails(tunnel, "me@host.invalid is not known")
+
+    def test_a_host_that_never_answers(self):
+        self.patch(mock.patch.object(trchat, "START_SECONDS", 0.5))
+        with socket.create_server(("127.0.0.1", self.port)):
+            tunnel = self.tunnel("ssh", ssh_host=self.host())
+            self.fails(tunnel, "no address within")
+            self.assertTrue(wait_gone(tunnel._held.pid, 0))
+
+    def test_hosts_that_are_options(self):
+        for host in ("-oProxyCommand=x", "-l@host", "me@-x", "a b"):
+            with self.assertRaises(trchat.ChatError):
+                self.tunnel("ssh", ssh_host=host).open()
+
+    def test_without_the_program(self):
+        os.unlink(os.path.join(self.bin, "ssh"))
+        os.environ["PATH"] = self.bin
+        self.fails(self.tunnel("ssh", ssh_host="me@host"), "no program ssh", "OpenSSH")
+
+    def test_services(self):
+        """Told by what such a service prints, through an ssh that stands in for them."""
+        told = {
+            "pinggy": (("Allocated port 4 for remote forward to 127.0.0.1:5", "You are not "
+                        "authenticated.", "tcp://rnabc-1-2-3-4.a.free.pinggy.link:40123"),
+                       "rnabc-1-2-3-4.a.free.pinggy.link:40123"),
+            "serveo": (("Allocated port 5321 for remote forward to 127.0.0.1:5",), "serveo.net:5321"),
+        }  # fmt: skip
+        for name, (lines, address) in told.items():
+            with self.subTest(name=name):
+                words = os.path.join(self.folder, "words")
+                says = "\n".join(f"echo '{line}'" for line in lines)
+                source = f'#!/bin/sh\necho "$@" > {words}\n{says}\nexec cat\n'
+                self.program("ssh", source)
+                looked = mock.patch.object(trchat.SSHTunnel, "_routine_look")
+                with looked as look:
+                    tunnel = self.tunnel("ssh", ssh_host=name)
+                    self.assertEqual(tunnel.open(), address)
+                    tunnel.close()
+                look.assert_called_once_with(address)
+                with open(words, encoding="utf-8") as file:
+                    command = file.read()
+                self.assertIn(f"-R 0:127.0.0.1:{self.echo.port}", command)
+                self.assertIn("BatchMode=yes", command)
+                self.assertNotIn(" -N", command)
+
+
+# --------------------------------------------------------------------------------------------------
+# Through tor: a real one without a network, and proxies
+# --------------------------------------------------------------------------------------------------
+
+TOR = shutil.which("tor", path=os.environ.get("PATH", "") + ":/usr/sbin")
+
+
+@unittest.skipUnless(TOR, "needs tor")
+class TorTunnelTest(TunnelCase):
+    def setUp(self):
+        super().setUp()
+        self.data = os.path.join(self.folder, "tor")
+        os.mkdir(self.data, 0o700)
+        self.cookie = os.path.join(self.data, "control_auth_cookie")
+        self.key = os.path.join(self.folder, "onion.key")
+        self.place = os.path.join(self.data, "control")
+
+    def tor(self, *rows):
+        """Starts tor; its process, once its control port is open."""
+        with open(os.path.join(self.data, "torrc"), "w", encoding="utf-8") as file:
+            rows = (f"DataDirectory {self.data}", f"ControlSocket {self.place}", "SocksPort 0",
+                    "DisableNetwork 1", "Log notice stdout", *rows)  # fmt: skip
+            file.write("\n".join(rows) + "\n")
+        child = subprocess.Popen(
+            [TOR, "-f", os.path.join(self.data, "torrc"), "--defaults-torrc", "/dev/null"],
+            stdout=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        said = []
+        for line in child.stdout:
+            said.append(line)
+            if "Bootstrapped 0%" in line:
+                os.environ["TRCHAT_TOR_CONTROL"] = self.place
+                threading.Thread(target=child.stdout.read, daemon=True).start()
+                return child
+        raise AssertionError("".join(said))
+
+    def onions(self):
+        control = trchat.TorControl(self.place)
+        self.addCleanup(control.end)
+        control.log_in()
+        return [i for line in control.must("GETINFO onions/detached onions/current")
+                for i in line.partition("=")[2].split()]  # fmt: skip
+
+    def test_cookie_key_and_end(self):
+        port = free_ports(1)
+        self.tor("CookieAuthentication 1", f"ControlPort 127.0.0.1:{port}")
+        asked = []
+        must = trchat.TorControl.must
+        listening = mock.patch.object(
+            trchat.TorControl, "must", lambda me, words: asked.append(words) or must(me, words)
+        )
+        with listening:
+            tunnel = self.tunnel("tor", key_file=self.key)
+            address = tunnel.open()
+        self.assertTrue(any(words.startswith("AUTHCHALLENGE SAFECOOKIE") for words in asked))
+        self.assertRegex(address, rf"^[a-z2-7]{{56}}\.onion:{self.echo.port}$")
+        self.told("notice", "no way into its network yet")
+        with open(self.key, encoding="ascii") as file:
+            self.assertRegex(file.read(), r"^ED25519-V3:[A-Za-z0-9+/]{86}==\n$")
+        self.assertEqual(os.stat(self.key).st_mode & 0o777, 0o600)
+        second = self.tunnel("tor", key_file=self.key)
+        self.fails(second, "collision", "Another trchat")
+        tunnel.close()
+        os.environ["TRCHAT_TOR_CONTROL"] = f"127.0.0.1:{port}"
+        again = self.tunnel("tor", key_file=self.key)
+        limit = time.monotonic() + NET_PATIENCE
+        while address.partition(".")[0] in self.onions() and time.monotonic() < limit:
+            pass  # tor sees the end of the connection a moment later
+        self.assertEqual(again.open(), address)
+        again.close()
+
+    def test_password(self):
+        secret = 'pass "word" \\ ä'
+        hashed = subprocess.run(
+            [TOR, "--quiet", "--hash-password", secret], stdout=subprocess.PIPE, encoding="utf-8"
+        ).stdout.split()[-1]
+        self.tor(f"HashedControlPassword {hashed}")
+        self.fails(self.tunnel("tor"), "asks for a password", "TRCHAT_TOR_PASSWORD")
+        os.environ["TRCHAT_TOR_PASSWORD"] = "wrong"
+        self.fails(self.tunnel("tor"), "refuses AUTHENTICATE", "HashedControlPassword")
+        os.environ["TRCHAT_TOR_PASSWORD"] = secret
+        self.assertIn(".onion:", self.tunnel("tor").open())
+
+    def test_nothing_asked_and_tor_dies(self):
+        """Without a file the key is kept for as long as the tunnel: the same address after it."""
+        child = self.tor()
+        tunnel = self.tunnel("tor")
+        address = tunnel.open()
+        child.kill()
+        child.wait()
+        self.told("lost", "Tor has ended")
+        self.tor()
+        self.assertEqual(self.told("address"), address)
+
+    def test_damaged_key(self):
+        self.tor()
+        for data in (b"", b"nonsense", b"ED25519-V3:short\n", b"\xff" * 200):
+            write_bytes(self.key, data)
+            with self.assertRaises(trchat.ChatError) as caught:
+                self.tunnel("tor", key_file=self.key).open()
+            self.assertEqual(caught.exception.code, "storage")
+            self.assertIn("damaged", str(caught.exception))
+
+    def test_cookie_that_cannot_be_had(self):
+        self.tor("CookieAuthentication 1")
+        write_bytes(self.cookie, bytes(31))
+        self.fails(self.tunnel("tor"), "cannot be used", "group")
+        os.unlink(self.cookie)
+        self.fails(self.tunnel("tor"), "cannot be used", "group")
+        write_bytes(self.cookie, bytes(32))
+        self.fails(self.tunnel("tor"), "is not the Tor of that cookie")
+
+
+class TorControlTest(TunnelCase):
+    """Control ports that lie, and those that are none."""
+
+    def control(self, *answers):
+        """A control port that says these lines, one a command, and then hangs up."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        os.environ["TRCHAT_TOR_CONTROL"] = f"127.0.0.1:{listener.getsockname()[1]}"
+        heard = []
+
+        def serve():
+            with contextlib.suppress(OSError), listener.accept()[0] as sock, sock.makefile() as lines:
+                for answer in answers:
+                    heard.append(lines.readline().strip())
+                    sock.sendall(answer)
+                if answers:
+                    lines.readline()
+
+        threading.Thread(target=serve, daemon=True).start()
+        return heard
+
+    def test_nobody_there(self):
+        os.environ["TRCHAT_TOR_CONTROL"] = f"127.0.0.1:{free_ports(1)}"
+        self.fails(self.tunnel("tor"), "No Tor answers", "ControlPort 9051")
+        os.environ["TRCHAT_TOR_CONTROL"] = os.path.join(self.folder, "none")
+        self.fails(self.tunnel("tor"), "No Tor answers", "TRCHAT_TOR_CONTROL")
+
+    def test_answers_that_make_no_sense(self):
+        for answer in (b"", b"250", b"nonsense\r\n" * 3, b"\xff\xfe\r\n", b"514 no\r\n"):
+            with self.subTest(answer=answer):
+                self.control(answer) if answer else self.control()
+                with mock.patch.object(trchat.TorControl, "TIMEOUT", 0.5):
+                    self.fails(self.tunnel("tor"))
+
+    def test_whoever_is_not_tor_gets_no_cookie(self):
+        path = os.path.join(self.folder, "cookie")
+        write_bytes(path, bytes(range(32)))
+        methods = f'250-AUTH METHODS=COOKIE,SAFECOOKIE COOKIEFILE="{path}"\r\n250 OK\r\n'.encode()
+        false = b"250 AUTHCHALLENGE SERVERHASH=%s SERVERNONCE=%s\r\n" % (b"0" * 64, b"0" * 64)
+        heard = self.control(b"250-PROTOCOLINFO 1\r\n" + methods, false, b"250 OK\r\n")
+        self.fails(self.tunnel("tor"), "is not the Tor")
+        self.assertEqual(len(list(filter(None, heard))), 2)
+        self.assertNotIn(bytes(range(32)).hex(), "".join(heard).lower())
+
+    def test_plain_cookie_where_nothing_better_is_known(self):
+        path = os.path.join(self.folder, "cook\\ie")
+        write_bytes(path, bytes(range(32)))
+        quoted = path.replace("\\", "\\\\")
+        methods = f'250-AUTH METHODS=COOKIE COOKIEFILE="{quoted}"\r\n250 OK\r\n'.encode()
+        added = b"250-ServiceID=%s\r\n250-PrivateKey=ED25519-V3:x\r\n250 OK\r\n" % (b"a" * 56)
+        circuit = b"250-status/circuit-established=1\r\n250 OK\r\n"
+        heard = self.control(methods, b"250 OK\r\n", added, circuit)
+        tunnel = self.tunnel("tor")
+        self.assertEqual(tunnel.open(), "a" * 56 + f".onion:{self.echo.port}")
+        self.assertEqual(heard[1], "AUTHENTICATE " + bytes(range(32)).hex())
+        where = f"Port={self.echo.port},127.0.0.1:{self.echo.port}"
+        self.assertEqual(heard[2], f"ADD_ONION NEW:ED25519-V3 {where}")
+
+
+class SocksTest(TunnelCase):
+    def proxy(self, reply=b"\x05\x00\x00\x01\x7f\0\0\1\0\0", greeting=b"\x05\x00", drip=False):
+        """A SOCKS5 proxy for one connection, whose every name is this machine; what it was asked."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        asked = queue.Queue()
+
+        def take(sock, count):
+            data = b""
+            while len(data) < count:
+                data += sock.recv(count - len(data))
+            return data
+
+        def send(sock, data):
+            for part in [data[i : i + 1] for i in range(len(data))] if drip else [data]:
+                sock.sendall(part)
+
+        def serve():
+            with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                take(sock, 3)
+                send(sock, greeting)
+                if greeting != b"\x05\x00":
+                    return
+                size = take(sock, 5)[4]
+                name, port = take(sock, size), int.from_bytes(take(sock, 2), "big")
+                asked.put((name.decode(), port))
+                if not reply:
+                    return
+                send(sock, reply)
+                if reply[1] == 0:
+                    trchat_side = socket.create_connection(("127.0.0.1", port))
+                    for pair in ((sock, trchat_side), (trchat_side, sock)):
+                        threading.Thread(target=EchoServer.copy, args=pair, daemon=True).start()
+                    done.wait()
+
+        done = threading.Event()
+        self.addCleanup(done.set)
+        threading.Thread(target=serve, daemon=True).start()
+        return ("127.0.0.1", listener.getsockname()[1]), asked
+
+    def connect(self, proxy, host="abc.onion", seconds=NET_PATIENCE):
+        sock = trchat.socks5_connect(proxy, host, self.echo.port, seconds)
+        self.addCleanup(sock.close)
+        return sock
+
+    def test_data_flows(self):
+        addresses = (b"\x01\x7f\0\0\1\0\0", b"\x04" + bytes(18), b"\x03\x05abcde\0\0")
+        for address in addresses:
+            for drip in (False, True):
+                with self.subTest(address=address, drip=drip):
+                    proxy, asked = self.proxy(b"\x05\x00\x00" + address, drip=drip)
+                    sock = self.connect(proxy)
+                    self.assertEqual(asked.get(timeout=5), ("abc.onion", self.echo.port))
+                    sock.sendall(b"hello")
+                    self.assertEqual(sock.recv(5), b"hello")
+                    self.assertEqual(sock.gettimeout(), NET_PATIENCE)
+
+    def test_refusals(self):
+        for status, words in [*trchat.SOCKS_FAULTS.items(), (0xF0, "reason 240")]:
+            proxy, _ = self.proxy(bytes([5, status, 0, 1, 0, 0, 0, 0, 0, 0]))
+            with self.assertRaises(trchat.ChatError) as caught:
+                self.connect(proxy)
+            self.assertIn(words, str(caught.exception))
+            self.assertEqual(caught.exception.code, "unreachable")
+
+    def test_proxies_that_are_none(self):
+        cases = (
+            ({"greeting": b"\x05\xff"}, "wants a password"), ({"greeting": b"HT"}, "is none"),
+            ({"greeting": b"\x05"}, "does not answer"), ({"reply": b""}, "does not answer"),
+            ({"reply": b"\x05\x00\x00"}, "does not answer"),
+        )  # fmt: skip
+        for how, words in cases:
+            proxy, _ = self.proxy(**how)
+            with self.assertRaises(trchat.ChatError) as caught:
+                self.connect(proxy, seconds=0.5)
+            self.assertIn(words, str(caught.exception))
+        with self.assertRaises(trchat.ChatError) as caught:
+            self.connect(("127.0.0.1", free_ports(1)))
+        self.assertIn("TRCHAT_TOR_SOCKS", str(caught.exception))
+
+    def test_names_that_no_proxy_can_be_asked_for(self):
+        for host in ("x" * 300 + ".onion", "a..b\xe4", ""):
+            proxy, _ = self.proxy()
+            with self.assertRaisesRegex(trchat.ChatError, "no name of a host"):
+                self.connect(proxy, host)
+
+    def test_where_the_proxy_is(self):
+        with mock.patch.dict(os.environ, {"TRCHAT_TOR_SOCKS": ""}):
+            self.assertEqual(trchat.tor_proxy(), ("127.0.0.1", 9050))
+        with mock.patch.dict(os.environ, {"TRCHAT_TOR_SOCKS": "10.0.0.1:99"}):
+            self.assertEqual(trchat.tor_proxy(), ("10.0.0.1", 99))
+
+
+class AutoTunnelTest(TunnelCase):
+    def setUp(self):
+        super().setUp()
+        self.said = []
+        os.environ["TRCHAT_TOR_CONTROL"] = os.path.join(self.folder, "no-tor")
+
+    def auto(self, **options):
+        report = lambda what, text: self.reports.publish({"event": what, "text": text})  # noqa: E731
+        options = trchat.TunnelOptions(**options)
+        tunnel = trchat.open_auto(self.echo.port, options, report, self.said.append)
+        self.addCleanup(tunnel.close)
+        return tunnel
+
+    def mapped(self, error=""):
+        class Mapped(trchat.Tunnel):
+            name = "upnp"
+
+            @classmethod
+            def lacks(cls, options):
+                return ""
+
+            def _run(self):
+                if error:
+                    raise trchat.tunnel_error(error)
+                self._up("192.0.2.1:80")
+                self._closing.wait()
+
+        return Mapped
+
+    def test_nothing_there(self):
+        os.environ["PATH"] = self.bin
+        with self.assertRaises(trchat.ChatError) as caught:
+            self.auto()
+        for words in ("no program ngrok", "No Tor answers", "No host to reach by ssh"):
+            self.assertIn(words, str(caught.exception))
+            self.assertTrue(any(words in line for line in self.said), words)
+        self.assertEqual(caught.exception.code, "unreachable")
+
+    def test_a_mapped_port_comes_first(self):
+        self.ngrok()
+        self.assertEqual(self.auto(map_port=self.mapped()).address, "192.0.2.1:80")
+
+    def test_then_ngrok(self):
+        self.ngrok()
+        os.environ["NGROK_AUTHTOKEN"] = "x"
+        tunnel = self.auto(map_port=self.mapped("The router refuses."))
+        self.assertEqual(tunnel.name, "ngrok")
+        self.assert_flows(tunnel.address)
+        self.assertIn("No tunnel through upnp: The router refuses.", self.said)
+
+    def test_ngrok_without_a_token_is_passed_over(self):
+        self.ngrok()
+        with self.assertRaises(trchat.ChatError) as caught:
+            self.auto()
+        self.assertIn("ngrok has no authtoken here", str(caught.exception))
+        os.makedirs(os.path.join(self.folder, ".config/ngrok"))
+        write_bytes(os.path.join(self.folder, ".config/ngrok/ngrok.yml"), b"version: 3\n")
+        self.assertEqual(self.auto().name, "ngrok")
+
+    def test_what_fails_is_told_and_closed(self):
+        self.ngrok("limit")
+        os.environ["NGROK_AUTHTOKEN"] = "x"
+        self.program("ssh", "#!/bin/sh\necho 'Allocated port 7 for remote forward to x'\nexec cat\n")
+        with mock.patch.object(trchat.SSHTunnel, "_routine_look"):
+            tunnel = self.auto(ssh_host="me@127.0.0.9")
+        self.assertEqual((tunnel.name, tunnel.address), ("ssh", "127.0.0.9:7"))
+        self.assertTrue(any("as many agents" in line for line in self.said))
 
 
 # ==================================================================================================

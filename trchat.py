@@ -8323,7 +8323,7 @@ def _unquoted(value: str) -> str:
     try:
         return str(json.loads(value)) if value.startswith('"') else value
     except ValueError:
-        return value[1:-1]
+        return value.strip('"')
 
 
 def ngrok_fault(text: str, port: int) -> ChatError:
@@ -8455,10 +8455,11 @@ class NgrokTunnel(Tunnel):
         return "" if found else NGROK_ADVICE["4018"][0]
 
     def _run(self) -> None:
-        for web in NGROK_WEB:
-            if _ngrok_tunnels(web, ASK_SECONDS) is not None:
-                self._rent(web)
-        self._run_agent()
+        agents = [web for web in NGROK_WEB if _ngrok_tunnels(web, ASK_SECONDS) is not None]
+        if agents:  # rather one that leads here already
+            self._rent(max(agents, key=lambda web: bool(_find_ngrok([web], self.port))))
+        else:
+            self._run_agent()
 
     def _run_agent(self) -> None:
         program = find_program("ngrok", "Get it at https://ngrok.com/download.")
@@ -8645,6 +8646,8 @@ class SSHTunnel(Tunnel):
 class TorControl:
     """A connection to a Tor's control port (control-spec.txt); what it opened ends with it."""
 
+    TIMEOUT = 5.0
+
     def __init__(self, target: str):
         try:
             self._sock = self._connect(target)
@@ -8657,10 +8660,10 @@ class TorControl:
     @staticmethod
     def _connect(target: str):
         if "/" not in target:
-            return socket.create_connection(split_address(target, 9051), 5)
+            return socket.create_connection(split_address(target, 9051), TorControl.TIMEOUT)
         sock = socket.socket(socket.AF_UNIX)
         try:
-            sock.settimeout(5)
+            sock.settimeout(TorControl.TIMEOUT)
             sock.connect(target)
         except OSError:
             sock.close()
@@ -8852,11 +8855,18 @@ def socks5_connect(proxy: tuple, host: str, port: int, timeout: float):
         raise
 
 
-def _socks5_greet(sock, host: str, port: int, limit: float) -> None:
+def _socks5_name(host: str) -> bytes:
     try:
-        name = host.encode("ascii")
-    except UnicodeEncodeError:
-        name = host.encode("idna")
+        name = host.encode("ascii" if host.isascii() else "idna")
+    except UnicodeError:
+        name = b""
+    if not 0 < len(name) < 256:
+        raise tunnel_error(f"{one_line(host)[:80]!r} is no name of a host.", "Check its spelling.")
+    return name
+
+
+def _socks5_greet(sock, host: str, port: int, limit: float) -> None:
+    name = _socks5_name(host)
     sock.sendall(b"\x05\x01\x00")
     if _receive(sock, 2, limit) != b"\x05\x00":
         raise tunnel_error("The proxy wants a password, or is none.", "Use Tor's SOCKS port.")

@@ -18195,6 +18195,13 @@ def free_ports(count):
                 pass
 
 
+def read_out(file):
+    """What a program says until its last child has ended is not to fill the pipe."""
+    with file:
+        for _ in file:
+            pass
+
+
 def wait_gone(pid, seconds=NET_PATIENCE):
     """Waits for the end of a process that need not be a child of ours."""
     try:
@@ -18396,7 +18403,7 @@ class NgrokTest(TunnelCase):
         first = tunnel.open()
         pid = tunnel._held.pid
         os.kill(pid, signal.SIGKILL)
-        self.told("lost")
+        self.told("lost", "ngrok has ended.")
         address = self.told("address")
         self.assertNotEqual(address, first)
         self.assertEqual(tunnel.address, address)
@@ -18619,7 +18626,14 @@ class TunnelLeaseTest(TunnelCase):
         self.addCleanup(child.kill)
         line = child.stdout.readline().split()
         self.assertEqual(len(line), 2, line or child.stderr.read())
+        if line[0] != "0":
+            self.addCleanup(self.kill, int(line[0]))
         return child, int(line[0]), line[1]
+
+    @staticmethod
+    def kill(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def end(self, child, number):
         child.send_signal(number)
@@ -18684,8 +18698,10 @@ class TunnelLeaseTest(TunnelCase):
             trchat.write_json(self.path, {**right, **change})
             self.assertFalse(self.lease.clean_up(), change)
             self.assertIsNone(sleeper.poll(), change)
-        trchat.write_json(self.path, {})
-        self.assertFalse(self.lease.clean_up())
+        for data in (b"{}", b"", b"[1]", b"\xff"):
+            write_bytes(self.path, data)
+            self.assertFalse(self.lease.clean_up())
+            self.assertFalse(os.path.exists(self.path))
         trchat.write_json(self.path, right)
         self.assertTrue(self.lease.clean_up())
         self.assertEqual(sleeper.wait(NET_PATIENCE), -signal.SIGTERM)
@@ -18764,12 +18780,10 @@ class SSHTunnelTest(TunnelCase):
         child = subprocess.Popen(
             [SSHD, "-D", "-e", "-f", path], stderr=subprocess.PIPE, encoding="utf-8"
         )
-        self.addCleanup(child.stderr.close)
         self.addCleanup(child.wait)
         self.addCleanup(child.terminate)
-        line = child.stderr.readline()
-        self.assertIn("listening", line)
-        threading.Thread(target=child.stderr.read, daemon=True).start()
+        self.assertIn("listening", child.stderr.readline())
+        threading.Thread(target=read_out, args=(child.stderr,), daemon=True).start()
         return child
 
     def host(self, host="127.0.0.1"):
@@ -18808,7 +18822,7 @@ class SSHTunnelTest(TunnelCase):
         tunnel = self.tunnel("ssh", ssh_host=self.host())
         tunnel.open()
         os.kill(tunnel._held.pid, signal.SIGKILL)
-        self.told("lost", "ended")
+        self.told("lost", f"through {self.host()} has ended. Try")
         self.assert_flows(self.told("address"))
 
     def test_starts_again_when_the_host_does(self):
@@ -18888,18 +18902,21 @@ class SSHTunnelTest(TunnelCase):
 
     def test_services(self):
         """Told by what such a service prints, through an ssh that stands in for them."""
+        here = f"127.0.0.1:{self.echo.port}"
         told = {
-            "pinggy": (("Allocated port 4 for remote forward to 127.0.0.1:5", "You are not "
+            "pinggy": ((f"Allocated port 4 for remote forward to {here}", "You are not "
                         "authenticated.", "tcp://rnabc-1-2-3-4.a.free.pinggy.link:40123"),
                        "rnabc-1-2-3-4.a.free.pinggy.link:40123"),
-            "serveo": (("Allocated port 5321 for remote forward to 127.0.0.1:5",), "serveo.net:5321"),
+            "serveo": (("Allocated port 9 for remote forward to 127.0.0.1:1",
+                        f"Allocated port 5321 for remote forward to {here}"), "serveo.net:5321"),
         }  # fmt: skip
         for name, (lines, address) in told.items():
             with self.subTest(name=name):
                 words = os.path.join(self.folder, "words")
                 says = "\n".join(f"echo '{line}'" for line in lines)
-                source = f'#!/bin/sh\necho "$@" > {words}\n{says}\nexec cat\n'
+                source = f'#!/bin/sh\n(echo "$@"; env) > {words}\n{says}\nexec cat\n'
                 self.program("ssh", source)
+                os.environ["TRCHAT_PASSPHRASE"] = "a secret"
                 looked = mock.patch.object(trchat.SSHTunnel, "_routine_look")
                 with looked as look:
                     tunnel = self.tunnel("ssh", ssh_host=name)
@@ -18910,7 +18927,8 @@ class SSHTunnelTest(TunnelCase):
                     command = file.read()
                 self.assertIn(f"-R 0:127.0.0.1:{self.echo.port}", command)
                 self.assertIn("BatchMode=yes", command)
-                self.assertNotIn(" -N", command)
+                self.assertNotIn(" -N ", command)
+                self.assertNotIn("a secret", command)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -18940,7 +18958,6 @@ class TorTunnelTest(TunnelCase):
             [TOR, "-f", os.path.join(self.data, "torrc"), "--defaults-torrc", "/dev/null"],
             stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
-        self.addCleanup(child.stdout.close)
         self.addCleanup(child.wait)
         self.addCleanup(child.kill)
         said = []
@@ -18948,7 +18965,7 @@ class TorTunnelTest(TunnelCase):
             said.append(line)
             if "Bootstrapped 0%" in line:
                 os.environ["TRCHAT_TOR_CONTROL"] = self.place
-                threading.Thread(target=child.stdout.read, daemon=True).start()
+                threading.Thread(target=read_out, args=(child.stdout,), daemon=True).start()
                 return child
         raise AssertionError("".join(said))
 
@@ -19244,7 +19261,8 @@ class AutoTunnelTest(TunnelCase):
     def test_what_fails_is_told_and_closed(self):
         self.ngrok("limit")
         os.environ["NGROK_AUTHTOKEN"] = "x"
-        self.program("ssh", "#!/bin/sh\necho 'Allocated port 7 for remote forward to x'\nexec cat\n")
+        told = f"Allocated port 7 for remote forward to 127.0.0.1:{self.echo.port}"
+        self.program("ssh", f"#!/bin/sh\necho '{told}'\nexec cat\n")
         with mock.patch.object(trchat.SSHTunnel, "_routine_look"):
             tunnel = self.auto(ssh_host="me@127.0.0.9")
         self.assertEqual((tunnel.name, tunnel.address), ("ssh", "127.0.0.9:7"))

@@ -7925,7 +7925,7 @@ class TunnelOptions(Record):
 
     ssh_host: str = ""  # [user@]host[:port], a Host of ~/.ssh/config, "pinggy" or "serveo"
     key_file: str = ""  # where tor's onion address is kept; without it each start has a new one
-    lease_file: str = ""  # where TunnelLease says what is to be cleaned up after a crash
+    lease_file: str = ""  # of this tunnel only: what is to be cleaned up after a crash
     map_port: Any = None
 
 
@@ -8022,10 +8022,8 @@ class TunnelLease:
             pass
 
     def clean_up(self) -> bool:
-        """Ends what an earlier trchat could not; True if there was something. ChatError if the
-        note cannot be read."""
-        entry = read_json(self._path, {}) if self._path else {}
-        found = False
+        """Ends what an earlier trchat could not; True if there was something."""
+        found, entry = False, self._read()
         if entry.get("kind") == "ngrok-api":
             found = _drop_rented(str(entry.get("program")))
         elif self._still_runs(entry):
@@ -8033,6 +8031,12 @@ class TunnelLease:
             self._end(entry)
         self.release()
         return found
+
+    def _read(self) -> dict:
+        try:
+            return read_json(self._path, {}) if self._path else {}
+        except ChatError:
+            return {}  # a damaged note is worth nothing
 
     @staticmethod
     def _still_runs(entry: dict) -> bool:
@@ -8098,6 +8102,7 @@ class Child:
 def _start_program(command: list):
     """In a group of its own, as Ctrl-C at our terminal is for us; without a terminal to ask at."""
     flags = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")  # of Windows
+    public = {k: v for k, v in os.environ.items() if not k.startswith("TRCHAT_")}  # no passphrase
     pipe = subprocess.PIPE
     try:
         return subprocess.Popen(
@@ -8105,6 +8110,7 @@ def _start_program(command: list):
             stdin=pipe,
             stdout=pipe,
             stderr=subprocess.STDOUT,
+            env=public,
             start_new_session=True,
             creationflags=sum(getattr(subprocess, flag, 0) for flag in flags),
             preexec_fn=_die_with_us(),
@@ -8331,9 +8337,9 @@ def ngrok_fault(text: str, port: int) -> ChatError:
     for code in NGROK_CODE.findall(text):
         if code in NGROK_ADVICE:
             return tunnel_error(*NGROK_ADVICE[code])
-    reason = next((one_line(part)[:200] for part in text.splitlines() if part.strip()), "it ended")
-    hint = f"'ngrok tcp {port}' in a terminal may show more."
-    return tunnel_error(f"ngrok opened no tunnel: {reason.strip(' .')}.", hint)
+    lines = [one_line(line)[:200].strip(" .") for line in text.splitlines() if line.strip()]
+    told = f"ngrok opened no tunnel: {lines[0]}." if lines else "ngrok has ended."
+    return tunnel_error(told, f"'ngrok tcp {port}' in a terminal may show more.")
 
 
 class NgrokLog:
@@ -8529,7 +8535,9 @@ SSH_OPTIONS = (
     "BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15", "ServerAliveCountMax=3",
     "StrictHostKeyChecking=accept-new", "ConnectTimeout=10", "ControlPath=none", "LogLevel=INFO",
 )  # fmt: skip
-SSH_PORT = LazyPattern(r"Allocated port (\d+) for remote forward to ")
+SSH_PORT = LazyPattern(
+    r"Allocated port (\d+) for remote forward to (?:127\.0\.0\.1|localhost):(\d+)"
+)
 SSH_URL = LazyPattern(r"(?:tcp://|TCP connections from )([\w-]+(?:\.[\w-]+)+:\d{1,5})\b")
 SSH_ADVICE = (  # what ssh says -> what is wrong, what to do
     (
@@ -8579,8 +8587,9 @@ class SSHTunnel(Tunnel):
         self._hold(Child("ssh", command, said.put, self.options.lease_file))
         limit = time.monotonic() + START_SECONDS
         for line in iter(lambda: self._next_line(said, limit), None):
-            last.append(line)
             public = self._address_in(line, outside)
+            if not public and "Permanently added" not in line:
+                last.append(line)
             if public and public != self.address:
                 self._up(public)
                 spawn("look from outside", self._routine_look, public)
@@ -8616,11 +8625,12 @@ class SSHTunnel(Tunnel):
     def _address_in(self, line: str, outside: str) -> str:
         """The public address, if this line tells it."""
         told, port = SSH_URL.search(line), SSH_PORT.match(line)
+        ours = port and port.group(2) == str(self.port)  # ~/.ssh/config may forward more
         if self.options.ssh_host in SSH_PRESETS:
             outside = "serveo.net" if self.options.ssh_host == "serveo" else ""
             if told:
                 return told.group(1)
-        return join_address(outside, int(port.group(1))) if port and outside else ""
+        return join_address(outside, int(port.group(1))) if ours and outside else ""
 
     def _routine_look(self, public: str) -> None:
         """By default sshd offers a forwarded port to its own machine only."""
@@ -8636,11 +8646,10 @@ class SSHTunnel(Tunnel):
         for pattern, text, hint in SSH_ADVICE:
             if re.search(pattern, said):
                 return tunnel_error(text.format(host=host), hint.format(host=host))
-        lines = [one_line(line)[:200] for line in said.splitlines() if line.strip()]
-        reason = lines[-1].strip(" .") if lines else "it ended"
-        return tunnel_error(
-            f"The ssh tunnel through {host} ended: {reason}.", f"Try 'ssh {host}' by hand."
-        )
+        lines = [one_line(line)[:200].strip(" .") for line in said.splitlines() if line.strip()]
+        reason = f": {lines[-1]}." if lines else "."
+        text = f"The ssh tunnel through {host} has ended{reason}"
+        return tunnel_error(text, f"Try 'ssh {host}' by hand.")
 
 
 class TorControl:
@@ -8655,7 +8664,7 @@ class TorControl:
             text = f"No Tor answers at {target}: {error.strerror or error}."
             hint = "Start it with 'ControlPort 9051' and 'CookieAuthentication 1' in its torrc."
             raise tunnel_error(text, f"{hint} TRCHAT_TOR_CONTROL names another place.") from None
-        self._file = self._sock.makefile("rb")
+        self._said = b""  # and not yet read
 
     @staticmethod
     def _connect(target: str):
@@ -8679,10 +8688,13 @@ class TorControl:
         return lines[-1][:3], [line[4:] for line in lines]
 
     def _read(self) -> str:
-        line = self._file.readline(65536)
-        if not line.endswith(b"\n"):
-            raise tunnel_error("Tor has ended.")
-        return line.decode("latin-1").rstrip("\r\n")
+        while b"\n" not in self._said:
+            data = self._sock.recv(65536)
+            if not data or len(self._said) > 1 << 20:
+                raise tunnel_error("Tor has ended.")
+            self._said += data
+        line, _, self._said = self._said.partition(b"\n")
+        return line.decode("latin-1").rstrip("\r")
 
     def must(self, words: str) -> list:
         status, lines = self.ask(words)
@@ -8739,7 +8751,7 @@ class TorControl:
         """Until this connection ends."""
         self._sock.settimeout(None)
         try:
-            while self._file.readline(65536):
+            while self._sock.recv(65536):
                 pass
         except OSError:
             pass

@@ -42,25 +42,30 @@ or thread: bytes in, events out) and each uses only parts above itself:
  27. Vault
  28. History and outbox
  29. Contacts
- 30. Network
- 31. Connections of a server
- 32. Relay server
- 33. Where to connect
- 34. Connections
- 35. Records of a chat
- 36. Chat client
- 37. Commands
- 38. Chat commands: talking and rooms
- 39. Chat commands: people and records
- 40. Console commands
- 41. Terminal input
- 42. Terminal
- 43. Words for events
- 44. Faces: terminal and JSON lines
- 45. Activities
- 46. Demonstration
- 47. Shell commands
- 48. Menu and door
+ 30. SOCKS5
+ 31. Network
+ 32. Tunnels
+ 33. Tunnels through ngrok
+ 34. Tunnels through ssh and tor
+ 35. Relay server
+ 36. Relay server
+ 37. Where to connect
+ 38. Connections
+ 39. Records of a chat
+ 40. Chat client
+ 41. Commands
+ 42. Chat commands: talking and rooms
+ 43. Chat commands: people and records
+ 44. Console commands
+ 45. Terminal input
+ 46. Terminal
+ 47. Words for events
+ 48. Faces: terminal and JSON lines
+ 49. Activities
+ 50. Demonstration
+ 51. Session
+ 52. Shell commands
+ 53. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -7662,7 +7667,91 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 30. Network | uses 1-4, 24, 27
+# Part 30. SOCKS5 | uses 1, 2, 4, 24
+#
+# The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
+# ==================================================================================================
+
+
+SOCKS_FAULTS = {
+    1: "the proxy failed", 2: "the proxy does not allow it", 3: "the network cannot be reached",
+    4: "the host cannot be reached", 5: "the connection was refused", 6: "it took too long",
+    7: "the proxy cannot connect", 8: "the proxy takes no names",
+}  # fmt: skip
+
+
+def tor_proxy() -> tuple:
+    """(host, port) of Tor's SOCKS port: TRCHAT_TOR_SOCKS, else 127.0.0.1:9050."""
+    return split_address(os.environ.get("TRCHAT_TOR_SOCKS") or "127.0.0.1:9050", 9050)
+
+
+def socks5_connect(proxy: tuple, host: str, port: int, timeout: float):
+    """A socket to host:port through a SOCKS5 proxy (RFC 1928), which resolves the name.
+
+    ChatError if there is no such way; the socket has `timeout` set.
+    """
+    limit = time.monotonic() + timeout
+    place = join_address(*proxy)
+    try:
+        sock = socket.create_connection(proxy, timeout)
+    except OSError:
+        hint = "Start Tor, or set TRCHAT_TOR_SOCKS (Tor Browser: 127.0.0.1:9150)."
+        raise ChatError(f"No Tor proxy answers at {place}.", hint, "unreachable") from None
+    try:
+        _socks5_greet(sock, host, port, limit)
+        sock.settimeout(timeout)
+        return sock
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError):
+            raise ChatError(
+                f"The proxy at {place} does not answer.", "Is it Tor's?", "unreachable"
+            ) from None
+        raise
+
+
+def _socks5_name(host: str) -> bytes:
+    try:
+        name = host.encode("ascii" if host.isascii() else "idna")
+    except UnicodeError:
+        name = b""
+    if not 0 < len(name) < 256:
+        raise ChatError(
+            f"{one_line(host)[:80]!r} is no name of a host.", "Check its spelling.", "unreachable"
+        )
+    return name
+
+
+def _socks5_greet(sock, host: str, port: int, limit: float) -> None:
+    name = _socks5_name(host)
+    sock.sendall(b"\x05\x01\x00")
+    if _receive(sock, 2, limit) != b"\x05\x00":
+        raise ChatError(
+            "The proxy wants a password, or is none.", "Use Tor's SOCKS port.", "unreachable"
+        )
+    sock.sendall(b"\x05\x01\x00\x03" + u8(len(name)) + name + u16(port))
+    version, status, _, kind = _receive(sock, 4, limit)
+    if version != 5 or status:
+        reason = SOCKS_FAULTS.get(status, f"reason {status}")
+        text = f"The proxy could not connect to {join_address(host, port)}: {reason}."
+        raise ChatError(text, "Is the server running, and is the address right?", "unreachable")
+    size = {1: 4, 4: 16}.get(kind) or _receive(sock, 1, limit)[0]
+    _receive(sock, size + 2, limit)
+
+
+def _receive(sock, count: int, limit: float) -> bytes:
+    data = b""
+    while len(data) < count:
+        sock.settimeout(max(0.001, limit - time.monotonic()))
+        part = sock.recv(count - len(data))
+        if not part:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+        data += part
+    return data
+
+
+# ==================================================================================================
+# Part 31. Network | uses 1-4, 24, 27, 30
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -7830,8 +7919,7 @@ def dial(address: str, timeout: float, source_port: int = 0, chain: tuple | None
     host, port = split_address(address, DEFAULT_PORT)
     sock = None
     try:
-        source = ("", source_port) if source_port else None
-        sock = socket.create_connection((host, port), timeout, source)
+        sock = _connect(host, port, timeout, source_port)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         pipe = TLSPipe(client_context(chain), server_side=False)
@@ -7843,6 +7931,13 @@ def dial(address: str, timeout: float, source_port: int = 0, chain: tuple | None
         raise connect_error(join_address(host, port), fault) from None
     fingerprint = certificate_fingerprint(pipe.peer_certificate())
     return Link(sock, pipe, fingerprint, join_address(host, port))
+
+
+def _connect(host: str, port: int, timeout: float, source_port: int):
+    if host.endswith(".onion"):
+        return socks5_connect(tor_proxy(), host, port, timeout)
+    source = ("", source_port) if source_port else None
+    return socket.create_connection((host, port), timeout, source)
 
 
 def _shake_hands(sock, pipe: TLSPipe, timeout: float) -> None:
@@ -7900,7 +7995,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 29. Tunnels | uses 1-4, 23, 24, 29
+# Part 32. Tunnels | uses 1, 2, 24, 25
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -8276,7 +8371,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 29. Tunnels through ngrok | uses 1-4, 23, 24, 29
+# Part 33. Tunnels through ngrok | uses 2, 3, 24, 32
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -8523,7 +8618,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 29. Tunnels through ssh and tor | uses 1-4, 23, 24, 29
+# Part 34. Tunnels through ssh and tor | uses 1-4, 24, 25, 32, 33
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -8832,77 +8927,6 @@ class TorTunnel(Tunnel):
         return key
 
 
-SOCKS_FAULTS = {
-    1: "the proxy failed", 2: "the proxy does not allow it", 3: "the network cannot be reached",
-    4: "the host cannot be reached", 5: "the connection was refused", 6: "it took too long",
-    7: "the proxy cannot connect", 8: "the proxy takes no names",
-}  # fmt: skip
-
-
-def tor_proxy() -> tuple:
-    """(host, port) of Tor's SOCKS port: TRCHAT_TOR_SOCKS, else 127.0.0.1:9050."""
-    return split_address(os.environ.get("TRCHAT_TOR_SOCKS") or "127.0.0.1:9050", 9050)
-
-
-def socks5_connect(proxy: tuple, host: str, port: int, timeout: float):
-    """A socket to host:port through a SOCKS5 proxy (RFC 1928), which resolves the name.
-
-    ChatError if there is no such way; the socket has `timeout` set.
-    """
-    limit = time.monotonic() + timeout
-    place = join_address(*proxy)
-    try:
-        sock = socket.create_connection(proxy, timeout)
-    except OSError:
-        hint = "Start Tor, or set TRCHAT_TOR_SOCKS (Tor Browser: 127.0.0.1:9150)."
-        raise tunnel_error(f"No Tor proxy answers at {place}.", hint) from None
-    try:
-        _socks5_greet(sock, host, port, limit)
-        sock.settimeout(timeout)
-        return sock
-    except BaseException as error:
-        sock.close()
-        if isinstance(error, OSError):
-            raise tunnel_error(f"The proxy at {place} does not answer.", "Is it Tor's?") from None
-        raise
-
-
-def _socks5_name(host: str) -> bytes:
-    try:
-        name = host.encode("ascii" if host.isascii() else "idna")
-    except UnicodeError:
-        name = b""
-    if not 0 < len(name) < 256:
-        raise tunnel_error(f"{one_line(host)[:80]!r} is no name of a host.", "Check its spelling.")
-    return name
-
-
-def _socks5_greet(sock, host: str, port: int, limit: float) -> None:
-    name = _socks5_name(host)
-    sock.sendall(b"\x05\x01\x00")
-    if _receive(sock, 2, limit) != b"\x05\x00":
-        raise tunnel_error("The proxy wants a password, or is none.", "Use Tor's SOCKS port.")
-    sock.sendall(b"\x05\x01\x00\x03" + u8(len(name)) + name + u16(port))
-    version, status, _, kind = _receive(sock, 4, limit)
-    if version != 5 or status:
-        reason = SOCKS_FAULTS.get(status, f"reason {status}")
-        text = f"The proxy could not connect to {join_address(host, port)}: {reason}."
-        raise tunnel_error(text, "Is the server running, and is the address right?")
-    size = {1: 4, 4: 16}.get(kind) or _receive(sock, 1, limit)[0]
-    _receive(sock, size + 2, limit)
-
-
-def _receive(sock, count: int, limit: float) -> bytes:
-    data = b""
-    while len(data) < count:
-        sock.settimeout(max(0.001, limit - time.monotonic()))
-        part = sock.recv(count - len(data))
-        if not part:
-            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
-        data += part
-    return data
-
-
 TUNNELS = {"ngrok": NgrokTunnel, "ssh": SSHTunnel, "tor": TorTunnel}
 
 
@@ -8940,7 +8964,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 30. Relay server | uses 1, 2, 7, 23, 24, 26, 29
+# Part 35. Relay server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -9027,7 +9051,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 32. Relay server | uses 1, 2, 7, 24, 25, 27, 30, 31
+# Part 36. Relay server | uses 1, 2, 7, 24, 25, 27, 31, 35
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -9456,7 +9480,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 33. Where to connect | uses 1, 2, 4, 24, 25, 30
+# Part 37. Where to connect | uses 1, 2, 4, 24, 25, 31
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -9586,7 +9610,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 34. Connections | uses 1, 3, 24, 25, 30, 32, 33
+# Part 38. Connections | uses 1, 3, 24, 25, 31, 36, 37
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -9783,7 +9807,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 35. Records of a chat | uses 1, 2, 7, 12, 18, 19, 24, 27-29
+# Part 39. Records of a chat | uses 1, 2, 7, 12, 18, 19, 24, 27-29
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -10114,7 +10138,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 36. Chat client | uses 1, 2, 12, 15, 19, 24, 25, 32, 34, 35
+# Part 40. Chat client | uses 1, 2, 12, 15, 19, 24, 25, 36, 38, 39
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -10474,7 +10498,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 37. Commands | uses 1, 2
+# Part 41. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -10623,7 +10647,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 38. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 37
+# Part 42. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 41
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -10931,7 +10955,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 39. Chat commands: people and records | uses 1, 2, 4, 6, 17, 23-25, 33, 37, 38
+# Part 43. Chat commands: people and records | uses 1, 2, 4, 6, 17, 23-25, 37, 41, 42
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -11412,7 +11436,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 40. Console commands | uses 1, 2, 7, 32, 37
+# Part 44. Console commands | uses 1, 2, 7, 36, 41
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -11532,7 +11556,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 41. Terminal input | uses 24
+# Part 45. Terminal input | uses 24
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -11738,7 +11762,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 42. Terminal | uses 2, 20-22, 24, 41
+# Part 46. Terminal | uses 2, 20-22, 24, 45
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -12100,7 +12124,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 43. Words for events | uses 2, 7, 20, 37, 38
+# Part 47. Words for events | uses 2, 7, 20, 41, 42
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -12340,7 +12364,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 44. Faces: terminal and JSON lines | uses 2, 20, 24, 25, 37, 42, 43
+# Part 48. Faces: terminal and JSON lines | uses 2, 20, 24, 25, 41, 46, 47
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -12668,7 +12692,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 45. Activities | uses 1-4, 8, 9, 15, 17, 24, 25, 27, 30, 32, 33, 35-37, 40, 44
+# Part 49. Activities | uses 1-4, 8, 9, 15, 17, 24, 25, 27, 31, 32, 34, 36, 37, 39-41, 44, 48
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -12681,6 +12705,45 @@ class ServerOptions(Record):
     allow: list
     client_certs: str | None
     limits: bool
+
+
+class Reach:
+    """The tunnel of a server, from its start to its end.
+
+    `moved(addresses)` is called when the public address has come or changed, `say(sentence)` with
+    what a person should know; both from the tunnel's own thread.
+    """
+
+    def __init__(self, paths: Paths, kind: str, ssh_host: str, say):
+        lease, key = paths.file("tunnel.json"), paths.file("onion.key")
+        self._kind, self._say = kind, say
+        self._options = TunnelOptions(ssh_host=ssh_host, key_file=key, lease_file=lease)
+        self._options.map_port = None
+        self._tunnel: Any = None
+        self.moved: Any = None
+        TunnelLease(lease).clean_up()  # of a run that could not do it itself
+
+    def open(self, port: int) -> list:
+        """The public addresses of a port of ours; ChatError with advice if there are none."""
+        if not self._kind:
+            return []
+        if self._kind == "auto":
+            self._tunnel = open_auto(port, self._options, self._report, self._say)
+            return [self._tunnel.address]
+        self._tunnel = TUNNELS[self._kind](port, self._options, self._report)
+        return [self._tunnel.open()]
+
+    def _report(self, kind: str, text: str) -> None:
+        if kind != "address":
+            self._say(text)
+            return
+        self._say(f"The public address is {text} now.")
+        if self.moved is not None:
+            self.moved([text])
+
+    def close(self) -> None:
+        if self._tunnel is not None:
+            self._tunnel.close()
 
 
 class RunningServer:
@@ -12722,7 +12785,8 @@ class RunningServer:
     def addresses(self) -> list:
         """Where others may find this server, best first."""
         if self.host not in ("0.0.0.0", "::", ""):
-            return [*self.public, join_address(self.host, self.port)]
+            own = [join_address(self.host, self.port)]
+            return self.public if self.public and self.host == "127.0.0.1" else own + self.public
         found = local_addresses() if self.host == "::" else local_addresses()[:1]
         local = [join_address(host, self.port) for host in found or ["127.0.0.1"]]
         return [*local, *self.public]
@@ -12740,18 +12804,27 @@ class RunningServer:
             self._gatekeeper.invite(invitation.id, invitation.gate, uses, token.expires, now)
         return create_token(token)
 
+    def set_public(self, addresses: list) -> None:
+        """A tunnel has another address now."""
+        self.public = addresses
+
     def stop(self) -> None:
         self.server.stop()
 
 
-def run_server(paths: Paths, options: ServerOptions, face, ask_passphrase) -> int:
-    """Runs a server until it is told to stop."""
+def run_server(
+    paths: Paths, options: ServerOptions, face, ask_passphrase, tunnel: tuple = ("", "")
+) -> int:
+    """Runs a server until it is told to stop; `tunnel` is its kind and the host for ssh."""
     lock = ProfileLock(paths, "server")
     publisher = Publisher()
     quit_wanted = threading.Event()
+    reach = Reach(paths, tunnel[0], tunnel[1], lambda text: publisher.publish(notice(text)))
     shower = spawn("show", _routine_show, publisher.subscribe(), face, quit_wanted.set)
     try:
         running = RunningServer(paths, options, ask_passphrase, publisher.publish)
+        running.public = reach.open(running.port)
+        reach.moved = running.set_public
         console = ServerConsole(
             running.server, publisher.publish, running.make_token, quit_wanted.set
         )
@@ -12761,6 +12834,7 @@ def run_server(paths: Paths, options: ServerOptions, face, ask_passphrase) -> in
         publisher.publish({"event": "closed", "reason": reason})
         return EXIT_CODES[reason]
     finally:
+        reach.close()
         publisher.publish(None)
         shower.join(2.0)
         lock.release()
@@ -12774,7 +12848,7 @@ def _listening(running: RunningServer) -> dict:
         "port": running.port,
         "fingerprint": fingerprint_text(running.fingerprint),
         "token": token,
-        "public": None,
+        "public": running.public[0] if running.public else None,
     }
 
 
@@ -12910,6 +12984,7 @@ class HostOptions(Record):
     room: str
     port: int | None
     uses: int
+    tunnel: tuple  # kind and the host for ssh
 
 
 def run_host(
@@ -12938,6 +13013,7 @@ class Hosting:
     def __init__(self, paths: Paths, options: HostOptions, settings, identity, ask_passphrase):
         self._paths, self._options, self._own = paths, options, identity.fingerprint
         self.client: Any = None  # there is none yet when the server starts
+        self._reach = Reach(paths, options.tunnel[0], options.tunnel[1], self._say)
         self.running = self._start_server(ask_passphrase)
         here = join_address("127.0.0.1", self.running.port)
         pin = fingerprint_text(self.running.fingerprint)
@@ -12983,6 +13059,10 @@ class Hosting:
     def run(self, make_face) -> int:
         face = make_face(self.client)
         with face:
+            if self._options.tunnel[0] and face.interactive:
+                face.say(f"Opening a way in from outside ({self._options.tunnel[0]}) ...")
+            self.running.public = self._reach.open(self.running.port)
+            self._reach.moved = self._moved
             link = dial_first(self.client, self._connect, face, None)
             machine = self.client.first.machine
             machine.directory.places = (self.running.addresses(), self.running.fingerprint)
@@ -13001,7 +13081,18 @@ class Hosting:
             "public": self.running.public[0] if self.running.public else None,
         }
 
+    def _say(self, text: str) -> None:
+        if self.client is not None:
+            self.client.events.publish(notice(text))
+
+    def _moved(self, addresses: list) -> None:
+        """The tunnel came back elsewhere: those who are here, and come, are told."""
+        self.running.set_public(addresses)
+        places = (self.running.addresses(), self.running.fingerprint)
+        self.client.call(self.client.first.machine.directory.set_places, *places)
+
     def stop(self) -> None:
+        self._reach.close()
         self.running.stop()
 
 
@@ -13075,7 +13166,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 46. Demonstration | uses 1, 3, 4, 7-9, 17, 27, 30, 32, 33, 36, 37
+# Part 50. Demonstration | uses 1, 3, 4, 7-9, 17, 27, 31, 36, 37, 40, 41
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -13257,13 +13348,10 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 47. Shell commands | uses 1, 2, 4, 7, 20, 23-29, 33, 35, 37, 39, 42, 44-46
+# Part 51. Session | uses 1, 2, 20, 24, 26, 46, 48
 #
-# What may stand behind `python3 trchat.py`: each command with its options and its exit code.
+# What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
-
-
-PROGRAM = "python3 trchat.py"
 
 
 class Session:
@@ -13354,6 +13442,16 @@ def _end_on_signals() -> None:
             signal.signal(getattr(signal, name), interrupt)
 
 
+# ==================================================================================================
+# Part 52. Shell commands | uses 1, 2, 4, 7, 23-25, 27-29, 34, 37, 39, 41, 43, 46, 48-51
+#
+# What may stand behind `python3 trchat.py`: each command with its options and its exit code.
+# ==================================================================================================
+
+
+PROGRAM = "python3 trchat.py"
+
+
 # Shell commands: (session) -> exit code
 
 
@@ -13383,10 +13481,28 @@ def _shell_server(session: Session) -> int:
     given = session.arguments
     if given.client_certs and given.auth != "certs":
         raise ChatError("--client-certs goes with --auth certs.", "Add --auth certs.")
-    options = ServerOptions(given.host, given.port, given.auth, given.allow, given.client_certs)
+    host = given.host or ("127.0.0.1" if given.tunnel else "0.0.0.0")
+    options = ServerOptions(host, given.port, given.auth, given.allow, given.client_certs)
     options.limits = given.limits == "on"
     with session.face(describe_server, "server > ") as face:
-        return run_server(session.paths, options, face, session.ask_passphrase)
+        ways = (face, session.ask_passphrase, _tunnel_choice(given))
+        return run_server(session.paths, options, *ways)
+
+
+def _tunnel_choice(given) -> tuple:
+    """(kind, ssh host) of --tunnel and --ssh-host."""
+    if given.ssh_host and given.tunnel not in ("ssh", "auto"):
+        raise ChatError("--ssh-host goes with --tunnel ssh.", "Add --tunnel ssh.")
+    if given.tunnel == "ssh" and not given.ssh_host:
+        text = "--tunnel ssh needs a host that lets you in."
+        raise ChatError(text, "Add --ssh-host me@host, or --ssh-host pinggy or serveo.")
+    return given.tunnel or "", given.ssh_host or ""
+
+
+def _tunnel_options(parser) -> None:
+    parser.add_argument("--tunnel", choices=("auto", *TUNNELS), help="be reached from anywhere")
+    parser.add_argument("--ssh-host", metavar="HOST", help="for --tunnel ssh: [user@]host, pinggy "
+                        "or serveo")  # fmt: skip
 
 
 def _connect_choices(session: Session) -> ConnectOptions:
@@ -13424,7 +13540,7 @@ def _shell_host(session: Session) -> int:
     session.prepare()
     given, settings = session.arguments, session.settings()
     room = check_room(given.room) if given.room else DEFAULT_ROOM
-    options = HostOptions(given.name, room, given.port, given.uses)
+    options = HostOptions(given.name, room, given.port, given.uses, _tunnel_choice(given))
 
     def make_face(client: ChatClient):
         if session.json:
@@ -13594,7 +13710,10 @@ class UsageError(Exception):
 
 
 def _server_options(parser) -> None:
-    parser.add_argument("--host", default="0.0.0.0", help="the address to listen on (0.0.0.0)")
+    parser.add_argument(
+        "--host", help="the address to listen on (0.0.0.0; with a tunnel 127.0.0.1)"
+    )
+    _tunnel_options(parser)
     parser.add_argument(
         "--port", type=_port, default=DEFAULT_PORT, help="8089; 0 takes any free one"
     )
@@ -13627,6 +13746,7 @@ def _host_options(parser) -> None:
     parser.add_argument("--name", help="your nickname (default: the last one, or the login name)")
     parser.add_argument("--room", help="the room's name (lobby)")
     parser.add_argument("--port", type=_port, help="default: the one of last time, else any")
+    _tunnel_options(parser)
     parser.add_argument(
         "--uses", type=int, default=1, help="how many people the token lets ask (1)"
     )
@@ -13742,7 +13862,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 48. Menu and door | uses 1, 2, 4, 23-25, 30, 33, 37, 39, 44, 47
+# Part 53. Menu and door | uses 1, 2, 4, 23-25, 31, 37, 41, 43, 48, 51, 52
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

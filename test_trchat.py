@@ -19270,6 +19270,122 @@ class AutoTunnelTest(TunnelCase):
 
 
 # ==================================================================================================
+# Chatting directly through a tunnel
+# ==================================================================================================
+
+
+class TunnelledChatTest(EndToEnd):
+    """`host` and `server` behind a tunnel, with the agent's stand-in on the path."""
+
+    def setUp(self):
+        super().setUp()
+        self.bin = os.path.join(self.base, "bin")
+        os.mkdir(self.bin)
+        program = os.path.join(self.bin, "ngrok")
+        write(program, f"#!{sys.executable} -S\n{FAKE_NGROK}")
+        os.chmod(program, 0o755)
+        self.web = closed_port()
+
+    def environment(self, **extra) -> dict:
+        path = self.bin + os.pathsep + os.environ["PATH"]
+        return super().environment(PATH=path, FAKE_NGROK_WEB=str(self.web), **extra)
+
+    def agents(self) -> list:
+        """The agents that run from this test's folder."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                if os.fsencode(self.bin) in file.read():
+                    found.append(int(name))
+        return found
+
+    def host(self, *words, **extra):
+        host = self.start("host", "--json", "--profile", "alice", "--name", "alice", "--tunnel",
+                          "ngrok", *words, **extra)  # fmt: skip
+        host.listening = host.wait_for("listening")
+        return host
+
+    def test_reached_through_the_tunnel_and_gone_with_its_host(self):
+        alice = self.host()
+        public = alice.listening["public"]
+        token = trchat.consume_token(alice.listening["token"])
+        self.assertIn(public, token.addresses)
+        token.addresses = [public]
+        bob = self.client("bob", trchat.create_token(token), ready=False)
+        alice.wait_for("request")
+        alice.type("/accept bob")
+        self.assertEqual(bob.wait_for("ready")["server"], public)
+        [agent] = self.agents()
+        os.kill(agent, signal.SIGKILL)
+        alice.wait_until(lambda events: any("public address is" in e.get("text", "") for e in events))
+        bob.wait_for("reconnecting")
+        alice.signal(signal.SIGTERM)
+        self.assert_ends(alice, "interrupted", 130)
+        self.assertEqual(self.agents(), [])
+
+    def test_those_who_are_connected_learn_of_the_new_address(self):
+        alice = self.host()
+        token = trchat.consume_token(alice.listening["token"])
+        local = [f"127.0.0.1:{alice.listening['port']}"]
+        token.addresses = local
+        bob = self.client("bob", trchat.create_token(token), ready=False)
+        alice.wait_for("request")
+        alice.type("/accept bob")
+        bob.wait_for("ready")
+        bob.type("/contacts add alice")
+        bob.wait_for("notice", name="alice")
+        alice.wait_for("joined", name="bob")
+        [agent] = self.agents()
+        os.kill(agent, signal.SIGKILL)
+        found = []
+
+        def moved(events):
+            found[:] = [e["text"].split()[4] for e in events if e.get("text", "").startswith("The public address is")]
+            return found
+
+        alice.wait_until(moved)
+
+        def learnt():
+            bob.type("/contacts")
+            [row] = last_contacts(bob)
+            return found[-1] in row["addresses"]
+
+        limit = time.monotonic() + PATIENCE
+        while not learnt():
+            self.assertLess(time.monotonic(), limit, bob.story())
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+
+    def test_advice_instead_of_a_start(self):
+        for modes, words in (("noauth", "authtoken"), ("card", "card"), ("limit", "as many agents")):
+            errors = self.assert_refused(
+                ["host", "--tunnel", "ngrok", "--profile", modes], env={"FAKE_NGROK": modes}
+            )
+            self.assertIn(words, errors)
+            self.assertEqual(self.agents(), [])
+        self.assert_refused_here(["server", "--ssh-host", "x"], "--tunnel ssh")
+        self.assert_refused_here(["server", "--tunnel", "ssh"], "--ssh-host")
+
+    def test_killed_and_cleaned_up_at_the_next_start(self):
+        server = self.server("--tunnel", "ngrok", "--auth", "open")
+        self.assertEqual(len(self.agents()), 1)
+        server.signal(signal.SIGKILL)
+        server.exit_code()
+        again = self.server("--tunnel", "ngrok", "--auth", "open")
+        self.assertEqual(len(self.agents()), 1, "the agent of before is not left beside ours")
+        again.type("/quit")
+        self.assert_ends(again, "BYE", 0)
+        self.assertEqual(self.agents(), [])
+
+
+def last_contacts(person) -> list:
+    """What the newest answer to /contacts lists, once it has come."""
+    count = len([e for e in person.events if "contacts" in e])
+    person.wait_until(lambda events: len([e for e in events if "contacts" in e]) >= max(count, 1))
+    return [e for e in person.events if "contacts" in e][-1]["contacts"]
+
+
+# ==================================================================================================
 # Benchmarks
 # ==================================================================================================
 

@@ -9537,13 +9537,15 @@ class LineEditorTest(unittest.TestCase):
         type_keys(self.editor, "draft", "<ctrl-r>")
         self.assertEqual(self.editor.handle("x"), ("beep",))
         self.assertEqual(self.state(), "draft|")
+        self.assertIsNone(self.editor.handle("<enter>"))
         self.assertEqual(self.editor.handle("<enter>"), ("line", "draft", False))
 
     def test_a_found_line_is_accepted(self):
         self.remember("one", "two")
         type_keys(self.editor, "draft", "<ctrl-r>", "on")
+        self.assertIsNone(self.editor.handle("<enter>"), "it is taken, and not sent yet")
+        self.assertEqual((self.editor.text, self.editor.search_prompt), ("one", ""))
         self.assertEqual(self.editor.handle("<enter>"), ("line", "one", False))
-        self.assertEqual(self.editor.search_prompt, "")
         self.assertEqual(self.editor.history, ["one", "two", "one"])
 
     def test_other_keys_take_the_found_line(self):
@@ -9586,7 +9588,7 @@ class LineEditorTest(unittest.TestCase):
         for keys, pasted in (([("paste", "/quit")], True), (["/quit"], False)):
             self.editor.forget()
             type_keys(self.editor, *keys, "<enter>")
-            type_keys(self.editor, "<ctrl-r>", "qu")
+            type_keys(self.editor, "<ctrl-r>", "qu", "<enter>")
             self.assertEqual(self.editor.handle("<enter>"), ("line", "/quit", pasted))
             type_keys(self.editor, "<ctrl-r>", "qu", "<escape>", "<end>", "!")
             self.assertEqual(self.editor.handle("<enter>"), ("line", "/quit!", pasted))
@@ -9600,8 +9602,10 @@ class LineEditorTest(unittest.TestCase):
         self.assertEqual(self.editor.search_prompt, "(search `two`) ")
 
     def test_no_history_no_search(self):
-        self.assertEqual(self.editor.handle("<ctrl-r>"), ("beep",))
-        self.assertEqual(self.editor.search_prompt, "")
+        silent = trchat.LineEditor(history_size=0)  # a secret
+        self.assertEqual((silent.handle("<ctrl-r>"), silent.search_prompt), (("beep",), ""))
+        type_keys(self.editor, "<ctrl-r>", "hello", "<enter>")
+        self.assertEqual((self.editor.text, self.editor.search_prompt), ("", ""))
 
     KEYS = st.sampled_from(
         sorted({**trchat.LineEditor._MOVES, **trchat.LineEditor._DELETIONS, **trchat.LineEditor._KILLS,
@@ -10316,7 +10320,7 @@ with Terminal(sys.stdin, sys.stdout) as face:
         self.assertEqual(child.screen.cursor.x, 13)
         child.send("\x03")
         child.wait_for_rows(["got one", "> two"])
-        child.send("\x12n\r")
+        child.send("\x12n\r\r")
         child.wait_for_rows(["got one", "got one", ">"])
         child.send("\x12\x07\x03")
         child.wait_for_rows(["got one", "got one", "interrupted", "Passphrase:"])
@@ -14379,6 +14383,9 @@ class TerminalFaceTest(EndToEnd):
         alice.press("half a line")
         server.type("/kick alice")
         alice.see("The server's operator put you out.")
+        alice.see_last("Press Enter to leave.")
+        alice.press(" and more")  # is for nobody else
+        alice.line("")
         self.assert_restored(alice, 1)
 
     def test_suspended_and_back(self):
@@ -17633,6 +17640,8 @@ class ChatWindowTest(KeptTest):
         alice.press("\x12zeb")
         alice.wait_until(lambda: "zebra" in alice.rows()[-1], "the search")
         alice.line("")
+        alice.see_last("#lobby ✓ > find this zebra")
+        alice.line("")
         bob.wait_for("message", text="find this zebra")
         alice.press("unwanted")
         alice.see("> unwanted")
@@ -17646,7 +17655,7 @@ class ChatWindowTest(KeptTest):
 
     def test_help_fits(self):
         alice = self.open("alice", lines=100)
-        alice.line("/help")
+        alice.line("/help all")
         alice.see("whom you have not verified yet")
         for usage, text in trchat.help_lines("chat"):
             rows = [row for row in alice.rows() if row.startswith(usage + " ")]

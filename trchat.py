@@ -2821,7 +2821,9 @@ class RoomKeeper:
             self.is_ready = True
             emit("ready", **self.machine.ready_fields(self))
             self.machine.check_inviter(self)
-            self._emit_news(RoomRules(said.rules.bans, said.rules.mutes, OPEN, "", 0), said)
+            rules = RoomRules(said.rules.bans, said.rules.mutes, OPEN, "", 0)
+            for text, fields in _rule_news(rules, said.rules, "", f"#{self.name}"):
+                emit("notice", text=text, room=self.name, **fields)
             return
         for fingerprint, member in was.items():
             if fingerprint not in now_in and fingerprint not in self.awaited:
@@ -2906,16 +2908,18 @@ LOCK_WORDS = (
 
 
 def _rule_news(old: RoomRules, new: RoomRules, who: str, where: str) -> list:
-    """(sentence, fields) for each difference in topic, lock and lifetime."""
+    """(sentence, fields) for each difference in topic, lock and lifetime; `who` made it, or ""."""
     news: list = []
     if new.topic != old.topic:
         act = f"set the topic of {where}: {new.topic}"
         text = act if new.topic else f"took the topic of {where} away."
-        news.append((f"{who} {text}", {"topic": new.topic}))
+        text = f"{who} {text}" if who else f"The topic of {where}: {new.topic}"
+        news.append((text, {"topic": new.topic}))
     if new.lock != old.lock:
         news.append((f"{where} is {LOCK_WORDS[new.lock]}.", {"lock": LOCK_NAMES[new.lock]}))
     if new.lifetime != old.lifetime:
-        text = f"{who} set what is said in {where} to {lifetime_words(new.lifetime)}."
+        wish = f"{who} set what is said in {where} to {lifetime_words(new.lifetime)}."
+        text = wish if who else f"What is said in {where} will {lifetime_words(new.lifetime)}."
         news.append((text, {"disappear": new.lifetime}))
     return news
 
@@ -3726,6 +3730,8 @@ class Directory:
         if contact is not None and not mark:
             found = [p for p in found if p.fingerprint == contact or p.key_changed]
         found = found or [p for p in people if p.fingerprint == contact]
+        if not found and contact is None:  # names that differ in case only are one on a server
+            found = [p for p in people if p.name.casefold() == wanted.casefold()]
         return found[-1] if found else None
 
     def find_contact(self, text: str) -> bytes | None:
@@ -3766,6 +3772,10 @@ class Directory:
             person.key_changed = True
             new = fingerprint_text(person.fingerprint)
             self.machine.emit("key-changed", name=person.name, old=fingerprint_text(old), new=new)
+        before = self.names.get(person.fingerprint, person.name)
+        if before != person.name and old in (None, person.fingerprint):
+            text = f"{before} is called {person.name} now."
+            self.machine.emit("notice", text=text, name=person.name, before=before)
         self.names[person.fingerprint] = person.name
 
     def _flag_lookalike(self, person: Person) -> None:
@@ -3974,7 +3984,7 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 16. Invitations by members | pure | uses 1, 3, 4, 7, 10
+# Part 16. Invitations by members | pure | uses 1-4, 7, 10
 #
 # Tokens that a person inside makes: the server learns what opens its gate, the room's members what
 # lets the holder through a lock.
@@ -4033,7 +4043,10 @@ class Invitations:
         if token is not None:
             text = create_token(token)
             uses = f"{token.uses} people" if token.uses > 1 else "one person"
-            self.machine.emit("notice", text=f"A token for {uses}: {text}", token=text)
+            uses = uses if token.uses else "any number of people"
+            left = token.expires - self.machine.wall_clock() if token.expires else 0
+            span = f", for {short_duration(round(left / 60) * 60)}" if left > 0 else ""
+            self.machine.emit("notice", text=f"A token for {uses}{span}: {text}", token=text)
 
 
 # ==================================================================================================
@@ -4283,6 +4296,7 @@ class ClientMachine:
 
     def _drop_room(self, room: RoomKeeper) -> None:
         del self.rooms[room.name]
+        self.emit("_room_left", room=room.name)
         self.room_ids.pop(room.id, None)
         for person in self.directory.people.values():
             person.told = [name for name in person.told if name != room.name]
@@ -5268,7 +5282,7 @@ class LineEditor:
     # -- search: the found line stands in the editor, where any other key can take it over
 
     def _begin_search(self):
-        if not self._history:  # as for a secret, whose search would be shown
+        if not self._history_size:  # for a secret, whose search would be shown
             return _BEEP
         self._before_search = (self.text, self._marks, self.cursor, self._place, self._draft)
         self._query = ""
@@ -5281,8 +5295,8 @@ class LineEditor:
             return self._SEARCH_ACTIONS[key](self)
         if _is_text(key):
             return self._extend_query(key)
-        self._query = None
-        return None if key in ("<escape>", "<tab>") else self._apply(key)
+        self._query = None  # Enter only takes the line: it may not be what was meant
+        return None if key in ("<escape>", "<tab>", "<enter>") else self._apply(key)
 
     def _extend_query(self, text: str):
         if len(self._query) + len(text) > _QUERY_LIMIT:
@@ -5668,7 +5682,7 @@ ON_OFF = ("on", "off")
 SETTINGS = {
     row[0]: Setting(*row)
     for row in (
-        ("name", _check_nickname, "", "your nickname; empty: the last one, or your login name", ()),
+        ("name", _check_nickname, "", "your nickname on new servers; empty: your login name", ()),
         ("bell", _check_choice, "dm", "what rings the bell: off, messages to you alone, those with "
          "your name in them too, or all", ("off", "dm", "mention", "all")),
         ("notify", _check_switch, "on", "with the bell, the terminal shows a notification", ON_OFF),
@@ -10022,14 +10036,16 @@ class ChatRecords(NoRecords):
         kind = event["event"]
         if kind == "queued" and event["_message"].kept:
             self._written.wait(KEPT_SECONDS)  # whoever is told that it is kept may rely on it
-        if kind == "delivered":
-            message = self._unfiled.pop(event["id"], None)
-            if message is not None:
-                self._file_own(connection, message)
-        elif self.profile.settings.history and kind == "message":
+        message = event.get("_message")
+        late = message is not None and message.kept  # it may be taken back until it has arrived
+        if kind == "delivered" and self._unfiled.pop(event["id"], None) is not None:
+            late = True
+        if not self.profile.settings.history:
+            return
+        if kind == "message":
             self._file_message(connection, event)
-        elif self.profile.settings.history and kind in ("sent", "queued"):
-            self._file_own(connection, event["_message"])
+        elif kind == "delivered" and late or kind in ("sent", "queued") and not late:
+            self._file_own(connection, message)
 
     def _file_message(self, connection, event: dict) -> None:
         server = connection.machine.server
@@ -10239,6 +10255,14 @@ class ChatClient:
         fields = {"window": conversation.number, "title": conversation.title}
         self.events.publish({"event": "_switched", **fields, **self._server_field()})
 
+    def close(self, conversation: Conversation) -> None:
+        """Takes a conversation away; one always stays."""
+        if len(self.conversations.all) > 1:
+            was_here = conversation is self.here
+            self.conversations.close(conversation)
+            if was_here:
+                self.visit(self.here)
+
     def _server_field(self) -> dict:
         several = len(self.connections) > 1
         return {"server": self.machine.server_address} if several else {}
@@ -10347,6 +10371,8 @@ class ChatClient:
         """One event of a connection: kept if it is to be, and handed to the faces."""
         kind = event["event"]
         self._status_due = self._status_due or kind != "message"
+        if kind == "_room_left":
+            self.close(self.conversations.open(connection, "#" + event["room"]))
         if kind.startswith("_"):
             self._guarded_records(self.records.note_internal, connection, event)
             return
@@ -10358,6 +10384,8 @@ class ChatClient:
         event["_own"] = connection.machine.name
         if kind == "message":
             self._note_message(connection, conversation, event)
+        elif kind in ("sent", "queued"):
+            conversation.unread, conversation.called = 0, False  # whoever answers has read
         self.undelivered += kind == "undelivered"
         if kind == "ready" and connection.on_ready is not None:
             self._guarded_records(connection.on_ready)
@@ -10482,7 +10510,8 @@ def _room_status(machine: ClientMachine, target: str) -> dict:
         }
         for fingerprint, name in room.recipients().items()
     ]
-    return {"people": len(readers) + 1, "readers": readers, "epoch": room.last.number}
+    status = {"people": len(readers) + 1, "readers": readers, "epoch": room.last.number}
+    return {**status, "lifetime": room.admission.rules.lifetime}
 
 
 def _direct_status(machine: ClientMachine, name: str) -> dict:
@@ -10494,7 +10523,9 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
         "fingerprint": fingerprint_text(person.fingerprint),
         "verified": machine.directory.is_verified(person.fingerprint),
     }
-    return {"people": 2, "readers": [reader], "epoch": 0, "their_away": person.away}
+    lifetime = machine.messages.lifetimes.get(person.fingerprint, 0)
+    status = {"people": 2, "readers": [reader], "epoch": 0, "their_away": person.away}
+    return {**status, "lifetime": lifetime}
 
 
 # ==================================================================================================
@@ -10673,18 +10704,36 @@ def _connection_of(client, name: str) -> Connection:
     return client.connection
 
 
+HELP_GROUPS = (
+    ("Talking", "msg reply me win join leave rooms names topic nick away back"),
+    ("People", "contacts code verify accept-key whois ignore block unblock invite"),
+    ("Records", "tail search export clear outbox cancel"),
+    ("Running a room", "lock requests admit deny kick ban unban mute op rekey"),
+    ("Servers, settings", "connect disconnect set bell quiet wipe help quit"),
+)
+
+
+def _help_groups() -> list:
+    """The commands without their explanations, by what they are for."""
+    lines = [f"{title + ':':<19} /" + " /".join(words.split()) for title, words in HELP_GROUPS]
+    return [*lines, "/help COMMAND explains one, /help all explains all."]
+
+
 def _chat_help(client, rest: str) -> None:
-    if rest:
+    if rest and rest != "all":
         row = find_command(rest.lstrip("/").lower(), "chat")
         if row is None:
             raise ChatError(f"There is no /{one_line(rest)[:40]}.", "/help lists what there is.")
         client.show_notice(f"{row.chat.usage}  {row.chat.help}")
         return
-    lines = help_table("chat")
     rows = [{"usage": usage, "help": text} for usage, text in help_lines("chat")]
+    lines = help_table("chat") if rest == "all" else _help_groups()
     lines += [
         f"Anything else is said to {client.here.title}; exactly BYE leaves.",
-        "Alt-1 to 9, Alt-Left and Alt-Right change the conversation; Alt-Enter begins a new line.",
+        "Alt-1 to 9, Alt-Left and Alt-Right change the conversation; Alt-Enter begins a new line;",
+        "Ctrl-R searches what you typed; Tab completes; Ctrl-C gives a line up, or leaves.",
+        "In the prompt: ✓ all has arrived, …2 two lines have not yet. Above it: to whom a line is",
+        "encrypted; the epoch is the number of the room's key, PQ: also against quantum computers.",
         "bob~4f2a is somebody whom you have not verified yet (/code, /verify).",
     ]
     client.show_notice("\n".join(lines), commands=rows)
@@ -10722,18 +10771,10 @@ def _chat_join(client, rest: str) -> None:
 
 def _chat_leave(client, rest: str) -> None:
     name = check_room(rest) if rest else _current_room(client).name
-    client.machine.leave(name)
-    _close(client, client.conversations.open(client.connection, "#" + name))
+    connection = client.connection
+    connection.machine.leave(name)
+    connection.publish()
     client.show_notice(f"You left #{name}.", current=client.current)
-
-
-def _close(client, conversation: Conversation) -> None:
-    """Takes a conversation away; one always stays."""
-    if len(client.conversations.all) > 1:
-        was_here = conversation is client.here
-        client.conversations.close(conversation)
-        if was_here:
-            client.visit(client.here)
 
 
 def _chat_win(client, rest: str) -> None:
@@ -10741,7 +10782,7 @@ def _chat_win(client, rest: str) -> None:
         if client.here.is_room:
             _chat_leave(client, "")
         else:
-            _close(client, client.here)
+            client.close(client.here)
     elif rest:
         client.visit(client.conversations.find(rest))
     else:
@@ -10840,6 +10881,7 @@ def _chat_deny(client, rest: str) -> None:
     name = _need(rest, "/deny NAME")
     if not _at_the_door(client, name, False):
         _current_room(client).admission.refuse(name)
+    client.show_notice(f"{one_line(name)} was told that they are denied.", denied=name)
 
 
 def _chat_requests(client, rest: str) -> None:
@@ -10925,7 +10967,7 @@ def _chat_quit(client, rest: str) -> None:
 
 
 for _row in (
-    ("help", "/help [COMMAND]", "this list", (), _chat_help),
+    ("help", "/help [COMMAND|all]", "the commands, and what they do", (), _chat_help),
     ("msg", "/msg NAME [TEXT]", "write to one person; without text, stay with them", ("m",),
      _chat_msg),
     ("reply", "/reply TEXT", "answer who wrote to you alone last", ("r",), _chat_reply),
@@ -12311,7 +12353,9 @@ class ChatWords:
         room = [f"{status['people']} people"] if status["title"].startswith("#") else []
         epoch = [f"epoch {status['epoch']}"] if status["epoch"] else []
         away = [f"away: {status['their_away']}"] if status.get("their_away") else []
-        return [*room, *away, f"encrypted to {_reader_names(readers)}", *epoch, "PQ"]
+        lifetime = status.get("lifetime")
+        gone = [f"gone after {short_duration(lifetime)}"] if lifetime else []
+        return [*room, *away, *gone, f"encrypted to {_reader_names(readers)}", *epoch, "PQ"]
 
 
 def _reader_names(readers: list) -> str:
@@ -12521,6 +12565,13 @@ class ChatFace(TerminalFace):
         prompt = self.words.prompt(self._title) if self.interactive else ""
         return self._terminal.read_line(prompt, self._complete, keep=False, on_key=self._on_key)
 
+    def confirm_end(self) -> None:
+        """Waits for Enter, so that what somebody types goes nowhere else."""
+        try:
+            self._terminal.read_line("Press Enter to leave. ", keep=False, remember=False)
+        except (EOFError, KeyboardInterrupt):
+            pass
+
     def _on_key(self, key: str) -> None:
         self._client.call(press_key, self._client, key)
 
@@ -12529,8 +12580,8 @@ class ChatFace(TerminalFace):
             self._own_events[event["event"]](event)
         elif not self._is_unwanted(event):
             self.words.note(event)
-            self._show_event(event)
             self._maybe_ring(event)
+            self._show_event(event)
         self._terminal.set_prompt(self.words.prompt(self._title))
 
     def _is_unwanted(self, event: dict) -> bool:
@@ -12683,6 +12734,9 @@ def _read_terminal(face, client: ChatClient) -> None:
                 client.call(execute, client, text, pasted)
     except EOFError:
         client.leave("BYE")
+    wait_for_event(client.ended)
+    if client.reason not in EXIT_CODES:  # a line being typed is not to reach a shell or the menu
+        face.confirm_end()
 
 
 def wait_for_event(event) -> None:
@@ -12973,7 +13027,11 @@ def run_connect(
         lock.release()
     if client.wipe:
         destroy_profile(paths)
+        sys.stderr.write(WIPED)
     return code
+
+
+WIPED = "The profile is destroyed: its keys, contacts and history are gone from this computer.\n"
 
 
 # Chatting directly
@@ -13004,6 +13062,7 @@ def run_host(
             lock.release()
     if hosting.client.wipe:
         destroy_profile(paths)
+        sys.stderr.write(WIPED)
     return code
 
 
@@ -13945,13 +14004,22 @@ def _menu_connect(session: Session) -> list:
 
 
 def _connect_words(session: Session, target: str, nickname: str) -> list:
-    default = nickname or login_name()
-    name = session.ask_text(f"Your name [{default}]: ").strip()
+    name = _ask_name(session, nickname or login_name())
     return ["connect", *(["--name", name] if name else []), "--", target]
 
 
+def _ask_name(session: Session, default: str) -> str:
+    """A nickname that can be used, or "" for the default."""
+    while True:
+        name = session.ask_text(f"Your name [{default}]: ").strip()
+        try:
+            return check_name(name) if name else ""
+        except ChatError as error:
+            say_error(error)
+
+
 def _menu_host(session: Session) -> list:
-    name = session.ask_text(f"Your name [{login_name()}]: ").strip()
+    name = _ask_name(session, login_name())
     return ["host", *(["--name", name] if name else [])]
 
 

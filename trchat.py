@@ -1572,6 +1572,630 @@ def check_frame_size(size: int, most: int = MAX_FRAME) -> None:
 
 
 # ==================================================================================================
+# Part 47. Port mapping messages | pure | uses 1, 2
+#
+# What is said to a home router so that it lets connections in (UPnP IGD, NAT-PMP, PCP), and to a
+# STUN server so that it tells our address. Everything that comes from
+# the network here may be hostile: what does not fit is a RemoteProtocolError, and a router's "no"
+# a MappingRefused.
+# ==================================================================================================
+
+
+element_tree = Lazy("xml.etree.ElementTree")
+ipaddress = Lazy("ipaddress")
+url_parse = Lazy("urllib.parse")
+
+TCP, UDP = 6, 17  # IANA protocol numbers
+NATPMP_PORT = 5351  # NAT-PMP and PCP share it
+SSDP_ADDRESS = ("239.255.255.250", 1900)
+STUN_COOKIE = 0x2112A442
+MAX_ANSWER = 64 << 10  # bytes of a router's or service's answer over HTTP
+MAX_DATAGRAM = 1100  # RFC 6887, section 7; NAT-PMP and STUN answers are shorter
+
+NATPMP_RESULTS = {  # RFC 6886, section 3.5
+    1: "it does not know this version",
+    2: "port mapping is turned off in it",
+    3: "it has no connection itself",
+    4: "it has no port left",
+    5: "it does not know this request",
+}
+PCP_RESULTS = {  # RFC 6887, section 7.4
+    1: "it does not know this version",
+    2: "it does not allow this",
+    3: "it cannot read the request",
+    4: "it does not know this request",
+    7: "it has no connection itself",
+    8: "it has no port left",
+    9: "it does not map this protocol",
+    10: "this machine has used up its share",
+    11: "the port is taken",
+    12: "another router stands between",
+}
+PERMANENT_ONLY, PORT_TAKEN, NO_SUCH_MAPPING = 725, 718, 714
+SOAP_FAULTS = {  # UPnP, WANIPConnection:1 and :2, section 2.5
+    402: "it does not take these values",
+    501: "it could not do it",
+    606: "it does not allow this",
+    NO_SUCH_MAPPING: "there is no such mapping",
+    PORT_TAKEN: "the port is taken",
+    724: "it maps a port only to the same one",
+    PERMANENT_ONLY: "it keeps mappings for ever only",
+    728: "it has no port left",
+}
+
+
+class MappingRefused(ChatError):
+    """A router understood, and said no; `number` is the code of its protocol."""
+
+    def __init__(self, number: int, words: dict):
+        reason = words.get(number, "it gives no reason")
+        hint = "Look for UPnP, NAT-PMP or port forwarding in the router's settings."
+        super().__init__(f"The router refuses: {reason} ({number}).", hint, "unreachable")
+        self.number = number
+
+
+class Grant(Record):
+    """What a router gave: its external `port`, for `lifetime` seconds (0: for ever), its address.
+
+    `address` is "" where the protocol does not tell it with the mapping.
+    """
+
+    port: int
+    lifetime: int
+    address: str
+
+
+def _answer(data: bytes, most: int = MAX_DATAGRAM) -> Reader:
+    if len(data) > most:
+        raise RemoteProtocolError("An answer is longer than allowed.")
+    return Reader(data)
+
+
+def _expect(fits: bool) -> None:
+    if not fits:
+        raise RemoteProtocolError("This answers something else.")
+
+
+# --- NAT-PMP (RFC 6886) ---------------------------------------------------------------------------
+
+
+def encode_natpmp_address() -> bytes:
+    """Section 3.2: what is your external address?"""
+    return bytes(2)
+
+
+def encode_natpmp_map(internal: int, external: int, lifetime: int) -> bytes:
+    """Section 3.3, for TCP; `lifetime` in seconds, 0 (with `external` 0) deletes the mapping."""
+    return b"\0\x02\0\0" + u16(internal) + u16(external) + u32(lifetime)
+
+
+def _natpmp_answer(data: bytes, operation: int) -> Reader:
+    reader = _answer(data)
+    _expect(reader.take(2) == bytes([0, 128 + operation]))
+    result = reader.number(2)
+    if result:
+        raise MappingRefused(result, NATPMP_RESULTS)
+    reader.number(4)  # seconds since the router started
+    return reader
+
+
+def decode_natpmp_address(data: bytes) -> str:
+    """The router's external IPv4 address."""
+    reader = _natpmp_answer(data, 0)
+    address = str(ipaddress.IPv4Address(reader.take(4)))
+    reader.done()
+    return address
+
+
+def decode_natpmp_map(data: bytes, internal: int, wanted: int) -> Grant:
+    """The mapping of port `internal`; `wanted` is the lifetime that was asked for."""
+    reader = _natpmp_answer(data, 2)
+    _expect(reader.number(2) == internal)
+    grant = Grant(reader.number(2), reader.number(4), "")
+    reader.done()
+    return _check_grant(grant, wanted)
+
+
+def _check_grant(grant: Grant, wanted: int) -> Grant:
+    if bool(wanted) != bool(grant.lifetime) or (wanted and not grant.port):
+        raise RemoteProtocolError("The router's answer gives no port, or no time.")
+    return grant
+
+
+# --- PCP (RFC 6887) -------------------------------------------------------------------------------
+
+
+def encode_pcp_announce(client: str) -> bytes:
+    """Section 14.1: a request that changes nothing, answered by whoever speaks PCP."""
+    return b"\x02\0\0\0" + u32(0) + address_16(client)
+
+
+def decode_pcp_announce(data: bytes) -> None:
+    _pcp_head(data, 0)
+
+
+def encode_pcp_map(
+    client: str, nonce: bytes, protocol: int, internal: int, external: int, lifetime: int
+) -> bytes:
+    """Sections 7.1 and 11.1. `client` is the address mapped to, which the request must come from;
+    `nonce` (12 bytes) is needed again to renew, and with lifetime 0 to delete."""
+    any_address = "0.0.0.0" if ipaddress.ip_address(client).version == 4 else "::"
+    head = b"\x02\x01\0\0" + u32(lifetime) + address_16(client)
+    ports = u8(protocol) + bytes(3) + u16(internal) + u16(external)
+    return head + nonce + ports + address_16(any_address)
+
+
+def decode_pcp_map(data: bytes, nonce: bytes, protocol: int, internal: int, wanted: int) -> Grant:
+    """The mapping with its external address; of another nonce it is refused (section 11.4)."""
+    result, lifetime, reader = _pcp_head(data, 1)
+    _expect(reader.take(12) == nonce and reader.number(1) == protocol)
+    reader.take(3)
+    _expect(reader.number(2) == internal)
+    grant = Grant(reader.number(2), lifetime, text_of_16(reader.take(16)))
+    if result:
+        raise MappingRefused(result, PCP_RESULTS)
+    return _check_grant(grant, wanted)
+
+
+def _pcp_head(data: bytes, operation: int) -> tuple:
+    """(result, lifetime, reader at what follows) of a response; options at its end are ignored."""
+    reader = _answer(data)
+    _expect(reader.take(2) == bytes([2, 128 + operation]) and len(data) % 4 == 0)
+    reader.take(1)
+    result, lifetime = reader.number(1), reader.number(4)
+    reader.take(16)  # the router's clock, and reserved
+    return result, lifetime, reader
+
+
+def parse_address(text: str):
+    """The ipaddress object of a text (of an IPv6 address without its zone), None if it is none."""
+    try:
+        return ipaddress.ip_address(text.strip().partition("%")[0])
+    except ValueError:
+        return None
+
+
+def address_16(address: str) -> bytes:
+    """16 bytes; an IPv4 address as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
+    value = ipaddress.ip_address(address)
+    return value.packed if value.version == 6 else bytes(10) + b"\xff\xff" + value.packed
+
+
+def text_of_16(data: bytes) -> str:
+    value = ipaddress.IPv6Address(data)
+    return str(value.ipv4_mapped or value)
+
+
+# --- STUN (RFC 8489) ------------------------------------------------------------------------------
+
+
+def encode_stun(transaction: bytes) -> bytes:
+    """A binding request; `transaction` is 12 random bytes that the answer must repeat."""
+    return u16(1) + u16(0) + u32(STUN_COOKIE) + transaction
+
+
+def decode_stun(data: bytes, transaction: bytes) -> tuple:
+    """(address, port) that the server saw: XOR-MAPPED-ADDRESS, else MAPPED-ADDRESS."""
+    reader = _answer(data)
+    _expect(reader.number(2) == 0x0101 and reader.number(2) == len(data) - 20)
+    _expect(reader.take(16) == u32(STUN_COOKIE) + transaction)
+    found, left = {}, len(data) - 20
+    while left > 0:
+        kind, size = reader.number(2), reader.number(2)
+        found.setdefault(kind, reader.take(size))
+        reader.take(-size % 4)
+        left -= 4 + size + -size % 4
+    for kind, mask in ((0x0020, u32(STUN_COOKIE) + transaction), (0x0001, bytes(16))):
+        if kind in found:
+            return _stun_address(found[kind], mask)
+    raise RemoteProtocolError("The answer holds no address.")
+
+
+def _stun_address(value: bytes, mask: bytes) -> tuple:
+    """Sections 14.1 and 14.2."""
+    sizes = {1: 4, 2: 16}
+    reader = Reader(value)
+    reader.take(1)
+    size = sizes.get(reader.number(1), 0)
+    _expect(size > 0)
+    port = reader.number(2) ^ int.from_bytes(mask[:2], "big")
+    raw = bytes(a ^ b for a, b in zip(reader.take(size), mask))
+    reader.done()
+    return str(ipaddress.ip_address(raw)), port
+
+
+# --- HTTP, as far as routers and address services need it (RFC 9112) ------------------------------
+
+HTTP_STATUS = LazyPattern(r"HTTP/1\.[01] ([1-5]\d\d)(?: |\Z)")
+URL_PATH = LazyPattern(r"[!-~]{1,512}\Z")
+
+
+def encode_http(method: str, host: str, path: str, headers: dict, body: bytes = b"") -> bytes:
+    """A request on a connection of its own; nothing in it may come from outside unchecked."""
+    fields = {"Host": host, "Connection": "close", "User-Agent": "trchat", **headers}
+    if body:
+        fields["Content-Length"] = str(len(body))
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {text}" for name, text in fields.items())]
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + body
+
+
+def decode_http(data: bytes, ended: bool = False):
+    """(status, body) once the answer is whole, None before; `ended`: no more will come."""
+    if len(data) > MAX_ANSWER:
+        raise RemoteProtocolError("An answer is longer than allowed.")
+    head, blank, body = data.partition(b"\r\n\r\n")
+    whole = _http_body(head.decode("latin-1").split("\r\n"), body, ended) if blank else None
+    if whole is None and (ended or not data.startswith(b"HTTP/1."[: len(data)])):
+        raise RemoteProtocolError("An answer ends too early, or is none.")
+    return whole
+
+
+def _http_body(lines: list, body: bytes, ended: bool):
+    status = HTTP_STATUS.match(lines[0])
+    if not status:
+        raise RemoteProtocolError("What answers does not speak HTTP.")
+    headers = header_fields(lines[1:])
+    if "chunked" in headers.get("transfer-encoding", "").lower():
+        whole = _dechunk(body)
+    elif "content-length" in headers:
+        size = _small_number(headers["content-length"], 10, MAX_ANSWER)
+        whole = body[:size] if len(body) >= size else None
+    else:
+        whole = body if ended else None
+    return None if whole is None else (int(status[1]), whole)
+
+
+def header_fields(lines: list) -> dict:
+    """Lower-case name -> text; of two with one name the first counts, what is none is left out."""
+    found: dict = {}
+    for line in lines:
+        name, colon, text = line.partition(":")
+        if colon:
+            found.setdefault(name.strip().lower(), text.strip())
+    return found
+
+
+def _dechunk(body: bytes):
+    """The content of whole chunks, None while some are missing."""
+    parts, position = [], 0
+    while True:
+        end = body.find(b"\r\n", position)
+        if end < 0:
+            return None
+        digits = body[position:end].partition(b";")[0].decode("latin-1").strip()
+        size = _small_number(digits, 16, MAX_ANSWER)
+        position = end + 2 + size + 2
+        if not size:
+            return b"".join(parts)
+        if position > len(body):
+            return None
+        parts.append(body[end + 2 : end + 2 + size])
+
+
+def _small_number(text: str, base: int, most: int) -> int:
+    try:
+        value = int(text, base) if len(text) < 10 and text.isascii() and text.isalnum() else -1
+    except ValueError:
+        value = -1
+    if not 0 <= value <= most:
+        raise RemoteProtocolError("A number in an answer is none, or too large.")
+    return value
+
+
+def split_url(url: str, host: str) -> tuple:
+    """(port, path) of a plain http URL at the address `host`: a router may send us nowhere else."""
+    try:
+        parts = url_parse.urlsplit(url)
+        port = 80 if parts.port is None else parts.port
+        same_host = ipaddress.ip_address(parts.hostname or "") == ipaddress.ip_address(host)
+    except ValueError:
+        same_host = False
+    if not same_host or parts.scheme != "http" or "@" in parts.netloc or not port:
+        raise RemoteProtocolError("A router's URL leads somewhere else.")
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not URL_PATH.match(path):
+        raise RemoteProtocolError("A router's URL cannot be used.")
+    return port, path
+
+
+# --- UPnP: SSDP, the description of the device, SOAP ----------------------------------------------
+
+IGD_DEVICE = "urn:schemas-upnp-org:device:InternetGatewayDevice:"
+IGD_SERVICES = (  # the best first
+    "urn:schemas-upnp-org:service:WANIPConnection:2",
+    "urn:schemas-upnp-org:service:WANIPConnection:1",
+    "urn:schemas-upnp-org:service:WANPPPConnection:1",
+)
+MAPPING_NAME = "trchat"  # how a mapping shows in the router's own list
+
+
+def encode_ssdp(version: int) -> bytes:
+    """UPnP Device Architecture 1.1, 1.3.2: who is an Internet gateway? Answers within a second."""
+    return (
+        f"M-SEARCH * HTTP/1.1\r\nHOST: {SSDP_ADDRESS[0]}:{SSDP_ADDRESS[1]}\r\n"
+        f'MAN: "ssdp:discover"\r\nMX: 1\r\nST: {IGD_DEVICE}{version}\r\n\r\n'
+    ).encode("ascii")
+
+
+def decode_ssdp(data: bytes, sender: str) -> tuple:
+    """(port, path) of the description of the gateway at the address `sender`, which answered."""
+    if len(data) > 4096:
+        raise RemoteProtocolError("An answer is longer than allowed.")
+    lines = data.decode("latin-1").split("\r\n")[:-1]  # the last has no end, or is empty
+    _expect(bool(lines) and lines[0].startswith(("HTTP/1.1 200", "HTTP/1.0 200")))
+    headers = header_fields(lines[1:])
+    _expect(headers.get("st", "").startswith(IGD_DEVICE))
+    return split_url(headers.get("location", ""), sender)
+
+
+def decode_description(data: bytes, host: str, port: int, path: str) -> list:
+    """The gateway's [(service type, port, path)], best first; `host` is where this came from."""
+    found = {}
+    for element in _parse_xml(data).iter():
+        if _local_name(element) == "service":
+            fields = {_local_name(child): (child.text or "").strip() for child in element}
+            found.setdefault(fields.get("serviceType"), fields.get("controlURL", ""))
+    try:
+        base = f"http://{host}:{port}{path}"
+        urls = [(k, url_parse.urljoin(base, found[k])) for k in IGD_SERVICES if k in found]
+    except ValueError:
+        raise RemoteProtocolError("A router's URL cannot be used.") from None
+    if not urls:
+        raise RemoteProtocolError("This device connects nobody to the internet.")
+    return [(kind, *split_url(url, host)) for kind, url in urls]
+
+
+def _parse_xml(data: bytes):
+    """The root element. A DOCTYPE could define entities that grow without end: refused.
+
+    As text it has one encoding, whatever it claims, so that nothing hides from that look.
+    """
+    text = data.decode("utf-8", "replace").strip("\ufeff\0 \t\r\n")
+    if len(data) > MAX_ANSWER or "<!doctype" in text.lower():
+        raise RemoteProtocolError("A router's description is too long, or has a DOCTYPE.")
+    try:
+        return element_tree.fromstring(text)
+    except (element_tree.ParseError, ValueError, LookupError):
+        raise RemoteProtocolError("A router's answer is no XML.") from None
+
+
+def _local_name(element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def encode_soap(service: str, action: str, arguments: dict) -> tuple:
+    """(headers, body) of a call (UPnP Device Architecture 1.1, 3.1.1); values are our own."""
+    values = "".join(f"<{name}>{value}</{name}>" for name, value in arguments.items())
+    body = (
+        '<?xml version="1.0"?>\r\n<s:Envelope xmlns:s="http://schemas.xmlsoap.org/soap/envelope/" '
+        's:encodingStyle="http://schemas.xmlsoap.org/soap/encoding/"><s:Body>'
+        f'<u:{action} xmlns:u="{service}">{values}</u:{action}></s:Body></s:Envelope>\r\n'
+    )
+    headers = {
+        "Content-Type": 'text/xml; charset="utf-8"',
+        "SOAPAction": f'"{service}#{action}"',
+    }
+    return headers, body.encode("ascii")
+
+
+def decode_soap(data: bytes, action: str) -> dict:
+    """The values in the answer to `action`; its fault is a MappingRefused (3.1.3)."""
+    values = None
+    for element in _parse_xml(data).iter():
+        name = _local_name(element)
+        if name == "errorCode":
+            raise MappingRefused(_small_number((element.text or "").strip(), 10, 9999), SOAP_FAULTS)
+        if name == action + "Response":
+            values = {_local_name(child): (child.text or "").strip() for child in element}
+    _expect(values is not None)
+    return values
+
+
+def _mapping_key(external: int) -> dict:
+    return {"NewRemoteHost": "", "NewExternalPort": external, "NewProtocol": "TCP"}
+
+
+def encode_add_mapping(
+    service: str, client: str, internal: int, external: int, lifetime: int
+) -> tuple:
+    """AddPortMapping of TCP to `client`:`internal`; a `lifetime` of 0 s means for ever."""
+    values = {
+        **_mapping_key(external),
+        "NewInternalPort": internal,
+        "NewInternalClient": client,
+        "NewEnabled": 1,
+        "NewPortMappingDescription": MAPPING_NAME,
+        "NewLeaseDuration": lifetime,
+    }
+    return encode_soap(service, "AddPortMapping", values)
+
+
+def encode_delete_mapping(service: str, external: int) -> tuple:
+    return encode_soap(service, "DeletePortMapping", _mapping_key(external))
+
+
+def encode_get_mapping(service: str, external: int) -> tuple:
+    """GetSpecificPortMappingEntry: whose is that port? Fault NO_SUCH_MAPPING: nobody's."""
+    return encode_soap(service, "GetSpecificPortMappingEntry", _mapping_key(external))
+
+
+def decode_get_mapping(data: bytes) -> tuple:
+    """(client, internal port, name) that an external port is mapped to."""
+    values = decode_soap(data, "GetSpecificPortMappingEntry")
+    internal = _small_number(values.get("NewInternalPort", ""), 10, 65535)
+    name = values.get("NewPortMappingDescription", "")
+    return values.get("NewInternalClient", ""), internal, name
+
+
+def decode_external_address(data: bytes) -> str:
+    """The answer to GetExternalIPAddress; "" while the router has none."""
+    text = decode_soap(data, "GetExternalIPAddress").get("NewExternalIPAddress", "")
+    address = parse_address(text or "0.0.0.0")
+    if address is None or address.version != 4:
+        raise RemoteProtocolError("The router's external address is none.")
+    return "" if address.is_unspecified else str(address)
+
+
+# ==================================================================================================
+# Part 48. What addresses mean | pure | uses 2, 47
+#
+# What the system's own tables and programs say about addresses and routers, and what it means for
+# somebody who wants to be reached.
+# ==================================================================================================
+
+
+IF_INET6 = LazyPattern(r"([0-9a-f]{32}) [0-9a-f]+ [0-9a-f]+ ([0-9a-f]{2}) ([0-9a-f]+) +(\S+)\Z")
+SCOPE_HOST, UNUSABLE = 0x10, 0x08 | 0x40  # kernel: IPV6_ADDR_LOOPBACK; IFA_F_DADFAILED, TENTATIVE
+ROUTE_UP_GATEWAY = 0x3  # RTF_UP | RTF_GATEWAY
+ROUTE_COMMAND = LazyPattern(r"(?m)^\s*(?:gateway:|0\.0\.0\.0\s+0\.0\.0\.0)\s+(\S+)")
+
+
+def is_public(text: str) -> bool:
+    """Whether an address can be reached from the whole internet, as far as the address goes."""
+    address = parse_address(text)
+    return address is not None and address.is_global and not address.is_multicast
+
+
+def is_shared(text: str) -> bool:
+    """100.64.0.0/10: one that a provider, or a VPN, gives to many (RFC 6598)."""
+    address = parse_address(text)
+    return address is not None and address.packed[:1] == b"d" and address.packed[1] >> 6 == 1
+
+
+def parse_if_inet6(text: str) -> list:
+    """[(interface, address)] of Linux' /proc/net/if_inet6, without loopback and unusable ones."""
+    found = []
+    for match in filter(None, map(IF_INET6.match, text.splitlines())):
+        digits, scope, flags, interface = match.groups()
+        if int(scope, 16) != SCOPE_HOST and not int(flags, 16) & UNUSABLE:
+            address = ipaddress.IPv6Address(bytes.fromhex(digits))
+            found.append((interface, str(address)))
+    return found
+
+
+def parse_route_table(text: str) -> str:
+    """The default gateway in Linux' /proc/net/route, that of the lowest metric; "" if none."""
+    found = []
+    for line in text.splitlines()[1:]:
+        fields = line.split()
+        default = len(fields) >= 8 and fields[1] == fields[7] == "00000000"
+        if default and _leads_on(fields[3]):
+            raw = int(fields[2], 16).to_bytes(4, sys.byteorder)
+            found.append((int(fields[6]), str(ipaddress.IPv4Address(raw))))
+    return min(found)[1] if found else ""
+
+
+def parse_ipv6_routes(text: str) -> str:
+    """The default gateway in Linux' /proc/net/ipv6_route as `fe80::1%eth0`; "" if none."""
+    found = []
+    for line in text.splitlines():
+        fields = line.split()
+        default = len(fields) == 10 and fields[0] == "0" * 32 and fields[1] == "00"
+        if default and _leads_on(fields[8]):
+            address = ipaddress.IPv6Address(bytes.fromhex(fields[4]))
+            found.append((int(fields[5], 16), f"{address}%{fields[9]}"))
+    return min(found)[1] if found else ""
+
+
+def _leads_on(flags: str) -> bool:
+    return int(flags, 16) & ROUTE_UP_GATEWAY == ROUTE_UP_GATEWAY
+
+
+def parse_route_command(text: str) -> str:
+    """The gateway that macOS' `route -n get default` or Windows' `route print` shows, else ""."""
+    match = ROUTE_COMMAND.search(text)
+    return match[1] if match and parse_address(match[1]) else ""
+
+
+def address_order(pair: tuple) -> tuple:
+    """The key that sorts (interface, address): link-local last, IPv4 before IPv6."""
+    address = parse_address(pair[1])
+    return address.is_link_local, address.version, pair[0]
+
+
+def usable_addresses(pairs) -> list:
+    """Sorted, each address once, without loopback."""
+    found: dict = {}
+    for interface, text in pairs:
+        address = parse_address(text)
+        if address is not None and not address.is_loopback and not address.is_unspecified:
+            found.setdefault(str(address), interface)
+    return sorted(((interface, text) for text, interface in found.items()), key=address_order)
+
+
+def majority(answers: list) -> str:
+    """The public address that more than half of those who name one name; "" if there is none."""
+    named = [text for text in answers if is_public(text)]
+    best = max(named, key=named.count, default="")
+    return best if named.count(best) * 2 > len(named) else ""
+
+
+def carrier_sentence(address: str) -> str:
+    """What a router's external address means, "" where it is a public one."""
+    if is_public(address):
+        return ""
+    if is_shared(address):
+        return (
+            f"The provider shares one public address among many customers (CGNAT: the router has "
+            f"{address}): nobody can connect from outside; use IPv6 or a tunnel."
+        )
+    return (
+        f"The router is itself behind another one (its address outside is {address}): map the "
+        "port in that one too, or use a tunnel."
+    )
+
+
+def explain(local: list, router: dict, public: str) -> list:
+    """Sentences on what the addresses mean for being reached.
+
+    `local` is what interface_addresses returns, `router` what router_view does; `public` is the
+    address that outside services see, "" if none was asked or none answered.
+    """
+    mine = [address for _, address in local]
+    own = [address for address in mine if is_public(address) and ":" not in address]
+    sentences = [_explain_own(own[0], public)] if own else _explain_router(router, public)
+    for address in filter(is_shared, mine):
+        sentences.append(f"{address} belongs to a VPN, or is shared by the provider (100.64/10).")
+    return [*sentences, _explain_ipv6(mine, router.get("pinhole", False))]
+
+
+def _explain_own(own: str, public: str) -> str:
+    if public and public != own and ":" not in public:
+        return f"This machine has {own} itself, but goes out as {public}: through a VPN or proxy."
+    return f"This machine is directly on the internet: {own}, if its own firewall lets others in."
+
+
+def _explain_router(router: dict, public: str) -> list:
+    address = router.get("address", "")
+    if not router.get("answers"):
+        seen = [f"From outside this network is seen as {public}."] if public else []
+        hint = "map the port by hand in its settings, turn one of them on, or use a tunnel."
+        return [*seen, f"No router answers UPnP, NAT-PMP or PCP: {hint}"]
+    if not address:
+        return ["The router answers, but says that it has no connection to the internet itself."]
+    if carrier_sentence(address):
+        return [carrier_sentence(address)]
+    if public and public != address and ":" not in public:
+        return [
+            f"The router says {address}, but outside services see {public}: the provider "
+            "translates addresses (CGNAT), or a VPN is in use; mapped ports are not reachable."
+        ]
+    return [f"The router has the public address {address}: a port it maps is open to everybody."]
+
+
+def _explain_ipv6(mine: list, pinhole: bool) -> str:
+    own = [address for address in mine if ":" in address and is_public(address)]
+    if not own:
+        return "This machine has no public IPv6 address."
+    if pinhole:
+        return f"IPv6: {own[0]} is public, and the router opens its firewall when asked (PCP)."
+    return (
+        f"IPv6: {own[0]} is public, but most home routers let nobody in until a rule for it is "
+        "made in their settings."
+    )
+
+
+# ==================================================================================================
 # Part 8. Gatekeeper | pure | uses 1-4
 #
 # Who may come in to a server, and under which name: what users.json keeps.
@@ -8009,7 +8633,785 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 32. Tunnels | uses 1, 2, 24, 25
+# Part 49. Port mapping | uses 1-3, 23, 24, 29, 47, 48
+#
+# Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
+# Every question has an end in time; a mapping is written down before it is made, so that the next
+# start can remove what a killed program left behind.
+# ==================================================================================================
+
+
+LEASE_SECONDS = 3600  # how long a mapping lasts unless it is renewed, at half of that
+RETRY_SECONDS = 60.0  # after a renewal that failed
+UDP_WAITS = (0.25, 0.5, 1.0)  # RFC 6886, 3.1: ask again after 250 ms, and double it
+FIND_SECONDS = 2.5  # UPnP devices answer within a second, and are then asked what they are
+HTTP_SECONDS = 3.0
+CLOSE_SECONDS = 4.0
+
+
+def gather(jobs: list, seconds: float, enough=lambda results: False) -> list:
+    """What each job returns, all run side by side; None for one that failed or takes too long.
+
+    It ends early once `enough` says so of the results so far.
+    """
+    answers, results = queue.Queue(), [None] * len(jobs)
+    for place, job in enumerate(jobs):
+        spawn("ask", _routine_ask, job, place, answers)
+    limit = time.monotonic() + seconds
+    try:
+        for _ in jobs:
+            place, value = answers.get(timeout=max(0.0, limit - time.monotonic()))
+            results[place] = value
+            if enough(results):
+                break
+    except queue.Empty:
+        pass
+    return results
+
+
+def _routine_ask(job, place: int, answers) -> None:
+    value = None
+    try:
+        value = job()
+    except (ChatError, OSError, UnicodeError):
+        pass  # no answer, then
+    finally:
+        answers.put((place, value))
+
+
+def _left(limit: float) -> float:
+    left = limit - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("too slow")
+    return max(left, 0.001)
+
+
+def ask_udp(host: str, port: int, request: bytes, decode, source: str = ""):
+    """What `decode` makes of the first answer that fits; OSError if there is none."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as sock:
+        if source:
+            sock.bind((source, 0))
+        sock.connect(address)  # answers of others do not arrive
+        for wait in UDP_WAITS:
+            sock.send(request)
+            try:
+                return _first_fitting(sock, decode, time.monotonic() + wait)
+            except socket.timeout:
+                continue
+    raise socket.timeout("no answer")
+
+
+def _first_fitting(sock, decode, limit: float):
+    while True:
+        sock.settimeout(_left(limit))
+        try:
+            return decode(sock.recv(4096))
+        except RemoteProtocolError:
+            continue  # late, forged or broken: the right one may still come
+
+
+def ask_http(sock, request: bytes, limit: float) -> tuple:
+    """(status, body) of one request on a connected socket, which is closed; whole by `limit`."""
+    data = b""
+    with sock:
+        sock.settimeout(_left(limit))
+        sock.sendall(request)
+        while True:
+            sock.settimeout(_left(limit))
+            part = sock.recv(16384)
+            data += part
+            answer = decode_http(data, ended=not part)
+            if answer:
+                return answer
+
+
+def _ask_router(host: str, port: int, method: str, path: str, headers: dict, body: bytes) -> bytes:
+    """A router's answer over plain HTTP; a fault (status 500) is one too."""
+    limit = time.monotonic() + HTTP_SECONDS
+    sock = socket.create_connection((host, port), HTTP_SECONDS)
+    request = encode_http(method, f"{host}:{port}", path, headers, body)
+    status, answer = ask_http(sock, request, limit)
+    if status not in (200, 500):
+        raise RemoteProtocolError(f"The router answers with status {status}.")
+    return answer
+
+
+# --- Routers, one class for each protocol ---------------------------------------------------------
+
+
+class Router:
+    """A router at `gateway` that maps a port to `internal` of this machine's address `client`."""
+
+    protocol = ""
+
+    def __init__(self, gateway: str, client: str, internal: int):
+        self.gateway, self.client, self.internal, self.external = gateway, client, internal, 0
+
+    def find(self) -> None:
+        """Asks what changes nothing; an error unless the router speaks this protocol."""
+        self.external_address()
+
+    def external_address(self) -> str:
+        """The router's own address outside, "" if it has none."""
+        raise NotImplementedError
+
+    def map(self, external: int, lifetime: int) -> Grant:
+        """Maps or renews; the port granted may be another. MappingRefused, or OSError."""
+        raise NotImplementedError
+
+    def unmap(self) -> None:
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """What restore_router needs to remove the mapping later."""
+        names = ("protocol", "gateway", "client", "internal", "external")
+        return {name: getattr(self, name) for name in names}
+
+
+class NATPMP(Router):
+    """RFC 6886, IPv4 only."""
+
+    protocol = "natpmp"
+
+    def external_address(self) -> str:
+        return self._ask(encode_natpmp_address(), decode_natpmp_address)
+
+    def map(self, external: int, lifetime: int) -> Grant:
+        grant = self._map(external, lifetime)
+        self.external = grant.port
+        return Grant(grant.port, grant.lifetime, self.external_address())
+
+    def unmap(self) -> None:
+        self._map(0, 0)
+
+    def _map(self, external: int, lifetime: int) -> Grant:
+        request = encode_natpmp_map(self.internal, external, lifetime)
+        return self._ask(request, lambda data: decode_natpmp_map(data, self.internal, lifetime))
+
+    def _ask(self, request: bytes, decode):
+        return ask_udp(self.gateway, NATPMP_PORT, request, decode, self.client)
+
+
+class PCP(Router):
+    """RFC 6887. With an IPv6 address it opens the router's firewall: there is nothing to map."""
+
+    protocol = "pcp"
+
+    def __init__(self, gateway: str, client: str, internal: int, nonce: bytes = b""):
+        super().__init__(gateway, client, internal)
+        self._nonce = nonce or random_bytes(12)
+
+    def find(self) -> None:
+        self._ask(encode_pcp_announce(self.client), decode_pcp_announce)
+
+    def external_address(self) -> str:
+        """PCP tells it with a mapping only: one of a UDP port of our own, for a moment."""
+        family = socket.AF_INET6 if ":" in self.client else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as own:
+            own.bind((self.client, 0))
+            port = own.getsockname()[1]
+            grant = self._map(UDP, port, port, 120)
+            self._map(UDP, port, 0, 0)
+        return grant.address
+
+    def map(self, external: int, lifetime: int) -> Grant:
+        grant = self._map(TCP, self.internal, external, lifetime)
+        self.external = grant.port
+        return grant
+
+    def unmap(self) -> None:
+        self._map(TCP, self.internal, 0, 0)
+
+    def state(self) -> dict:
+        return {**super().state(), "nonce": self._nonce.hex()}
+
+    def _map(self, protocol: int, internal: int, external: int, lifetime: int) -> Grant:
+        nonce = self._nonce
+        request = encode_pcp_map(self.client, nonce, protocol, internal, external, lifetime)
+        decode = functools.partial(
+            decode_pcp_map, nonce=nonce, protocol=protocol, internal=internal, wanted=lifetime
+        )
+        return self._ask(request, decode)
+
+    def _ask(self, request: bytes, decode):
+        return ask_udp(self.gateway, NATPMP_PORT, request, decode, self.client)
+
+
+class UPnP(Router):
+    """An Internet gateway device, version 1 or 2; `service` is (type, port, path) once found."""
+
+    protocol = "upnp"
+
+    def __init__(self, gateway: str, client: str, internal: int, service: tuple = ()):
+        super().__init__(gateway, client, internal)
+        self._service = service
+
+    def find(self) -> None:
+        limit = time.monotonic() + FIND_SECONDS
+        for host, port, path in search_gateways(self.client, self.gateway, limit):
+            try:
+                return self._choose(host, port, path)
+            except (ChatError, OSError):
+                continue  # perhaps the next device is a better one
+        raise no_router_error()
+
+    def _choose(self, host: str, port: int, path: str) -> None:
+        """Takes the first service that knows an address, else the first of all."""
+        description = _ask_router(host, port, "GET", path, {}, b"")
+        services = decode_description(description, host, port, path)
+        self.gateway = host
+        for self._service in (*services, services[0]):
+            if self.external_address():
+                break
+
+    def external_address(self) -> str:
+        try:
+            return decode_external_address(self._call("GetExternalIPAddress"))
+        except MappingRefused:
+            return ""
+
+    def map(self, external: int, lifetime: int) -> Grant:
+        for port in (external, *_other_ports(4)):
+            try:
+                granted = self._map(port, lifetime)
+                self.external = port
+                return Grant(port, granted, self.external_address())
+            except MappingRefused as error:
+                refusal = error
+                if refusal.number != PORT_TAKEN:
+                    break
+        raise refusal
+
+    def _map(self, external: int, lifetime: int) -> int:
+        """The lifetime granted. A mapping of ours to another program must not be overwritten."""
+        owner = self._owner(external)
+        if owner and owner[:2] != (self.client, self.internal):
+            raise MappingRefused(PORT_TAKEN, SOAP_FAULTS)
+        try:
+            self._add(external, lifetime)
+            return lifetime
+        except MappingRefused as refusal:
+            if refusal.number != PERMANENT_ONLY:
+                raise
+        self._add(external, 0)
+        return 0
+
+    def _add(self, external: int, lifetime: int) -> None:
+        values = (self.client, self.internal, external, lifetime)
+        self._call("AddPortMapping", encode_add_mapping(self._service[0], *values))
+
+    def _owner(self, external: int):
+        """(client, internal port, name) that a port is mapped to, None if to nobody we know of."""
+        call = encode_get_mapping(self._service[0], external)
+        try:
+            return decode_get_mapping(self._call("GetSpecificPortMappingEntry", call))
+        except MappingRefused:
+            return None
+
+    def unmap(self) -> None:
+        owner = self._owner(self.external)
+        if owner is None or owner[:2] == (self.client, self.internal):
+            call = encode_delete_mapping(self._service[0], self.external)
+            self._call("DeletePortMapping", call)
+
+    def state(self) -> dict:
+        return {**super().state(), "service": list(self._service)}
+
+    def _call(self, action: str, call: tuple = ()) -> bytes:
+        """The answer, which is none of a fault."""
+        kind, port, path = self._service
+        headers, body = call or encode_soap(kind, action, {})
+        answer = _ask_router(self.gateway, port, "POST", path, headers, body)
+        decode_soap(answer, action)
+        return answer
+
+
+def _other_ports(count: int) -> list:
+    """Where the wanted port is taken: some at random, outside of what systems hand out."""
+    return [20000 + int(random_fraction() * 12000) for _ in range(count)]
+
+
+def search_gateways(client: str, gateway: str, limit: float):
+    """Yields (host, port, path) of each description offered until `limit` (SSDP).
+
+    The usual gateway is asked directly too: some networks swallow multicast.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((client, 0))
+        interface = socket.inet_aton(client)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 2)
+        for host in filter(None, (SSDP_ADDRESS[0], gateway)):
+            for version in (1, 2):
+                _send_to(sock, encode_ssdp(version), (host, SSDP_ADDRESS[1]))
+        seen = set()
+        while True:
+            found = _next_gateway(sock, limit)
+            if found is None:
+                return
+            if found not in seen:
+                seen.add(found)
+                yield found
+
+
+def _send_to(sock, data: bytes, address: tuple) -> None:
+    try:
+        sock.sendto(data, address)
+    except OSError:
+        pass  # no way there: the other one may be open
+
+
+def _next_gateway(sock, limit: float):
+    while True:
+        try:
+            sock.settimeout(_left(limit))
+            data, sender = sock.recvfrom(4097)
+            return (sender[0], *decode_ssdp(data, sender[0]))
+        except socket.timeout:
+            return None
+        except (RemoteProtocolError, ConnectionError):
+            continue  # Windows reports here that nobody listens where we asked
+
+
+def no_router_error() -> ChatError:
+    return ChatError(
+        "No router here maps ports: none answers UPnP, NAT-PMP or PCP.",
+        "Turn one of them on in its settings, map the port by hand, or use a tunnel.",
+        "unreachable",
+    )
+
+
+def restore_router(state: dict) -> Router:
+    """The router of a saved state; KeyError, TypeError or ValueError if it is none."""
+    common = (state["gateway"], state["client"], int(state["internal"]))
+    if not parse_address(common[0]) or not parse_address(common[1]):
+        raise ValueError("no address")
+    if state["protocol"] == "natpmp":
+        router: Router = NATPMP(*common)
+    elif state["protocol"] == "pcp":
+        router = PCP(*common, bytes.fromhex(state["nonce"]))
+    else:
+        kind, port, path = state["service"]
+        if kind not in IGD_SERVICES or type(port) is not int or not URL_PATH.match(path):
+            raise ValueError("no service")
+        router = UPnP(*common, (kind, port, path))
+    router.external = int(state["external"])
+    return router
+
+
+# --- This machine's way out -----------------------------------------------------------------------
+
+
+def default_gateway() -> str:
+    """The IPv4 address of the router; "" if there is none."""
+    if sys.platform.startswith("linux"):
+        try:
+            with open("/proc/net/route", encoding="ascii") as file:
+                return parse_route_table(file.read())
+        except OSError:
+            pass
+    windows = os.name == "nt"
+    command = ["route", "print", "-4", "0.0.0.0"] if windows else ["route", "-n", "get", "default"]
+    return parse_route_command(_output(command)) or _guessed_gateway()
+
+
+def _guessed_gateway() -> str:
+    """Most home routers have the first address of their network."""
+    mine = [parse_address(text) for text in local_addresses()]
+    private = [a for a in mine if a.version == 4 and a.is_private and not a.is_loopback]
+    return str(private[0]).rpartition(".")[0] + ".1" if private else ""
+
+
+def default_gateway_v6() -> str:
+    """The router's address with its zone (`fe80::1%eth0`); "" if none is known, as on Windows."""
+    if sys.platform.startswith("linux"):
+        try:
+            with open("/proc/net/ipv6_route", encoding="ascii") as file:
+                return parse_ipv6_routes(file.read())
+        except OSError:
+            return ""
+    command = ["route", "-n", "get", "-inet6", "default"]
+    return "" if os.name == "nt" else parse_route_command(_output(command))
+
+
+def _output(command: list) -> str:
+    flags = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            timeout=3, creationflags=flags,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
+
+
+def address_towards(remote: str) -> str:
+    """This machine's own address on the way to another; OSError if there is no way."""
+    family, kind, _, _, address = socket.getaddrinfo(remote, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
+
+
+def routers_for(internal: int, address: str = "") -> list:
+    """The routers to ask for a port, the preferred protocol first; OSError if there is no way out.
+
+    `address` is this machine's own; an IPv6 one leaves PCP alone.
+    """
+    if ":" in address:
+        gateway = default_gateway_v6()
+        return [PCP(gateway, address, internal)] if gateway else []
+    gateway = default_gateway()
+    client = address or address_towards(gateway or "192.0.2.1")
+    if not gateway:
+        return [UPnP("", client, internal)]
+    return [kind(gateway, client, internal) for kind in (UPnP, NATPMP, PCP)]
+
+
+def find_routers(routers: list) -> list:
+    """Those that answer, in the same order; all are asked side by side."""
+
+    def ask(router):
+        router.find()
+        return router
+
+    jobs = [functools.partial(ask, router) for router in routers]
+    return list(filter(None, gather(jobs, FIND_SECONDS + 2 * HTTP_SECONDS)))
+
+
+# ==================================================================================================
+# Part 50. A mapped port, and addresses | uses 1-3, 23, 24, 29, 47-49
+#
+# A port kept open in the router; this machine's addresses, the one its router has, and the one the
+# world sees. No outside service is asked anything before the caller has said yes.
+# ==================================================================================================
+
+
+class MappingLease:
+    """A file that remembers a mapping until it is removed; without a path it remembers nothing."""
+
+    def __init__(self, path: str = ""):
+        self._path = path
+
+    def save(self, router: Router) -> None:
+        if self._path:
+            write_json(self._path, router.state())
+
+    def clear(self) -> None:
+        if self._path and os.path.exists(self._path):
+            os.unlink(self._path)
+
+    def clean_up(self) -> bool:
+        """Removes the mapping that an earlier run left; True if there was one, and it is gone.
+
+        While its router cannot be reached it is kept in mind; it ends by itself in an hour.
+        """
+        try:
+            state = read_json(self._path, {}) if self._path else {}
+            if state:
+                restore_router(state).unmap()
+            done = bool(state)
+        except OSError:
+            return False
+        except (ChatError, KeyError, TypeError, ValueError):
+            done = False  # the router knows it no more, or the file is damaged
+        self.clear()
+        return done
+
+
+class MappedPort:
+    """A TCP port of this machine, opened in the home router for as long as this is open.
+
+    `report(kind, text)` is called, later from a thread of its own: "address" with a new host:port,
+    "lost" with a sentence when the router has given the mapping up, "notice" with one that says
+    why others may still not get through. With an IPv6 `address` of this machine it opens the
+    router's firewall for that one (PCP). `lease_path` is a file that a later start cleans up by.
+    """
+
+    name = "upnp"
+
+    def __init__(
+        self,
+        port: int,
+        report,
+        lease_path: str = "",
+        address: str = "",
+        lifetime: int = LEASE_SECONDS,
+    ):
+        self._port, self._report, self._own, self._lifetime = port, report, address, lifetime
+        self._lease = MappingLease(lease_path)
+        self._closing = threading.Event()
+        self._router: Any = None
+        self._grant: Any = None
+        self._thread: Any = None
+        self._lost = False
+
+    def clean_up(self) -> bool:
+        """Removes what an earlier run left behind; True if there was something."""
+        return self._lease.clean_up()
+
+    def open(self) -> str:
+        """Maps the port; the `host:port` that others connect to. ChatError if no router does it."""
+        self.clean_up()
+        self._establish(self._port)
+        self._tell_doubts()
+        self._thread = spawn("mapping", self._routine_renew)
+        return self.address()
+
+    def address(self) -> str:
+        return join_address(self._grant.address, self._grant.port)
+
+    def close(self) -> None:
+        """Removes the mapping; after CLOSE_SECONDS it is left to its end, or the next start."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _establish(self, external: int) -> None:
+        """Takes the first router and protocol that works."""
+        fault = no_router_error()
+        try:
+            candidates = routers_for(self._port, self._own)
+        except OSError:
+            candidates = []
+        for router in find_routers(candidates):
+            try:
+                self._map(router, external)
+                return
+            except MappingRefused as refusal:
+                fault = refusal
+            except (RemoteProtocolError, OSError):
+                continue  # it speaks the protocol, but badly
+        self._lease.clear()
+        raise fault
+
+    def _map(self, router: Router, external: int) -> None:
+        router.external = external
+        self._lease.save(router)  # before: so that no mapping is ever without its record
+        grant = router.map(external, self._lifetime)
+        self._lease.save(router)
+        if not grant.address:
+            router.unmap()
+            raise MappingRefused(3, NATPMP_RESULTS)
+        self._router, self._grant = router, grant
+
+    def _tell_doubts(self) -> None:
+        doubt = carrier_sentence(self._grant.address)
+        if doubt:
+            self._report("notice", doubt)
+
+    def _routine_renew(self) -> None:
+        """The thread that owns the mapping from open() on."""
+        while not self._closing.wait(self._pause()):
+            self._renew()
+        try:
+            self._router.unmap()
+        except OSError:
+            return  # out of reach: the lease stays, for the next start
+        except ChatError:
+            pass  # the router knows it no more
+        self._lease.clear()
+
+    def _pause(self) -> float:
+        half = min(self._grant.lifetime or self._lifetime, self._lifetime, 86400) / 2
+        return min(half, RETRY_SECONDS) if self._lost else half
+
+    def _renew(self) -> None:
+        before, was_lost = self.address(), self._lost
+        try:
+            self._renew_or_anew()
+        except (ChatError, OSError) as error:
+            self._lose(error)
+            return
+        self._lost = False
+        if was_lost or self.address() != before:
+            self._report("address", self.address())
+            self._tell_doubts()
+
+    def _renew_or_anew(self) -> None:
+        """A router that has restarted may be found at another place, or by another protocol."""
+        try:
+            self._map(self._router, self._grant.port)
+        except (ChatError, OSError):
+            self._establish(self._grant.port)
+
+    def _lose(self, error: Exception) -> None:
+        if not self._lost:
+            self._lost = True
+            text = "The router no longer lets others in on " + self.address()
+            self._report("lost", f"{text}: {error} Trying again each minute.")
+
+
+# --- Addresses ------------------------------------------------------------------------------------
+
+SIOCGIFADDR = 0x8915  # Linux, netdevice(7)
+
+
+def interface_addresses() -> list:
+    """[(interface, address)] of this machine without loopback, link-local ones last.
+
+    Linux: all of IPv6, and the first IPv4 address of each interface. On macOS and Windows the
+    standard library names no interfaces: what the machine's own name stands for, and the
+    addresses it would use towards the internet, with "" as interface.
+    """
+    found = []
+    if sys.platform.startswith("linux"):
+        found = [*_linux_ipv4(), *_linux_ipv6()]
+    if not found:
+        found = [("", address) for address in _addresses_of_own_name()]
+    return usable_addresses([*found, *(("", address) for address in local_addresses())])
+
+
+def _linux_ipv4() -> list:
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode("utf-8", "surrogateescape")[:15])
+            try:
+                answer = fcntl.ioctl(sock.fileno(), SIOCGIFADDR, request)
+                found.append((name, socket.inet_ntoa(answer[20:24])))
+            except OSError:
+                pass  # this one has none
+    return found
+
+
+def _linux_ipv6() -> list:
+    try:
+        with open("/proc/net/if_inet6", encoding="utf-8", errors="replace") as file:
+            return parse_if_inet6(file.read())
+    except OSError:
+        return []  # a kernel without IPv6
+
+
+def _addresses_of_own_name() -> list:
+    try:
+        entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return []
+    return [entry[4][0] for entry in entries]
+
+
+def router_view(timeout: float = FIND_SECONDS + 1) -> dict:
+    """What the router says of itself, all protocols asked side by side.
+
+    `gateway` its address inside ("" if none), `answers` protocol -> its address outside ("" if it
+    has none), `address` that address, `pinhole` whether it opens its IPv6 firewall when asked.
+    """
+    try:
+        routers = routers_for(9)
+    except OSError:
+        routers = []
+    public_v6 = [a for _, a in interface_addresses() if ":" in a and is_public(a)]
+    inside = routers_for(9, public_v6[0]) if public_v6 else []
+    jobs = [functools.partial(_ask_address, r) for r in routers]
+    jobs += [functools.partial(_ask_pinhole, r) for r in inside]
+    results = gather(jobs, timeout)
+    answers = {r.protocol: a for r, a in zip(routers, results) if a is not None}
+    return {
+        "gateway": default_gateway(),
+        "address": next(filter(None, answers.values()), ""),
+        "answers": answers,
+        "pinhole": any(results[len(routers) :]),
+    }
+
+
+def _ask_address(router: Router) -> str:
+    router.find()
+    try:
+        return router.external_address()
+    except MappingRefused:
+        return ""
+
+
+def _ask_pinhole(router: Router) -> bool:
+    router.find()
+    return True
+
+
+PUBLIC_SERVICES = (  # each answers with the caller's IPv4 address as text
+    ("ipify", "https://api.ipify.org/"),
+    ("icanhazip", "https://ipv4.icanhazip.com/"),
+    ("Amazon", "https://checkip.amazonaws.com/"),
+    ("ifconfig.me", "https://ifconfig.me/ip"),
+)
+STUN_SERVERS = (
+    ("Google", "stun.l.google.com:19302"),
+    ("Cloudflare", "stun.cloudflare.com:3478"),
+    ("Nextcloud", "stun.nextcloud.com:3478"),
+)
+SERVICE_SECONDS = 3.0
+
+
+def public_address(
+    may_ask, services: tuple = PUBLIC_SERVICES, stun: tuple = STUN_SERVERS, context=None
+) -> str:
+    """The IPv4 address that most services see this machine at; "" if they do not agree on one.
+
+    `may_ask(names)` must say yes first: each of those learns the address (STUN servers only if
+    the web services leave it open). `context` is the TLS context, by default the system's.
+    """
+    if not may_ask([name for name, _ in (*services, *stun)]):
+        return ""
+    context = context or ssl.create_default_context()
+    web = [functools.partial(ask_web_service, url, context) for _, url in services]
+    return _vote(web) or _vote([functools.partial(ask_stun_server, a) for _, a in stun])
+
+
+def _vote(jobs: list) -> str:
+    """The majority; it is not waited for those who cannot change it."""
+
+    def decided(results: list) -> bool:
+        best = majority([text or "" for text in results])
+        return bool(best) and results.count(best) * 2 > len(results)
+
+    return majority([text or "" for text in gather(jobs, SERVICE_SECONDS + 0.5, decided)])
+
+
+def ask_web_service(url: str, context) -> str:
+    """The address in the body of an HTTPS page, over IPv4; no redirect is followed."""
+    parts = url_parse.urlsplit(url)
+    limit = time.monotonic() + SERVICE_SECONDS
+    sock = _connect_v4(parts.hostname, parts.port or 443, limit)
+    try:
+        sock = context.wrap_socket(sock, server_hostname=parts.hostname)
+    except OSError:
+        sock.close()
+        raise
+    status, body = ask_http(sock, encode_http("GET", parts.netloc, parts.path or "/", {}), limit)
+    address = parse_address(body.decode("latin-1")) if len(body) <= 64 else None
+    if status != 200 or address is None:
+        raise RemoteProtocolError(f"{parts.hostname} tells no address.")
+    return str(address)
+
+
+def _connect_v4(host: str, port: int, limit: float):
+    """A connected socket with the rest of the time as its time-out."""
+    fault: OSError = socket.gaierror("no address")
+    for _, _, _, _, address in socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(_left(limit))
+            sock.connect(address)
+            sock.settimeout(_left(limit))
+            return sock
+        except OSError as error:
+            sock.close()
+            fault = error
+    raise fault
+
+
+def ask_stun_server(server: str) -> str:
+    """The address that a STUN server (`host:port`) sees; OSError if it does not answer."""
+    host, port = split_address(server, 3478)
+    transaction = random_bytes(12)
+    decode = functools.partial(decode_stun, transaction=transaction)
+    return ask_udp(host, port, encode_stun(transaction), decode)[0]
+
+
+# ==================================================================================================
+# Part 30. Relay server | uses 1, 2, 7, 23, 24, 26, 29
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.

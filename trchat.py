@@ -1592,10 +1592,11 @@ STUN_COOKIE = 0x2112A442
 MAX_ANSWER = 64 << 10  # bytes of a router's or service's answer over HTTP
 MAX_DATAGRAM = 1100  # RFC 6887, section 7; NAT-PMP and STUN answers are shorter
 
+NO_CONNECTION = 3
 NATPMP_RESULTS = {  # RFC 6886, section 3.5
     1: "it does not know this version",
     2: "port mapping is turned off in it",
-    3: "it has no connection itself",
+    NO_CONNECTION: "it has no connection itself",
     4: "it has no port left",
     5: "it does not know this request",
 }
@@ -2145,6 +2146,12 @@ def carrier_sentence(address: str) -> str:
     )
 
 
+NO_ADDRESS = (
+    "The router has no public address of its own: the provider shares one among many customers "
+    "(CGNAT), the router is behind another one, or it is offline."
+)
+
+
 def explain(local: list, router: dict, public: str) -> list:
     """Sentences on what the addresses mean for being reached.
 
@@ -2172,7 +2179,7 @@ def _explain_router(router: dict, public: str) -> list:
         hint = "map the port by hand in its settings, turn one of them on, or use a tunnel."
         return [*seen, f"No router answers UPnP, NAT-PMP or PCP: {hint}"]
     if not address:
-        return ["The router answers, but says that it has no connection to the internet itself."]
+        return [NO_ADDRESS]
     if carrier_sentence(address):
         return [carrier_sentence(address)]
     if public and public != address and ":" not in public:
@@ -8726,11 +8733,13 @@ def ask_http(sock, request: bytes, limit: float) -> tuple:
                 return answer
 
 
-def _ask_router(host: str, port: int, method: str, path: str, headers: dict, body: bytes) -> bytes:
-    """A router's answer over plain HTTP; a fault (status 500) is one too."""
+def _ask_router(source: str, host: str, port: int, request: bytes) -> bytes:
+    """A router's answer over plain HTTP; a fault (status 500) is one too.
+
+    Many let a machine map ports to nobody but itself: the request comes from that address.
+    """
     limit = time.monotonic() + HTTP_SECONDS
-    sock = socket.create_connection((host, port), HTTP_SECONDS)
-    request = encode_http(method, f"{host}:{port}", path, headers, body)
+    sock = socket.create_connection((host, port), HTTP_SECONDS, (source, 0))
     status, answer = ask_http(sock, request, limit)
     if status not in (200, 500):
         raise RemoteProtocolError(f"The router answers with status {status}.")
@@ -8750,10 +8759,13 @@ class Router:
 
     def find(self) -> None:
         """Asks what changes nothing; an error unless the router speaks this protocol."""
-        self.external_address()
+        try:
+            self.external_address()
+        except MappingRefused:
+            pass  # it does: why it refuses will be seen when it is to map
 
     def external_address(self) -> str:
-        """The router's own address outside, "" if it has none."""
+        """The router's own address outside, "" if it tells none. MappingRefused, or OSError."""
         raise NotImplementedError
 
     def map(self, external: int, lifetime: int) -> Grant:
@@ -8775,7 +8787,12 @@ class NATPMP(Router):
     protocol = "natpmp"
 
     def external_address(self) -> str:
-        return self._ask(encode_natpmp_address(), decode_natpmp_address)
+        try:
+            return self._ask(encode_natpmp_address(), decode_natpmp_address)
+        except MappingRefused as refusal:
+            if refusal.number == NO_CONNECTION:
+                return ""
+            raise
 
     def map(self, external: int, lifetime: int) -> Grant:
         grant = self._map(external, lifetime)
@@ -8858,7 +8875,8 @@ class UPnP(Router):
 
     def _choose(self, host: str, port: int, path: str) -> None:
         """Takes the first service that knows an address, else the first of all."""
-        description = _ask_router(host, port, "GET", path, {}, b"")
+        request = encode_http("GET", f"{host}:{port}", path, {})
+        description = _ask_router(self.client, host, port, request)
         services = decode_description(description, host, port, path)
         self.gateway = host
         for self._service in (*services, services[0]):
@@ -8922,7 +8940,8 @@ class UPnP(Router):
         """The answer, which is none of a fault."""
         kind, port, path = self._service
         headers, body = call or encode_soap(kind, action, {})
-        answer = _ask_router(self.gateway, port, "POST", path, headers, body)
+        request = encode_http("POST", f"{self.gateway}:{port}", path, headers, body)
+        answer = _ask_router(self.client, self.gateway, port, request)
         decode_soap(answer, action)
         return answer
 
@@ -9171,7 +9190,7 @@ class MappedPort:
 
     def _establish(self, external: int) -> None:
         """Takes the first router and protocol that works."""
-        fault = no_router_error()
+        faults = []
         try:
             candidates = routers_for(self._port, self._own)
         except OSError:
@@ -9181,11 +9200,10 @@ class MappedPort:
                 self._map(router, external)
                 return
             except MappingRefused as refusal:
-                fault = refusal
+                faults.append(_better_reason(router, refusal))
             except (RemoteProtocolError, OSError):
                 continue  # it speaks the protocol, but badly
-        self._lease.clear()
-        raise fault
+        raise faults[0] if faults else no_router_error()
 
     def _map(self, router: Router, external: int) -> None:
         router.external = external
@@ -9194,7 +9212,7 @@ class MappedPort:
         self._lease.save(router)
         if not grant.address:
             router.unmap()
-            raise MappingRefused(3, NATPMP_RESULTS)
+            raise MappingRefused(NO_CONNECTION, NATPMP_RESULTS)
         self._router, self._grant = router, grant
 
     def _tell_doubts(self) -> None:
@@ -9242,6 +9260,16 @@ class MappedPort:
             self._lost = True
             text = "The router no longer lets others in on " + self.address()
             self._report("lost", f"{text}: {error} Trying again each minute.")
+
+
+def _better_reason(router: Router, refusal: MappingRefused) -> ChatError:
+    """Without a public address of their own many routers refuse, and do not say why."""
+    try:
+        if not router.external_address():
+            return ChatError(NO_ADDRESS, "Use IPv6 or a tunnel.", "unreachable")
+    except (ChatError, OSError):
+        pass
+    return refusal
 
 
 # --- Addresses ------------------------------------------------------------------------------------

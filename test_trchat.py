@@ -17866,6 +17866,20 @@ class DirectChatTest(EndToEnd):
         self.assert_ends(mallory, "denied", 1)
         self.assertEqual(alice.of("request"), [])
 
+    def test_addresses(self):
+        code, output, errors = self.run_once("ip", "--json")
+        self.assertEqual((code, errors), (0, ""))
+        answer = json.loads(output)
+        self.assertEqual(set(answer), {"event", "local", "router", "gateway", "public", "explanation"})
+        self.assertEqual((answer["event"], answer["public"]), ("ip", ""), "no service is told unasked")
+        self.assertTrue(all(set(row) == {"interface", "address"} for row in answer["local"]))
+        self.assertTrue(answer["explanation"])
+        alice = self.host()
+        alice.type("/ip everything", "/ip")
+        self.assertEqual(alice.wait_for("error")["code"], "usage")
+        seen = alice.wait_for("notice", public="", local=answer["local"])
+        self.assertEqual(seen["explanation"], answer["explanation"])
+
     def test_a_port_given_and_taken(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])

@@ -20,52 +20,56 @@ or thread: bytes in, events out) and each uses only parts above itself:
   5. Pairwise session *
   6. Room keys *
   7. Wire format *
-  8. Gatekeeper *
-  9. Relay machine *
- 10. Who is in a room *
- 11. Rooms *
- 12. Delivery *
- 13. Messages *
- 14. Reception *
- 15. People and sessions *
- 16. Invitations by members *
- 17. Client machine *
- 18. Sealed records *
- 19. Conversations *
- 20. Keys and widths *
- 21. Line editor *
- 22. Screen *
- 23. Settings *
- 24. Settings and paths
- 25. Events and threads
- 26. Dependencies
- 27. Vault
- 28. History and outbox
- 29. Contacts
- 30. SOCKS5
- 31. Network
- 32. Tunnels
- 33. Tunnels through ngrok
- 34. Tunnels through ssh and tor
- 35. Relay server
+  8. Port mapping messages *
+  9. What addresses mean *
+ 10. Gatekeeper *
+ 11. Relay machine *
+ 12. Who is in a room *
+ 13. Rooms *
+ 14. Delivery *
+ 15. Messages *
+ 16. Reception *
+ 17. People and sessions *
+ 18. Invitations by members *
+ 19. Client machine *
+ 20. Sealed records *
+ 21. Conversations *
+ 22. Keys and widths *
+ 23. Line editor *
+ 24. Screen *
+ 25. Settings *
+ 26. Settings and paths
+ 27. Events and threads
+ 28. Dependencies
+ 29. Vault
+ 30. History and outbox
+ 31. Contacts
+ 32. SOCKS5
+ 33. Network
+ 34. Port mapping
+ 35. A mapped port, and addresses
  36. Relay server
- 37. Where to connect
- 38. Connections
- 39. Records of a chat
- 40. Chat client
- 41. Commands
- 42. Chat commands: talking and rooms
- 43. Chat commands: people and records
- 44. Console commands
- 45. Terminal input
- 46. Terminal
- 47. Words for events
- 48. Faces: terminal and JSON lines
- 49. Activities
- 50. Demonstration
- 51. Session
- 52. Shell commands
- 53. Menu and door
+ 37. Tunnels through ngrok
+ 38. Tunnels through ssh and tor
+ 39. Relay server
+ 40. Relay server
+ 41. Where to connect
+ 42. Connections
+ 43. Records of a chat
+ 44. Chat client
+ 45. Commands
+ 46. Chat commands: talking and rooms
+ 47. Chat commands: people and records
+ 48. Console commands
+ 49. Terminal input
+ 50. Terminal
+ 51. Words for events
+ 52. Faces: terminal and JSON lines
+ 53. Activities
+ 54. Demonstration
+ 55. Session
+ 56. Shell commands
+ 57. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
@@ -1572,7 +1576,7 @@ def check_frame_size(size: int, most: int = MAX_FRAME) -> None:
 
 
 # ==================================================================================================
-# Part 47. Port mapping messages | pure | uses 1, 2
+# Part 8. Port mapping messages | pure | uses 1, 2
 #
 # What is said to a home router so that it lets connections in (UPnP IGD, NAT-PMP, PCP), and to a
 # STUN server so that it tells our address. Everything that comes from
@@ -2038,7 +2042,7 @@ def decode_external_address(data: bytes) -> str:
 
 
 # ==================================================================================================
-# Part 48. What addresses mean | pure | uses 2, 47
+# Part 9. What addresses mean | pure | uses 2, 8
 #
 # What the system's own tables and programs say about addresses and routers, and what it means for
 # somebody who wants to be reached.
@@ -2203,7 +2207,7 @@ def _explain_ipv6(mine: list, pinhole: bool) -> str:
 
 
 # ==================================================================================================
-# Part 8. Gatekeeper | pure | uses 1-4
+# Part 10. Gatekeeper | pure | uses 1-4
 #
 # Who may come in to a server, and under which name: what users.json keeps.
 # ==================================================================================================
@@ -2355,7 +2359,7 @@ def _saved_fingerprint(text: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 9. Relay machine | pure | uses 1-4, 7
+# Part 11. Relay machine | pure | uses 1-4, 7
 #
 # The server without its sockets: who is in which room, and runs of DATA frames
 # handed on as the bytes they came in. It checks the ids of every frame and reads nothing else;
@@ -2790,7 +2794,7 @@ _LENGTH = struct.Struct(">I")
 
 
 # ==================================================================================================
-# Part 10. Who is in a room | pure | uses 1-4, 6, 7
+# Part 12. Who is in a room | pure | uses 1-4, 6, 7
 #
 # Two halves of a room's membership: whom its admin lets in, and whose word on the room's keys a
 # member follows. Both act on the RoomKeeper that they are given (the next part).
@@ -3130,7 +3134,7 @@ class Succession:
 
 
 # ==================================================================================================
-# Part 11. Rooms | pure | uses 1, 2, 6, 7, 10
+# Part 13. Rooms | pure | uses 1, 2, 6, 7, 12
 #
 # Each room as one of its members keeps it, over all connections: who is there, when a new epoch is
 # made, what may be sent. It speaks to the world through the client machine that it is given.
@@ -3560,7 +3564,7 @@ def lifetime_words(seconds: int) -> str:
 
 
 # ==================================================================================================
-# Part 12. Delivery | pure | uses 2
+# Part 14. Delivery | pure | uses 2
 #
 # Own messages beyond one connection: who has not confirmed them yet, what still has to go to
 # whom alone, and what waits in the outbox for a contact who is away.
@@ -3709,7 +3713,7 @@ class Delivery:
 
 
 # ==================================================================================================
-# Part 13. Messages | pure | uses 1-3, 6, 7, 11, 12
+# Part 15. Messages | pure | uses 1-3, 6, 7, 13, 14
 #
 # What a client says: to a room in one piece, to a person alone, and to those who were away.
 # ==================================================================================================
@@ -4056,7 +4060,7 @@ class Messages:
 
 
 # ==================================================================================================
-# Part 14. Reception | pure | uses 1-3, 6, 7, 12
+# Part 16. Reception | pure | uses 1-3, 6, 7, 14
 #
 # What a client hears: texts in their order, each shown once and acknowledged.
 # ==================================================================================================
@@ -4203,7 +4207,7 @@ class Reception:
 
 
 # ==================================================================================================
-# Part 15. People and sessions | pure | uses 1, 2, 4-7
+# Part 17. People and sessions | pure | uses 1, 2, 4-7
 #
 # Everybody whom the server shows, checked by their bundle, and the pairwise session with each: a
 # person counts as present only after an answer inside it.
@@ -4615,7 +4619,7 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 16. Invitations by members | pure | uses 1-4, 7, 10
+# Part 18. Invitations by members | pure | uses 1-4, 7, 12
 #
 # Tokens that a person inside makes: the server learns what opens its gate, the room's members what
 # lets the holder through a lock.
@@ -4681,7 +4685,7 @@ class Invitations:
 
 
 # ==================================================================================================
-# Part 17. Client machine | pure | uses 1, 2, 4, 6, 7, 11, 13-16
+# Part 19. Client machine | pure | uses 1, 2, 4, 6, 7, 13, 15-18
 #
 # The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
@@ -5088,7 +5092,7 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 18. Sealed records | pure | uses 1-3
+# Part 20. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -5266,7 +5270,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 19. Conversations | pure | uses 1, 2, 18
+# Part 21. Conversations | pure | uses 1, 2, 20
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -5384,7 +5388,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 20. Keys and widths | pure | uses 2
+# Part 22. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -5710,7 +5714,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 21. Line editor | pure | uses 2, 20
+# Part 23. Line editor | pure | uses 2, 22
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -6049,7 +6053,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 22. Screen | pure | uses 20
+# Part 24. Screen | pure | uses 22
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -6252,7 +6256,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 23. Settings | pure | uses 1, 2
+# Part 25. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -6443,7 +6447,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 24. Settings and paths | uses 1, 2, 4, 23
+# Part 26. Settings and paths | uses 1, 2, 4, 25
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -6454,7 +6458,6 @@ argparse = Lazy("argparse")
 ctypes = Lazy("ctypes")
 fcntl = Lazy("fcntl")
 getpass = Lazy("getpass")
-ipaddress = Lazy("ipaddress")
 json = Lazy("json")
 metadata = Lazy("importlib.metadata")
 msvcrt = Lazy("msvcrt")
@@ -6719,7 +6722,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 25. Events and threads | uses 2, 24
+# Part 27. Events and threads | uses 2, 26
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -6831,7 +6834,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 26. Dependencies | uses 1, 24
+# Part 28. Dependencies | uses 1, 26
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -7192,7 +7195,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 27. Vault | uses 1-4, 24
+# Part 29. Vault | uses 1-4, 26
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -7409,7 +7412,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 28. History and outbox | uses 1-3, 18, 24, 25
+# Part 30. History and outbox | uses 1-3, 20, 26, 27
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -7874,7 +7877,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 29. Contacts | uses 1-4, 6, 24
+# Part 31. Contacts | uses 1-4, 6, 26
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -8312,7 +8315,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 30. SOCKS5 | uses 1, 2, 4, 24
+# Part 32. SOCKS5 | uses 1, 2, 4, 26
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -8396,7 +8399,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 31. Network | uses 1-4, 24, 27, 30
+# Part 33. Network | uses 1-4, 26, 29, 32
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -8640,7 +8643,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 49. Port mapping | uses 1-3, 23, 24, 29, 47, 48
+# Part 34. Port mapping | uses 1-3, 8, 9, 26, 27, 33
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -8653,7 +8656,7 @@ RETRY_SECONDS = 60.0  # after a renewal that failed
 UDP_WAITS = (0.25, 0.5, 1.0)  # RFC 6886, 3.1: ask again after 250 ms, and double it
 FIND_SECONDS = 2.5  # UPnP devices answer within a second, and are then asked what they are
 HTTP_SECONDS = 3.0
-CLOSE_SECONDS = 4.0
+UNMAP_SECONDS = 4.0
 
 
 def gather(jobs: list, seconds: float, enough=lambda results: False) -> list:
@@ -9101,7 +9104,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 50. A mapped port, and addresses | uses 1-3, 23, 24, 29, 47-49
+# Part 35. A mapped port, and addresses | uses 1-4, 8, 9, 26, 27, 33, 34
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -9183,10 +9186,10 @@ class MappedPort:
         return join_address(self._grant.address, self._grant.port)
 
     def close(self) -> None:
-        """Removes the mapping; after CLOSE_SECONDS it is left to its end, or the next start."""
+        """Removes the mapping; after UNMAP_SECONDS it is left to its end, or the next start."""
         self._closing.set()
         if self._thread is not None:
-            self._thread.join(CLOSE_SECONDS)
+            self._thread.join(UNMAP_SECONDS)
 
     def _establish(self, external: int) -> None:
         """Takes the first router and protocol that works."""
@@ -9438,8 +9441,24 @@ def ask_stun_server(server: str) -> str:
     return ask_udp(host, port, encode_stun(transaction), decode)[0]
 
 
+def address_report(may_ask) -> tuple:
+    """(fields, text) on how this machine is reached; `may_ask(services)` before any is told."""
+    local, router, public = interface_addresses(), router_view(), public_address(may_ask)
+    fields = {
+        "local": [{"interface": name, "address": address} for name, address in local],
+        "router": router["address"],
+        "gateway": router["gateway"],
+        "public": public,
+        "explanation": explain(local, router, public),
+    }
+    lines = [f"{name or 'address':<10} {address}" for name, address in local]
+    lines += [f"{'router':<10} {router['address'] or 'tells none'}"] if router["gateway"] else []
+    lines += [f"{'public':<10} {public}"] if public else []
+    return fields, "\n".join([*lines, *fields["explanation"]])
+
+
 # ==================================================================================================
-# Part 30. Relay server | uses 1, 2, 7, 23, 24, 26, 29
+# Part 36. Relay server | uses 1, 2, 26, 27
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -9815,7 +9834,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 33. Tunnels through ngrok | uses 2, 3, 24, 32
+# Part 37. Tunnels through ngrok | uses 2, 3, 26, 36
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -10062,7 +10081,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 34. Tunnels through ssh and tor | uses 1-4, 24, 25, 32, 33
+# Part 38. Tunnels through ssh and tor | uses 1-4, 26, 27, 36, 37
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -10408,7 +10427,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 35. Relay server | uses 1
+# Part 39. Relay server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -10495,7 +10514,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 36. Relay server | uses 1, 2, 7, 24, 25, 27, 31, 35
+# Part 40. Relay server | uses 1, 2, 7, 26, 27, 29, 33, 39
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -10924,7 +10943,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 37. Where to connect | uses 1, 2, 4, 24, 25, 31
+# Part 41. Where to connect | uses 1, 2, 4, 8, 26, 27, 33
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -11054,7 +11073,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 38. Connections | uses 1, 3, 24, 25, 31, 36, 37
+# Part 42. Connections | uses 1, 3, 26, 27, 33, 40, 41
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -11251,7 +11270,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 39. Records of a chat | uses 1, 2, 7, 12, 18, 19, 24, 27-29
+# Part 43. Records of a chat | uses 1, 2, 7, 14, 20, 21, 26, 29-31
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -11584,7 +11603,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 40. Chat client | uses 1, 2, 12, 15, 19, 24, 25, 36, 38, 39
+# Part 44. Chat client | uses 1, 2, 14, 17, 21, 26, 27, 40, 42, 43
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -11959,7 +11978,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 41. Commands | uses 1, 2
+# Part 45. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -12108,7 +12127,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 42. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 11, 15, 41
+# Part 46. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 13, 17, 45
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -12139,7 +12158,7 @@ HELP_GROUPS = (
     ("People", "contacts code verify accept-key whois ignore block unblock invite"),
     ("Records", "tail search export clear outbox cancel"),
     ("Running a room", "lock requests admit deny kick ban unban mute op rekey"),
-    ("Servers, settings", "connect disconnect set bell quiet wipe help quit"),
+    ("Servers, settings", "connect disconnect ip set bell quiet wipe help quit"),
 )
 
 
@@ -12427,7 +12446,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 43. Chat commands: people and records | uses 1, 2, 4, 6, 17, 23-25, 37, 41, 42
+# Part 47. Chat commands: people and records | uses 1, 2, 4, 6, 19, 25-27, 35, 41, 45, 46
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -12687,6 +12706,18 @@ def _enter_server(client, options: ConnectOptions, target: Target, link: Link) -
     client.visit(client.conversations.open(connection, "#" + target.room))
 
 
+def _chat_ip(client, rest: str) -> None:
+    if rest not in ("", "public"):
+        text = "Write /ip, or /ip public, which asks outside services: they learn your address."
+        raise ChatError("This is not how it is written.", text)
+    spawn("ip", _routine_ip, client, rest == "public")
+
+
+def _routine_ip(client, public: bool) -> None:
+    fields, text = address_report(lambda services: public)
+    client.inbox.post(functools.partial(client.show_notice, text, **fields))
+
+
 def _chat_disconnect(client, rest: str) -> None:
     if len(client.connections) == 1:
         raise ChatError("This is the only server.", "BYE leaves the chat.")
@@ -12891,6 +12922,7 @@ for _place in (
     ("block", "/block NAME", "nothing of somebody reaches you any more", (), _chat_block),
     ("unblock", "/unblock NAME", "take that back", (), _chat_unblock),
     ("connect", "/connect TARGET", "one more server in this chat", (), _chat_connect),
+    ("ip", "/ip [public]", "your addresses, and what they mean", (), _chat_ip),
     ("disconnect", "/disconnect", "leave the current one of several servers", (), _chat_disconnect),
     ("outbox", "/outbox", "what waits for people who are away", (), _chat_outbox),
     ("cancel", "/cancel ID", "take back what waits", (), _chat_cancel),
@@ -12908,7 +12940,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 44. Console commands | uses 1, 2, 7, 36, 41
+# Part 48. Console commands | uses 1, 2, 7, 40, 45
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -13028,7 +13060,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 45. Terminal input | uses 24
+# Part 49. Terminal input | uses 26
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -13234,7 +13266,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 46. Terminal | uses 2, 20-22, 24, 45
+# Part 50. Terminal | uses 2, 22-24, 26, 49
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -13596,7 +13628,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 47. Words for events | uses 2, 7, 20, 41, 42
+# Part 51. Words for events | uses 2, 7, 22, 45, 46
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -13838,7 +13870,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 48. Faces: terminal and JSON lines | uses 2, 20, 24, 25, 41, 46, 47
+# Part 52. Faces: terminal and JSON lines | uses 2, 22, 26, 27, 45, 50, 51
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -14176,7 +14208,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 49. Activities | uses 1-4, 8, 9, 15, 17, 24, 25, 27, 31, 32, 34, 36, 37, 39-41, 44, 48
+# Part 53. Activities | uses 1-4, 10, 11, 17, 19, 26, 27, 29, 33, 35, 36, 38, 40, 41, 43-45, 48, 52
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -14202,10 +14234,16 @@ class Reach:
         lease, key = paths.file("tunnel.json"), paths.file("onion.key")
         self._kind, self._say = kind, say
         self._options = TunnelOptions(ssh_host=ssh_host, key_file=key, lease_file=lease)
-        self._options.map_port = None
+        self._options.map_port = lambda port, options, report: self._map_port(port)
+        self._mapping_path = paths.file("mapping.json")
         self._tunnel: Any = None
         self.moved: Any = None
         TunnelLease(lease).clean_up()  # of a run that could not do it itself
+        if os.path.exists(self._mapping_path):
+            self._map_port(0).clean_up()
+
+    def _map_port(self, port: int) -> MappedPort:
+        return MappedPort(port, self._report, self._mapping_path)
 
     def open(self, port: int) -> list:
         """The public addresses of a port of ours; ChatError with advice if there are none."""
@@ -14214,7 +14252,10 @@ class Reach:
         if self._kind == "auto":
             self._tunnel = open_auto(port, self._options, self._report, self._say)
             return [self._tunnel.address]
-        self._tunnel = TUNNELS[self._kind](port, self._options, self._report)
+        if self._kind == "upnp":
+            self._tunnel = self._map_port(port)
+        else:
+            self._tunnel = TUNNELS[self._kind](port, self._options, self._report)
         return [self._tunnel.open()]
 
     def _report(self, kind: str, text: str) -> None:
@@ -14655,7 +14696,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 50. Demonstration | uses 1, 3, 4, 7-9, 17, 27, 31, 36, 37, 40, 41
+# Part 54. Demonstration | uses 1, 3, 4, 7, 10, 11, 19, 29, 33, 40, 41, 44, 45
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -14837,7 +14878,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 51. Session | uses 1, 2, 20, 24, 26, 46, 48
+# Part 55. Session | uses 1, 2, 22, 26, 28, 50, 52
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -14932,7 +14973,7 @@ def _end_on_signals() -> None:
 
 
 # ==================================================================================================
-# Part 52. Shell commands | uses 1, 2, 4, 7, 23-25, 27-29, 34, 37, 39, 41, 43, 46, 48-51
+# Part 56. Shell commands | uses 1, 2, 4, 7, 25-27, 29-31, 35, 38, 41, 43, 45, 47, 50, 52-55
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -14970,7 +15011,7 @@ def _shell_server(session: Session) -> int:
     given = session.arguments
     if given.client_certs and given.auth != "certs":
         raise ChatError("--client-certs goes with --auth certs.", "Add --auth certs.")
-    host = given.host or ("127.0.0.1" if given.tunnel else "0.0.0.0")
+    host = given.host or ("127.0.0.1" if given.tunnel in TUNNELS else "0.0.0.0")
     options = ServerOptions(host, given.port, given.auth, given.allow, given.client_certs)
     options.limits = given.limits == "on"
     with session.face(describe_server, "server > ") as face:
@@ -14989,7 +15030,9 @@ def _tunnel_choice(given) -> tuple:
 
 
 def _tunnel_options(parser) -> None:
-    parser.add_argument("--tunnel", choices=("auto", *TUNNELS), help="be reached from anywhere")
+    parser.add_argument(
+        "--tunnel", choices=("auto", "upnp", *TUNNELS), help="be reached from anywhere"
+    )
     parser.add_argument("--ssh-host", metavar="HOST", help="for --tunnel ssh: [user@]host, pinggy "
                         "or serveo")  # fmt: skip
 
@@ -15037,6 +15080,21 @@ def _shell_host(session: Session) -> int:
         return ChatFace(sys.stdin, sys.stdout, client, settings.public())
 
     return run_host(session.paths, options, settings, make_face, session.ask_passphrase)
+
+
+def _shell_ip(session: Session) -> int:
+    def may_ask(services: list) -> bool:
+        if session.arguments.public or not session.interactive:
+            return session.arguments.public
+        question = f"Ask {', '.join(services[:4])} what they see? They learn your address. [y/N] "
+        return session.ask(question, default=False)
+
+    return session.answer("ip", *address_report(may_ask))
+
+
+def _ip_options(parser) -> None:
+    text = "ask outside services, too, without a question"
+    parser.add_argument("--public", action="store_true", help=text)
 
 
 def _shell_send(session: Session) -> int:
@@ -15290,6 +15348,8 @@ for _activity in (
      _streaming(_shell_server), _server_options, (1, "Start a server")),
     ("connect", "connect trchat:AbC...", "connect to a server and chat",
      _streaming(_shell_connect), _connect_options, (2, "Connect to a server")),
+    ("ip", "ip --public", "your addresses, and what they mean", _shell_ip, _ip_options,
+     (7, "Show my IP addresses")),
     ("host", "host --name alice", "chat directly: others connect to you, and you accept them",
      _streaming(_shell_host), _host_options, (3, "Chat directly (peer to peer)")),
     ("send", 'send TARGET "dinner is ready" --to bob', "send one message and wait until it arrived",
@@ -15351,7 +15411,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 53. Menu and door | uses 1, 2, 4, 23-25, 31, 37, 41, 43, 48, 51, 52
+# Part 57. Menu and door | uses 1, 2, 4, 25-27, 33, 41, 45, 47, 52, 55, 56
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -15405,7 +15465,7 @@ def _menu_answer() -> str:
 def _menu_activity(session: Session, choice: str) -> None:
     makers = {
         "server": _menu_server, "connect": _menu_connect, "host": _menu_host,
-        "contacts": _menu_people, "settings": _menu_settings,
+        "contacts": _menu_people, "settings": _menu_settings, "ip": lambda session: ["ip"],
     }  # fmt: skip
     words = makers[choice](session)
     if words:

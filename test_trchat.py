@@ -17866,6 +17866,34 @@ class DirectChatTest(EndToEnd):
         self.assert_ends(mallory, "denied", 1)
         self.assertEqual(alice.of("request"), [])
 
+    def test_what_a_token_says(self):
+        alice = self.host()
+        code, output, errors = self.run_once("token", "--json", alice.token)
+        answer = json.loads(output)
+        keys = "event addresses fingerprint inviter invites uses expires expired room"
+        self.assertEqual((code, set(answer)), (0, set(keys.split())), errors)
+        self.assertEqual(answer["fingerprint"], alice.listening["fingerprint"])
+        self.assertEqual((answer["invites"], answer["uses"], answer["expired"]), (True, 1, False))
+        self.assertEqual(answer["inviter"], alice.of("ready")[0]["fingerprint"])
+        code, output, _ = self.run_once("token", "-", given=alice.token + "\n")
+        self.assertIn("on this computer", output)
+        token = trchat.consume_token(alice.token)
+        token.expires = 1000
+        self.assertIn("EXPIRED", self.run_once("token", trchat.create_token(token))[1])
+        self.assert_refused_here(["token", alice.token[:-5]], "damaged")
+        self.assert_refused_here(["token", "nowhere"], "saved server")
+        self.assert_refused(["connect", trchat.create_token(token)], "expired on 1970")
+        bob = self.client("bob", alice.token, ready=False)
+        alice.wait_for("request")
+        alice.type("/accept bob")
+        bob.wait_for("ready")
+        bob.type("BYE")
+        bob.exit_code()
+        name = f"127.0.0.1:{alice.listening['port']}"
+        made = json.loads(self.run_once("token", "--json", "--profile", "bob", name)[1])
+        self.assertEqual((made["addresses"], made["invites"]), ([name], False))
+        self.assertEqual(trchat.consume_token(made["token"]).addresses, [name])
+
     def test_addresses(self):
         code, output, errors = self.run_once("ip", "--json")
         self.assertEqual((code, errors), (0, ""))

@@ -15082,6 +15082,57 @@ def _shell_host(session: Session) -> int:
     return run_host(session.paths, options, settings, make_face, session.ask_passphrase)
 
 
+def _shell_token(session: Session) -> int:
+    """Decodes a token, or makes one for a saved server that lets the other in by their key."""
+    word = session.arguments.word
+    if word == "-":
+        word = sys.stdin.readline().strip()
+    if word.startswith(TOKEN_PREFIX):
+        return _show_token(session, consume_token(word))
+    saved = ServerList(session.paths).find(word)
+    if saved is None:
+        text = f"{one_line(word)[:40]} is neither a token nor a saved server."
+        raise ChatError(text, "'trchat.py servers' lists those.", "unknown-server")
+    room, fingerprint = saved.get("room") or DEFAULT_ROOM, parse_fingerprint(saved["fingerprint"])
+    token = Token([saved["address"]], fingerprint, b"", b"", 0, 0, room)
+    text = create_token(token)
+    aside = "It invites nobody: the server must let them in by their key, or be open."
+    return session.answer("token", {"token": text, **_token_fields(token)}, f"{text}\n{aside}")
+
+
+def _token_fields(token: Token) -> dict:
+    return {
+        "addresses": token.addresses,
+        "fingerprint": fingerprint_text(token.fingerprint),
+        "inviter": fingerprint_text(token.inviter) if token.inviter else None,
+        "invites": bool(token.secret),
+        "uses": token.uses,
+        "expires": rfc3339(token.expires) if token.expires else None,
+        "expired": bool(token.expires) and time.time() > token.expires,
+        "room": token.room,
+    }
+
+
+def _show_token(session: Session, token: Token) -> int:
+    fields = _token_fields(token)
+    uses = f"{token.uses} of them" if token.uses else "any number"
+    invites = f"invites {uses}" if token.secret else "invites nobody: a key that is known may enter"
+    ends = f"until {fields['expires']}" if token.expires else "without an end"
+    lines = [
+        *(f"address  {address}, {way_of(address)}" for address in token.addresses),
+        f"server   {fields['fingerprint']}",
+        f"made by  {fields['inviter'] or 'the server'}",
+        f"room     #{token.room}",
+        f"use      {invites}, {'EXPIRED, it was good ' if fields['expired'] else ''}{ends}",
+    ]
+    return session.answer("token", fields, "\n".join(lines))
+
+
+def _token_options(parser) -> None:
+    text = "a token to be decoded (- reads it), or a saved server to make one for"
+    parser.add_argument("word", metavar="TOKEN|SERVER", help=text)
+
+
 def _shell_ip(session: Session) -> int:
     def may_ask(services: list) -> bool:
         if session.arguments.public or not session.interactive:
@@ -15348,6 +15399,8 @@ for _activity in (
      _streaming(_shell_server), _server_options, (1, "Start a server")),
     ("connect", "connect trchat:AbC...", "connect to a server and chat",
      _streaming(_shell_connect), _connect_options, (2, "Connect to a server")),
+    ("token", "token trchat:AbC...", "what a token says, or one for a saved server",
+     _shell_token, _token_options, None),
     ("ip", "ip --public", "your addresses, and what they mean", _shell_ip, _ip_options,
      (7, "Show my IP addresses")),
     ("host", "host --name alice", "chat directly: others connect to you, and you accept them",

@@ -16287,6 +16287,7 @@ class SeveralServersTest(KeptTest):
         alice = self.join_both(one, two)
         bob.wait_for("joined", name="alice")
         alice.type("/leave lobby")
+        alice.wait_for("notice", text="You left #lobby.")
         bob.wait_for("left", name="alice")
         self.assertEqual(len(alice.ask("/win")["conversations"]), 1)
         alice.type(f"/connect {two.address}")

@@ -19438,6 +19438,1243 @@ def last_contacts(person) -> list:
 
 
 # ==================================================================================================
+# Addresses and port mapping
+# ==================================================================================================
+
+
+class PortMappingMessagesTest(PureCase):
+    """Messages as they stand in the RFCs, and what becomes of them when they are not like that."""
+
+    NONCE = bytes(range(12))
+    NATPMP_MAP = bytes.fromhex("00820000 00000e10 1f99 1f99 00000e10")
+    NATPMP_ADDRESS = bytes.fromhex("00800000 00000e10 09090901")
+    PCP_MAP = bytes.fromhex(
+        "02810000 00000e10 00000001 000000000000000000000000 000102030405060708090a0b"
+        "06000000 1f99 1f9a 00000000000000000000ffff09090901"
+    )
+    XOR_MAPPED = bytes.fromhex("0101000c 2112a442 000102030405060708090a0b 00200008 0001a147 281bad43")
+    MAPPED = bytes.fromhex("0101000c 2112a442 000102030405060708090a0b 00010008 00018055 09090901")
+    SSDP = (
+        b"HTTP/1.1 200 OK\r\nCACHE-CONTROL: max-age=120\r\n"
+        b"ST: urn:schemas-upnp-org:device:InternetGatewayDevice:1\r\n"
+        b"LOCATION: http://10.7.0.1:33365/rootDesc.xml\r\n\r\n"
+    )
+    DESCRIPTION = (
+        b'<?xml version="1.0"?><root xmlns="urn:schemas-upnp-org:device-1-0"><device><serviceList>'
+        b"<service><serviceType>urn:schemas-upnp-org:service:Layer3Forwarding:1</serviceType>"
+        b"<controlURL>/ctl/L3F</controlURL></service>"
+        b"<service><serviceType>urn:schemas-upnp-org:service:WANPPPConnection:1</serviceType>"
+        b"<controlURL>/ctl/PPP</controlURL></service>"
+        b"<service><serviceType>urn:schemas-upnp-org:service:WANIPConnection:1</serviceType>"
+        b"<controlURL>ctl/IPConn?a=1</controlURL></service></serviceList></device></root>"
+    )
+
+    def soap(self, inner: str) -> bytes:
+        head = '<s:Envelope xmlns:s="http://schemas.xmlsoap.org/soap/envelope/"><s:Body>'
+        return (head + inner + "</s:Body></s:Envelope>").encode()
+
+    def fault(self, number) -> bytes:
+        return self.soap(
+            "<s:Fault><faultcode>s:Client</faultcode><detail><UPnPError "
+            'xmlns="urn:schemas-upnp-org:control-1-0"><errorCode>'
+            f"{number}</errorCode></UPnPError></detail></s:Fault>"
+        )
+
+    def external(self, address: str) -> bytes:
+        return self.soap(
+            '<u:GetExternalIPAddressResponse xmlns:u="urn:x"><NewExternalIPAddress>'
+            f"{address}</NewExternalIPAddress></u:GetExternalIPAddressResponse>"
+        )
+
+    def decoders(self) -> dict:
+        """Name -> (decoder, a good message, what it makes of it)."""
+        pcp = functools.partial(
+            trchat.decode_pcp_map, nonce=self.NONCE, protocol=6, internal=8089, wanted=3600
+        )
+        stun = functools.partial(trchat.decode_stun, transaction=self.NONCE)
+        natpmp = functools.partial(trchat.decode_natpmp_map, internal=8089, wanted=3600)
+        owner = self.soap(
+            '<u:GetSpecificPortMappingEntryResponse xmlns:u="urn:x"><NewInternalPort>80'
+            "</NewInternalPort><NewInternalClient>10.7.0.2</NewInternalClient>"
+            "</u:GetSpecificPortMappingEntryResponse>"
+        )
+        describe = functools.partial(
+            trchat.decode_description, host="10.7.0.1", port=5000, path="/dir/root.xml"
+        )
+        kinds = list(reversed(trchat.IGD_SERVICES[1:]))
+        services = [(kinds[1], 5000, "/dir/ctl/IPConn?a=1"), (kinds[0], 5000, "/ctl/PPP")]
+        return {
+            "natpmp": (natpmp, self.NATPMP_MAP, trchat.Grant(8089, 3600, "")),
+            "address": (trchat.decode_natpmp_address, self.NATPMP_ADDRESS, "9.9.9.1"),
+            "pcp": (pcp, self.PCP_MAP, trchat.Grant(8090, 3600, "9.9.9.1")),
+            "announce": (trchat.decode_pcp_announce, b"\x02\x80" + bytes(22), None),
+            "xor": (stun, self.XOR_MAPPED, ("9.9.9.1", 0x8055)),
+            "mapped": (stun, self.MAPPED, ("9.9.9.1", 0x8055)),
+            "ssdp": (lambda data: trchat.decode_ssdp(data, "10.7.0.1"), self.SSDP,
+                     (33365, "/rootDesc.xml")),
+            "description": (describe, self.DESCRIPTION, services),
+            "soap": (trchat.decode_external_address, self.external("9.9.9.1"), "9.9.9.1"),
+            "owner": (trchat.decode_get_mapping, owner, ("10.7.0.2", 80, "")),
+        }  # fmt: skip
+
+    def test_good_messages(self):
+        for name, (decode, message, value) in self.decoders().items():
+            with self.subTest(name):
+                self.assertEqual(decode(message), value)
+
+    def test_every_cut_is_refused(self):
+        for name, (decode, message, _) in self.decoders().items():
+            if name == "ssdp":
+                message = message[:-2]  # some devices leave the last, empty line out
+            with self.subTest(name):
+                self.refused_all(decode, every_cut(message))
+
+    def test_a_flipped_bit_is_refused_or_changes_only_the_value(self):
+        for name, (decode, message, value) in self.decoders().items():
+            for data in every_flip(message):
+                with self.subTest(name, data=data):
+                    try:
+                        self.assertIs(type(decode(data)), type(value))
+                    except (trchat.RemoteProtocolError, trchat.MappingRefused):
+                        pass
+
+    def test_foreign_and_oversized_messages_are_refused(self):
+        for name, (decode, message, _) in self.decoders().items():
+            for data in (b"", b"\0", b"\xff" * 40, b"<" * 200_000, message + bytes(100_001),
+                         b"\x16\x03\x01" * 20, "ä<é>".encode("utf-16") * 20):  # fmt: skip
+                with self.subTest(name, data=data[:10]):
+                    self.refused(decode, data)
+
+    @MANY_EXAMPLES
+    @given(st.binary(max_size=200))
+    def test_any_bytes_are_read_or_refused(self, data):
+        for decode, message, _ in self.decoders().values():
+            for candidate in (data, message[:4] + data, message[: len(message) // 2] + data):
+                try:
+                    decode(candidate)
+                except (trchat.RemoteProtocolError, trchat.MappingRefused):
+                    pass
+
+    def test_requests_are_those_of_the_rfcs(self):
+        self.assertEqual(trchat.encode_natpmp_address(), b"\0\0")
+        self.assertEqual(trchat.encode_natpmp_map(8089, 8090, 3600).hex(), "000200001f991f9a00000e10")
+        self.assertEqual(trchat.encode_stun(self.NONCE).hex(), "000100002112a442" + self.NONCE.hex())
+        pcp = trchat.encode_pcp_map("10.7.0.2", self.NONCE, 6, 8089, 8090, 3600)
+        self.assertEqual(
+            pcp.hex(),
+            "0201000000000e1000000000000000000000ffff0a070002" + self.NONCE.hex()
+            + "060000001f991f9a00000000000000000000ffff00000000",
+        )  # fmt: skip
+        pcp = trchat.encode_pcp_map("2a00::2", self.NONCE, 6, 8089, 8089, 0)
+        self.assertEqual((len(pcp), pcp[8:24].hex()), (60, "2a00" + "00" * 13 + "02"))
+        self.assertEqual(pcp[-16:], bytes(16))
+        self.assertEqual(
+            trchat.encode_pcp_announce("10.7.0.2").hex(),
+            "0200000000000000" + "00" * 10 + "ffff0a070002",
+        )
+        ssdp = trchat.encode_ssdp(2).decode()
+        self.assertTrue(ssdp.startswith("M-SEARCH * HTTP/1.1\r\nHOST: 239.255.255.250:1900\r\n"))
+        self.assertTrue(ssdp.endswith("ST: " + trchat.IGD_DEVICE + "2\r\n\r\n"))
+
+    def test_results_are_refusals_with_a_reason(self):
+        for number, reason in trchat.NATPMP_RESULTS.items():
+            data = b"\0\x82\0" + bytes([number])
+            error = self.refused(trchat.decode_natpmp_map, data, 1, 1, kind=trchat.MappingRefused)
+            self.assertEqual((error.number, error.code), (number, "unreachable"))
+            self.assertIn(reason, str(error))
+        for number in (2, 8, 11, 13, 255):
+            data = self.PCP_MAP[:3] + bytes([number]) + self.PCP_MAP[4:]
+            decode, *_ = self.decoders()["pcp"]
+            self.assertEqual(self.refused(decode, data, kind=trchat.MappingRefused).number, number)
+        for number in (402, 501, 606, 714, 718, 725, 9999):
+            call = trchat.decode_soap, self.fault(number), "AddPortMapping"
+            self.assertEqual(self.refused(*call, kind=trchat.MappingRefused).number, number)
+        for number in ("", "x", "-1", "1e3", "99999", "٧", "1_0"):
+            self.refused(trchat.decode_soap, self.fault(number), "AddPortMapping")
+
+    def test_a_grant_without_port_or_time_is_none(self):
+        decode, data, _ = self.decoders()["natpmp"]
+        self.refused(decode, data[:10] + b"\0\0" + data[12:])
+        self.refused(decode, data[:12] + bytes(4))
+        self.refused(trchat.decode_natpmp_map, data, 8089, 0)  # a deletion leaves no lifetime
+        self.refused(trchat.decode_natpmp_map, data, 8088, 3600)
+
+    def test_pcp_of_ipv6(self):
+        address = ipaddress_16("2a00:7::2")
+        grant = trchat.decode_pcp_map(self.PCP_MAP[:-16] + address, self.NONCE, 6, 8089, 3600)
+        self.assertEqual(grant.address, "2a00:7::2")
+        self.assertEqual(trchat.text_of_16(trchat.address_16("9.9.9.1")), "9.9.9.1")
+
+    def test_stun_of_ipv6_and_unknown_attributes(self):
+        mask = bytes.fromhex("2112a442") + self.NONCE
+        raw = bytes(a ^ b for a, b in zip(ipaddress_16("2a00:7::2"), mask))
+        value = bytes.fromhex("0002a147") + raw
+        body = bytes.fromhex("80220003 61626300 00200014") + value
+        data = bytes.fromhex(f"0101{len(body):04x}2112a442") + self.NONCE + body
+        self.assertEqual(trchat.decode_stun(data, self.NONCE), ("2a00:7::2", 0x8055))
+        self.refused(trchat.decode_stun, data, bytes(12))
+        self.refused(trchat.decode_stun, b"\x01\x11" + data[2:], self.NONCE)
+        self.refused(trchat.decode_stun, data[:2] + b"\0\0" + data[4:20], self.NONCE)
+
+    def test_a_gateway_sends_us_nowhere_else(self):
+        for url in ("http://10.7.0.2/x", "https://10.7.0.1/x", "file:///etc/passwd", "//10.7.0.1/",
+                    "http://10.7.0.1@evil.example/", "http://evil.example/", "http://10.7.0.1:0/",
+                    "http://10.7.0.1:99999/", "http://10.7.0.1:x/", "http://[::1/", "", "ftp://x",
+                    "http://u@10.7.0.1/x", "http://10.7.0.1/a b", "http://10.7.0.1/é",
+                    "http://10.7.0.1/" + "x" * 600, "http://0x0a070001/"):  # fmt: skip
+            with self.subTest(url=url):
+                self.refused(trchat.split_url, url, "10.7.0.1")
+                data = self.SSDP.replace(b"http://10.7.0.1:33365/rootDesc.xml", url.encode())
+                self.refused(trchat.decode_ssdp, data, "10.7.0.1")
+        self.assertEqual(trchat.split_url("http://10.7.0.1", "10.7.0.1"), (80, "/"))
+        evil = self.DESCRIPTION.replace(b"ctl/IPConn?a=1", b"http://10.7.0.9/x")
+        self.refused(trchat.decode_description, evil, "10.7.0.1", 5000, "/")
+
+    def test_only_a_gateway_counts(self):
+        for kind in (b"upnp:rootdevice", b"urn:schemas-upnp-org:device:MediaServer:1"):
+            gateway = b"urn:schemas-upnp-org:device:InternetGatewayDevice:1"
+            self.refused(trchat.decode_ssdp, self.SSDP.replace(gateway, kind), "10.7.0.1")
+        self.refused(trchat.decode_ssdp, self.SSDP.replace(b" 200 ", b" 500 "), "10.7.0.1")
+
+    def test_xml_that_could_grow_or_hide_is_refused(self):
+        laughs = (
+            '<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>'
+            "<root>&b;</root>"
+        )
+        where = "10.7.0.1", 80, "/"
+        forms = [laughs.encode(), laughs.lower().encode(), laughs.encode("utf-16")]
+        forms.append(laughs.replace("1.0", '1.0" encoding="utf-16').encode("utf-16"))
+        forms += [b"<root>" * 9000, b"<a>" * 3000 + b"</a>" * 3000, b"<a>&x;</a>", b"\0" * 50]
+        for data in forms:
+            with self.subTest(data=data[:60]):
+                self.refused(trchat.decode_description, data, *where)
+
+    def test_an_encoding_claimed_does_not_count(self):
+        for claimed in ("utf-16", "utf-7", "latin-1", "klingon"):
+            data = f'<?xml version="1.0" encoding="{claimed}"?>'.encode() + self.external("9.9.9.1")
+            self.assertEqual(trchat.decode_external_address(data), "9.9.9.1")
+
+    def test_external_addresses(self):
+        for text, address in {"": "", "0.0.0.0": "", " 9.9.9.1\n": "9.9.9.1"}.items():
+            self.assertEqual(trchat.decode_external_address(self.external(text)), address)
+        for text in ("router", "9.9.9", "::1", "9.9.9.1:80", "09.9.9.1.1"):
+            self.refused(trchat.decode_external_address, self.external(text))
+
+    def test_calls_name_service_and_action(self):
+        service = trchat.IGD_SERVICES[1]
+        headers, body = trchat.encode_add_mapping(service, "10.7.0.2", 8089, 8090, 3600)
+        self.assertEqual(headers["SOAPAction"], f'"{service}#AddPortMapping"')
+        for piece in (b"<NewExternalPort>8090<", b"<NewInternalPort>8089<", b"<NewProtocol>TCP<",
+                      b"<NewInternalClient>10.7.0.2<", b"<NewLeaseDuration>3600<",
+                      b"<NewRemoteHost><"):  # fmt: skip
+            self.assertIn(piece, body)
+        self.assertIn(b"u:DeletePortMapping", trchat.encode_delete_mapping(service, 8090)[1])
+
+    def test_http_answers_of_every_kind(self):
+        head = b"HTTP/1.1 200 OK\r\n"
+        for data in (head + b"Content-Length: 5\r\n\r\nhello",
+                     head + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\n\r\n"):  # fmt: skip
+            self.assertEqual(trchat.decode_http(data), (200, b"hello"))
+            whole = data[:-2] if data.endswith(b"\r\n\r\n") else data  # no trailers is whole, too
+            for cut in every_cut(whole):
+                self.assertIsNone(trchat.decode_http(cut), cut)
+                self.refused(trchat.decode_http, cut, True)
+        self.assertIsNone(trchat.decode_http(head + b"\r\nhello"))
+        self.assertEqual(trchat.decode_http(head + b"\r\nhello", True), (200, b"hello"))
+        self.assertEqual(trchat.decode_http(b"HTTP/1.0 302 Found\r\n\r\n", True), (302, b""))
+
+    def test_http_that_is_none_or_endless_is_refused(self):
+        head = b"HTTP/1.1 200 OK\r\n"
+        for bad in (b"SSH-2.0-x", b"HTTP/2 200\r\n\r\n", b"HTTP/1.1 999 x\r\n\r\n", b"\r\n\r\n",
+                    head + b"Content-Length: -1\r\n\r\n", head + b"Content-Length: 9999999\r\n\r\n",
+                    head + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n",
+                    head + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", head + b"a" * 70000):  # fmt: skip
+            with self.subTest(bad=bad[:50]):
+                self.refused(trchat.decode_http, bad)
+
+
+def ipaddress_16(text: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6, text)
+
+
+class AddressMeaningTest(PureCase):
+    def test_public_and_shared(self):
+        for text in ("9.9.9.9", "2a00::1", " 9.9.9.9\n"):
+            self.assertTrue(trchat.is_public(text), text)
+        for text in ("10.0.0.1", "100.64.0.1", "127.0.0.1", "224.0.0.1", "0.0.0.0", "fe80::1%e",
+                     "fd00::1", "", "x", "::1", "255.255.255.255", "ff02::1"):  # fmt: skip
+            self.assertFalse(trchat.is_public(text), text)
+        shared = ["100.64.0.0", "100.127.255.255"]
+        self.assertEqual([a for a in (*shared, "100.63.0.1", "100.128.0.1", "6440::1", "")
+                          if trchat.is_shared(a)], shared)  # fmt: skip
+
+    def test_majority(self):
+        table = (
+            ([], ""), (["", ""], ""), (["9.9.9.9"], "9.9.9.9"), (["9.9.9.9", "8.8.8.8"], ""),
+            (["9.9.9.9", "8.8.8.8", "9.9.9.9"], "9.9.9.9"), (["10.0.0.1", "10.0.0.1"], ""),
+            (["9.9.9.9", "10.0.0.1", "", "x"], "9.9.9.9"),
+        )  # fmt: skip
+        for answers, winner in table:
+            self.assertEqual(trchat.majority(answers), winner, answers)
+
+    def test_usable_addresses(self):
+        pairs = [("a", "fe80::1"), ("b", "127.0.0.1"), ("c", "2a00::1"), ("d", "10.0.0.1"),
+                 ("", "10.0.0.1"), ("e", "169.254.1.1"), ("f", "::1"), ("g", "?")]  # fmt: skip
+        self.assertEqual(
+            trchat.usable_addresses(pairs),
+            [("d", "10.0.0.1"), ("c", "2a00::1"), ("e", "169.254.1.1"), ("a", "fe80::1")],
+        )
+
+    def test_linux_tables(self):
+        number = f"{int.from_bytes(socket.inet_aton('10.7.0.1'), sys.byteorder):08X}"
+        other = f"{int.from_bytes(socket.inet_aton('10.7.0.9'), sys.byteorder):08X}"
+        head = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\n"
+        routes = (
+            f"wlan\t00000000\t{other}\t0003\t0\t0\t600\t00000000\t0\t0\t0\n"
+            f"eth\t00000000\t{number}\t0003\t0\t0\t100\t00000000\t0\t0\t0\n"
+            "eth\t0000070A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"
+        )
+        self.assertEqual(trchat.parse_route_table(head + routes), "10.7.0.1")
+        self.assertEqual(trchat.parse_route_table(head), "")
+        zeros, flags = "0" * 32, "00000400 00000001 00000000"
+        six = (
+            f"{zeros} 00 {zeros} 00 fe80{'0' * 27}1 {flags} 00450003     eth0\n"
+            f"{zeros} 00 {zeros} 00 {zeros} ffffffff 00000001 00000000 00200200       lo\n"
+        )
+        self.assertEqual(trchat.parse_ipv6_routes(six), "fe80::1%eth0")
+        self.assertEqual(trchat.parse_ipv6_routes(six.split("\n")[1]), "")
+        addresses = (
+            f"{'0' * 31}1 01 80 10 80       lo\n2a000007{'0' * 23}2 02 40 00 80     eth0\n"
+            f"2a000007{'0' * 23}3 02 40 00 c8     eth0\nfe80{'0' * 27}5 02 40 20 80     eth0\n"
+        )
+        self.assertEqual(
+            trchat.parse_if_inet6(addresses), [("eth0", "2a00:7::2"), ("eth0", "fe80::5")]
+        )
+
+    def test_what_other_systems_print(self):
+        mac = "   route to: default\ndestination: default\n    gateway: 192.168.1.1\n  flags: <UP>\n"
+        mac_six = "   route to: default\n    gateway: fe80::1%en0\n  interface: en0\n"
+        windows = (
+            "===\nActive Routes:\nNetwork Destination        Netmask          Gateway   Interface\n"
+            "          0.0.0.0          0.0.0.0      192.168.1.1    192.168.1.23     25\n===\n"
+        )
+        on_link = windows.replace("192.168.1.1 ", "On-link ")
+        table = ((mac, "192.168.1.1"), (mac_six, "fe80::1%en0"), (windows, "192.168.1.1"),
+                 (on_link, ""), ("route: not in table", ""), ("", ""))  # fmt: skip
+        for text, gateway in table:
+            self.assertEqual(trchat.parse_route_command(text), gateway)
+
+    HOME = (("eth", "10.7.0.2"),)
+    TABLE = (  # local addresses, router's answers and address, public address: what is said
+        (HOME, {}, "", "No router answers"),
+        (HOME, {}, "9.9.9.1", "seen as 9.9.9.1.*No router answers"),
+        (HOME, {"upnp": "100.64.0.5"}, "9.9.9.1", "CGNAT.*100.64.0.5"),
+        (HOME, {"upnp": "192.168.0.5"}, "9.9.9.1", "behind another one.*192.168.0.5"),
+        (HOME, {"upnp": "9.9.9.1"}, "9.9.9.1", "router has the public address 9.9.9.1"),
+        (HOME, {"upnp": "9.9.9.1"}, "", "router has the public address 9.9.9.1"),
+        (HOME, {"natpmp": "9.9.9.1"}, "9.9.9.2", "translates addresses"),
+        (HOME, {"natpmp": ""}, "9.9.9.2", "no public address of its own"),
+        ((("ppp", "9.9.9.1"),), {}, "9.9.9.1", "directly on the internet: 9.9.9.1"),
+        ((("ppp", "9.9.9.1"),), {}, "", "directly on the internet: 9.9.9.1"),
+        ((("ppp", "9.9.9.1"),), {}, "9.9.9.2", "VPN or proxy"),
+        ((("ts", "100.100.1.1"), *HOME), {}, "", "100.100.1.1 belongs to a VPN"),
+        ((("eth", "2a00::2"), *HOME), {}, "", "2a00::2 is public, but most"),
+        ((("eth", "fe80::2"), *HOME), {}, "", "no public IPv6"),
+        ((), {}, "", "no public IPv6"),
+    )
+
+    def test_what_the_difference_means(self):
+        for local, answers, public, expected in self.TABLE:
+            with self.subTest(expected=expected):
+                address = next(filter(None, answers.values()), "")
+                router = {"answers": answers, "address": address, "pinhole": False}
+                sentences = trchat.explain(list(local), router, public)
+                self.assertRegex(" ".join(sentences), expected)
+                for sentence in sentences:
+                    self.assertRegex(sentence, r"\A\S.*[.)]\Z")
+        pinhole = {"answers": {}, "address": "", "pinhole": True}
+        self.assertIn("opens its firewall", trchat.explain([("", "2a00::2")], pinhole, "")[-1])
+
+
+class OneAnswerServer:
+    """A TCP server on loopback: each connection's request goes to `answer(request) -> bytes`.
+
+    The answer None leaves the connection open, and silent.
+    """
+
+    def __init__(self, answer, context=None):
+        self.answer, self.context = answer, context
+        self.requests, self.left_open = [], []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
+
+    def handle(self, sock) -> None:
+        try:
+            if self.context:
+                sock = self.context.wrap_socket(sock, server_side=True)
+            request = b""
+            while not self.is_whole(request):
+                request += sock.recv(4096) or b"\r\n\r\n"
+            self.requests.append(request)
+            answer = self.answer(request)
+            if answer is None:
+                self.left_open.append(sock)
+                return
+            for piece in [answer] if isinstance(answer, bytes) else answer:
+                sock.sendall(piece)
+        except OSError:
+            pass
+        sock.close()
+
+    @staticmethod
+    def is_whole(request: bytes) -> bool:
+        head, blank, body = request.partition(b"\r\n\r\n")
+        size = re.search(rb"Content-Length: (\d+)", head)
+        return bool(blank) and len(body) >= (int(size[1]) if size else 0)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for sock in self.left_open:
+            sock.close()
+        self.thread.join(5)
+
+
+def http_page(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+    return head.encode() + body
+
+
+class StandInGateway:
+    """The SOAP side of a router that only keeps mappings for ever, and knows who has which."""
+
+    def __init__(self, faults=()):
+        self.mappings, self.faults = {}, dict(faults)
+        self.server = OneAnswerServer(self.answer)
+        self.address = "9.9.9.1"
+
+    def router(self, internal: int):
+        service = (trchat.IGD_SERVICES[1], self.server.port, "/ctl")
+        return trchat.UPnP("127.0.0.1", "127.0.0.1", internal, service)
+
+    def answer(self, request: bytes):
+        action = re.search(rb"#(\w+)\"", request)[1].decode()
+        values = dict(re.findall(r"<New(\w+)>([^<]*)<", request.decode()))
+        number, inner = getattr(self, action)(values)
+        number = self.faults.get(action, number)
+        if number:
+            body = f"<e><errorCode>{number}</errorCode></e>"
+            return http_page(body.encode(), "500 Internal Server Error")
+        return http_page(f'<e><u:{action}Response xmlns:u="x">{inner}</u:{action}Response></e>'.encode())
+
+    def AddPortMapping(self, values):
+        if values["LeaseDuration"] != "0":
+            return 725, ""
+        owner = values["InternalClient"], values["InternalPort"]
+        self.mappings[values["ExternalPort"]] = owner
+        return 0, ""
+
+    def DeletePortMapping(self, values):
+        return (0 if self.mappings.pop(values["ExternalPort"], None) else 714), ""
+
+    def GetSpecificPortMappingEntry(self, values):
+        owner = self.mappings.get(values["ExternalPort"])
+        if owner is None:
+            return 714, ""
+        client, port = owner
+        return 0, f"<NewInternalPort>{port}</NewInternalPort><NewInternalClient>{client}</NewInternalClient>"
+
+    def GetExternalIPAddress(self, values):
+        return 0, f"<NewExternalIPAddress>{self.address}</NewExternalIPAddress>"
+
+
+class PortMappingTest(PureCase):
+    """Routers on loopback: what real ones in the lab below do not do."""
+
+    def gateway(self, **faults):
+        gateway = StandInGateway(faults)
+        self.addCleanup(gateway.server.close)
+        return gateway
+
+    def mapped(self, router, **options):
+        """An open MappedPort that finds just this router, and the list of its reports."""
+        reports = queue.Queue()
+        for name in ("routers_for", "find_routers"):
+            patch = mock.patch.object(trchat, name, lambda *_: [router])
+            patch.start()
+            self.addCleanup(patch.stop)
+        report = lambda *words: reports.put(words)  # noqa: E731
+        return trchat.MappedPort(router.internal, report, **options), reports
+
+    def test_a_router_that_keeps_mappings_for_ever_only(self):
+        gateway = self.gateway()
+        mapped, _ = self.mapped(gateway.router(8089))
+        self.assertEqual(mapped.open(), "9.9.9.1:8089")
+        self.assertEqual(gateway.mappings, {"8089": ("127.0.0.1", "8089")})
+        self.assertEqual(mapped._pause(), trchat.LEASE_SECONDS / 2)
+        mapped.close()
+        self.assertEqual(gateway.mappings, {})
+
+    def test_another_port_where_it_is_taken(self):
+        gateway = self.gateway()
+        gateway.mappings["8089"] = "10.0.0.9", "8089"
+        mapped, _ = self.mapped(gateway.router(8089))
+        port = mapped.open().rpartition(":")[2]
+        self.assertNotEqual(port, "8089")
+        self.assertEqual(gateway.mappings[port], ("127.0.0.1", "8089"))
+        mapped.close()
+        self.assertEqual(gateway.mappings, {"8089": ("10.0.0.9", "8089")})
+
+    def test_what_others_have_taken_since_is_not_removed(self):
+        gateway = self.gateway()
+        mapped, _ = self.mapped(gateway.router(8089))
+        mapped.open()
+        gateway.mappings["8089"] = "10.0.0.9", "22"
+        mapped.close()
+        self.assertEqual(gateway.mappings, {"8089": ("10.0.0.9", "22")})
+
+    def test_a_refusal_has_a_reason(self):
+        for number, reason in ((606, "does not allow"), (718, "taken"), (501, "could not")):
+            mapped, _ = self.mapped(self.gateway(AddPortMapping=number).router(8089))
+            error = self.refused(mapped.open, kind=trchat.MappingRefused)
+            self.assertIn(reason, str(error))
+            mapped.close()
+
+    def test_an_address_of_the_provider_is_told_as_such(self):
+        for address in ("100.64.0.5", "10.1.2.3"):
+            gateway = self.gateway()
+            gateway.address = address
+            mapped, reports = self.mapped(gateway.router(8089))
+            self.assertEqual(mapped.open(), f"{address}:8089")
+            kind, text = reports.get_nowait()
+            self.assertEqual(kind, "notice")
+            self.assertIn(address, text)
+            mapped.close()
+
+    def test_without_an_address_there_is_no_mapping(self):
+        gateway = self.gateway()
+        gateway.address = ""
+        mapped, _ = self.mapped(gateway.router(8089))
+        error = self.refused(mapped.open, kind=trchat.ChatError)
+        self.assertIn("no public address of its own", str(error))
+        self.assertEqual(gateway.mappings, {})
+
+    def test_routers_that_answer_nonsense(self):
+        for answer in (b"", b"nonsense", http_page(b"<"), http_page(b"<a/>"), http_page(b"x" * 70000),
+                       http_page(b"<a/>", "404 Not Found"), http_page(b"", "302 Found")):  # fmt: skip
+            server = OneAnswerServer(lambda request, answer=answer: answer)
+            self.addCleanup(server.close)
+            service = (trchat.IGD_SERVICES[1], server.port, "/ctl")
+            mapped, _ = self.mapped(trchat.UPnP("127.0.0.1", "127.0.0.1", 8089, service))
+            error = self.refused(mapped.open, kind=trchat.ChatError)
+            self.assertEqual(error.code, "unreachable")
+
+    def test_a_silent_router_is_given_up_in_time(self):
+        server = OneAnswerServer(lambda request: None)
+        self.addCleanup(server.close)
+        service = (trchat.IGD_SERVICES[1], server.port, "/ctl")
+        router = trchat.UPnP("127.0.0.1", "127.0.0.1", 8089, service)
+        with mock.patch.object(trchat, "HTTP_SECONDS", 0.3):
+            began = time.monotonic()
+            self.refused(router.map, 8089, 60, kind=OSError)
+            self.assertLess(time.monotonic() - began, 1.5)
+
+    def test_a_damaged_lease_harms_nobody(self):
+        good = {**trchat.PCP("10.7.0.1", "10.7.0.2", 8089).state(), "external": 8089}
+        self.assertEqual(trchat.restore_router(good).state(), good)
+        spoiled = [{**good, name: value} for name in good for value in (None, "", [], "x y", -1)]
+        upnp = {**good, "protocol": "upnp", "service": ["urn:x", 80, "/"]}
+        spoiled += [upnp, {**upnp, "service": [trchat.IGD_SERVICES[1], 80, "/ HTTP/1.1\r\n"]}]
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "lease.json")
+            with mock.patch.object(trchat, "ask_udp", side_effect=trchat.RemoteProtocolError("x")):
+                for content in (b"", b"{", b"[]", b"{}", b"\xff", *(json.dumps(s).encode() for s in spoiled)):
+                    trchat.write_file(path, content)
+                    self.assertFalse(trchat.MappingLease(path).clean_up(), content)
+                    self.assertFalse(os.path.exists(path), content)
+            self.assertFalse(trchat.MappingLease(path).clean_up())
+
+    def test_an_unknown_answer_is_waited_out_for_the_right_one(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+            server.bind(("127.0.0.1", 0))
+
+            def lie_first():
+                request, sender = server.recvfrom(100)
+                for answer in (b"", b"nonsense", request, PortMappingMessagesTest.NATPMP_ADDRESS):
+                    server.sendto(answer, sender)
+
+            thread = threading.Thread(target=lie_first)
+            thread.start()
+            port = server.getsockname()[1]
+            decode = trchat.decode_natpmp_address
+            self.assertEqual(trchat.ask_udp("127.0.0.1", port, b"\0\0", decode), "9.9.9.1")
+            thread.join()
+
+    def test_nobody_answers(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+            silent.bind(("127.0.0.1", 0))
+            with mock.patch.object(trchat, "UDP_WAITS", (0.05, 0.05)):
+                call = trchat.ask_udp, "127.0.0.1", silent.getsockname()[1], b"?", bytes
+                self.refused(*call, kind=OSError)
+            self.assertEqual([silent.recv(9), silent.recv(9)], [b"?", b"?"])
+
+    def test_this_machine(self):
+        addresses = trchat.interface_addresses()
+        self.assertFalse([a for _, a in addresses if a.startswith("127.") or a == "::1"])
+        self.assertEqual(len({a for _, a in addresses}), len(addresses))
+        with mock.patch.object(trchat.sys, "platform", "other"):
+            self.assertLessEqual(
+                {a for _, a in trchat.interface_addresses()} & {"127.0.0.1", "::1"}, set()
+            )
+            self.assertIsInstance(trchat.default_gateway(), str)
+
+
+class PublicAddressTest(PureCase):
+    """HTTPS services of our own that lie, hang and talk nonsense."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        cls.pem, cls.server_context = cls.certificate("good")
+        cls.client_context = ssl.create_default_context(cadata=cls.pem)
+
+    @classmethod
+    def certificate(cls, name: str) -> tuple:
+        """(PEM, a server's TLS context) of a self-signed certificate for localhost."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key, names = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+        day = trchat.datetime.timedelta(days=1)
+        now = trchat.datetime.datetime(2024, 1, 1)
+        made = x509.CertificateBuilder(names, names, key.public_key(), 1, now, now + day * 36500)
+        made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), True)
+        made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
+        ski = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        pem = made.add_extension(ski, False).sign(key, hashes.SHA256())
+        pem = pem.public_bytes(serialization.Encoding.PEM)
+        form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        path = os.path.join(cls.folder, name + ".pem")
+        with open(path, "wb") as file:
+            file.write(pem + key.private_bytes(*form, serialization.NoEncryption()))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        return pem.decode(), context
+
+    def service(self, answer, context=None) -> tuple:
+        server = OneAnswerServer(lambda request: answer, context or self.server_context)
+        self.addCleanup(server.close)
+        self.servers.append(server)
+        return f"s{server.port}", f"https://localhost:{server.port}/"
+
+    def setUp(self):
+        self.servers = []
+
+    def vote(self, *answers, stun=()) -> str:
+        services = tuple(a if isinstance(a, tuple) else self.service(a) for a in answers)
+        return trchat.public_address(lambda names: True, services, stun, self.client_context)
+
+    def test_the_majority_counts_and_is_not_held_up(self):
+        good, liar = http_page(b"9.9.9.9\n"), http_page(b"8.8.8.8")
+        began = time.monotonic()
+        self.assertEqual(self.vote(good, liar, good, None, good), "9.9.9.9")
+        self.assertLess(time.monotonic() - began, 2)
+        for server in self.servers:
+            self.assertLessEqual(len(server.requests), 1)
+
+    def test_two_against_two_is_nothing(self):
+        good, liar = http_page(b"9.9.9.9"), http_page(b"8.8.8.8")
+        self.assertEqual(self.vote(good, good, liar, liar), "")
+
+    def test_nonsense_does_not_count(self):
+        good = http_page(b"9.9.9.9")
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\n9.9.9.9\r\n0\r\n\r\n"
+        nonsense = [
+            http_page(b"10.0.0.1"), http_page(b"100.64.0.1"), http_page(b"<html>9.9.9.9"),
+            http_page(b"9.9.9.9", "302 Found", f"Location: {self.service(good)[1]}\r\n"),
+            http_page(b"8.8.8.8", "500 Oops"), http_page(b""), b"", b"\0" * 5000,
+            http_page(b" " * 60000 + b"8.8.8.8"), itertools.repeat(b"x" * 65536),
+            b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n8.8", http_page(b"8.8.8.8\0"),
+            b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n8.8.8.8",
+        ]  # fmt: skip
+        self.assertEqual(self.vote(*nonsense), "")
+        redirected, *_ = self.servers
+        self.assertEqual(redirected.requests, [])  # nobody followed
+        self.assertEqual(self.vote(*nonsense, good, chunked), "9.9.9.9")
+
+    def test_a_wrong_certificate_does_not_count(self):
+        _, other = self.certificate("other")
+        answer = http_page(b"8.8.8.8")
+        forged = [self.service(answer, other) for _ in range(3)]
+        self.assertEqual(self.vote(*forged), "")
+        self.assertEqual(self.vote(*forged, http_page(b"9.9.9.9")), "9.9.9.9")
+        self.assertEqual([server.requests for server in self.servers[:3]], [[]] * 3)
+
+    def test_those_who_hang_or_drip_are_given_up(self):
+        drip = itertools.chain([b"HTTP/1.1 200 OK\r\n"], self.slowly(b"X-Drip: 1\r\n"))
+        with mock.patch.object(trchat, "SERVICE_SECONDS", 0.4):
+            began = time.monotonic()
+            self.assertEqual(self.vote(None, drip, None), "")
+            self.assertLess(time.monotonic() - began, 2)
+
+    @staticmethod
+    def slowly(piece: bytes):
+        stop = threading.Event()
+        while not stop.wait(0.05):
+            yield piece
+
+    def test_nobody_is_asked_without_leave(self):
+        services = self.service(http_page(b"9.9.9.9")), self.service(http_page(b"9.9.9.9"))
+        asked = []
+
+        def refuse(names):
+            asked.extend(names)
+            return False
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stun:
+            stun.bind(("127.0.0.1", 0))
+            stun.setblocking(False)
+            server = ("stun", "127.0.0.1:%d" % stun.getsockname()[1])
+            with mock.patch.object(trchat, "spawn", side_effect=AssertionError):
+                self.assertEqual(trchat.public_address(refuse, services, (server,)), "")
+            self.assertRaises(BlockingIOError, stun.recv, 100)
+        self.assertEqual(asked, [services[0][0], services[1][0], "stun"])
+        self.assertEqual([server.requests for server in self.servers], [[], []])
+
+    def test_stun_decides_where_the_services_do_not(self):
+        said = {b"s1": "9.9.9.9", b"s2": "9.9.9.9", b"s3": "8.8.8.8"}
+        servers = [self.stun_server(address) for address in said.values()]
+        self.assertEqual(self.vote(b"", b"", stun=tuple(servers)), "9.9.9.9")
+
+    def stun_server(self, address: str) -> tuple:
+        """Says that everybody has that address; a forged answer comes first."""
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("127.0.0.1", 0))
+
+        def serve():
+            with sock:
+                request, client = sock.recvfrom(100)
+                mask = request[4:20]
+                raw = bytes(a ^ b for a, b in zip(socket.inet_aton(address), mask))
+                body = b"\0\x20\0\x08\0\x01\x12\x34" + raw
+                sock.sendto(b"\1\1\0\x0c" + mask[:4] + bytes(12) + body, client)
+                sock.sendto(b"\1\1\0\x0c" + mask + body, client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        self.addCleanup(thread.join, 5)
+        return "stun", "127.0.0.1:%d" % sock.getsockname()[1]
+
+
+# Reads a line of JSON with Python source, runs it, answers with what it has put into `result`.
+NAMESPACE_DRIVER = """
+import functools, io, json, os, queue, socket, sys, threading
+import trchat
+reports, result = queue.Queue(), None
+def report(kind, text):
+    reports.put([kind, text])
+def only(protocol):
+    everyone = trchat.routers_for
+    trchat.routers_for = lambda *a: [r for r in everyone(*a) if r.protocol == protocol]
+def take_one(server):
+    sock, peer = server.accept()
+    with sock:
+        return [peer[0], sock.recv(100).decode()]
+def counted(mapped, times):
+    left, done = [times], threading.Event()
+    renew = mapped._renew_or_anew
+    def counting():
+        renew()
+        left[0] -= 1
+        if left[0] <= 0:
+            done.set()
+    mapped._renew_or_anew = counting
+    return done
+for line in sys.stdin:
+    result = None
+    try:
+        exec(json.loads(line), globals())
+        answer = {"result": result}
+    except Exception as error:
+        answer = {"error": type(error).__name__ + ": " + str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+LAB_FIREWALL = """
+table inet filter {
+ chain miniupnpd { }
+ chain prerouting_miniupnpd { }
+ chain postrouting_miniupnpd { }
+ chain forward { type filter hook forward priority 0; policy drop;
+   ct state established,related accept
+   iifname "lan" accept
+   meta l4proto icmpv6 accept
+   jump miniupnpd
+ }
+ chain prerouting { type nat hook prerouting priority -100; policy accept;
+   jump prerouting_miniupnpd
+ }
+ chain postrouting { type nat hook postrouting priority 100; policy accept;
+   jump postrouting_miniupnpd
+   meta nfproto ipv4 oifname "wan" masquerade
+ }
+}
+"""
+
+LAB_DAEMON = """
+ext_ifname=wan
+listening_ip=lan
+http_port=0
+enable_natpmp=yes
+enable_upnp={upnp}
+min_lifetime=1
+max_lifetime=86400
+secure_mode=yes
+uuid=fc4ec57e-b051-11db-88f8-0060085db3f6
+allow 1024-65535 10.7.0.0/24 1024-65535
+deny 0-65535 0.0.0.0/0 0-65535
+upnp_table_name=filter
+upnp_nat_table_name=filter
+upnp_forward_chain=miniupnpd
+upnp_nat_chain=prerouting_miniupnpd
+upnp_nat_postrouting_chain=postrouting_miniupnpd
+"""
+
+
+class Inside:
+    """A Python in a namespace that runs what it is told."""
+
+    def __init__(self, command: list):
+        self.process = subprocess.Popen(
+            [*command, sys.executable, "-c", NAMESPACE_DRIVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": os.path.dirname(SOURCE_PATH)},
+        )
+
+    def begin(self, source: str) -> None:
+        self.process.stdin.write(json.dumps(source) + "\n")
+        self.process.stdin.flush()
+
+    def end(self):
+        answer = json.loads(self.process.stdout.readline())
+        if "error" in answer:
+            raise AssertionError(answer["error"])
+        return answer["result"]
+
+    def run(self, source: str):
+        self.begin(source)
+        return self.end()
+
+    def report(self) -> list:
+        return self.run("result = reports.get(timeout=15)")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(10)
+
+
+class Lab:
+    """Two homes, each behind a router that translates addresses, and the internet between them.
+
+    Namespaces near (10.7.0.2), gate (10.7.0.1 and 9.9.9.1), net (9.9.9.9), door (9.9.9.2), far.
+    """
+
+    PLACES = ("near", "gate", "net", "door", "far")
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="trchat-lab-")
+        self.daemon = None
+        self.remove_old()
+
+    def name(self, place: str) -> str:
+        return f"trchat-lab-{os.getpid()}-{place}"
+
+    @staticmethod
+    def call(*words, data=None) -> str:
+        done = subprocess.run(words, input=data, capture_output=True, encoding="utf-8", timeout=20)
+        if done.returncode:
+            raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
+        return done.stdout
+
+    @classmethod
+    def remove_old(cls) -> None:
+        """What a run that was killed has left."""
+        for name in re.findall(r"(?m)^trchat-lab-\d+-\w+", cls.call("ip", "netns", "list")):
+            if not os.path.exists(f"/proc/{name.split('-')[2]}"):
+                cls.call("ip", "netns", "delete", name)
+
+    def at(self, place: str, *words, data=None) -> str:
+        return self.call("ip", "netns", "exec", self.name(place), *words, data=data)
+
+    def ip(self, place: str, lines: str) -> None:
+        self.call("ip", "-n", self.name(place), "-batch", "-", data=lines)
+
+    def link(self, place: str, interface: str, other: str, peer: str) -> None:
+        ends = ("netns", self.name(place), "type", "veth", "peer", "name", peer)
+        self.call("ip", "link", "add", interface, *ends, "netns", self.name(other))
+
+    def build(self) -> None:
+        for place in self.PLACES:
+            self.call("ip", "netns", "add", self.name(place))
+        self.link("near", "eth", "gate", "lan")
+        self.link("gate", "wan", "net", "w1")
+        self.link("far", "eth", "door", "lan")
+        self.link("door", "wan", "net", "w2")
+        self.ip("net", "link add name hub type bridge\nlink set w1 master hub up\nlink set w2 master hub up\n"
+                "link set lo up\naddr add 9.9.9.9/24 dev hub\n"
+                "addr add 2a00:7:7:9::9/64 dev hub nodad\nlink set hub up\n"
+                "route add 2a00:7:7:1::/64 via 2a00:7:7:9::1\n")  # fmt: skip
+        for home, router, number in (("near", "gate", 7), ("far", "door", 8)):
+            self.home(home, router, number)
+        self.ip("gate", "addr add 2a00:7:7:9::1/64 dev wan nodad\n"
+                "addr add 2a00:7:7:1::1/64 dev lan nodad\n"
+                "route add default via 2a00:7:7:9::9\n")  # fmt: skip
+        self.ip("near", "addr add 2a00:7:7:1::2/64 dev eth nodad\n"
+                "route add default via fe80::1 dev eth\n")  # fmt: skip
+
+    def home(self, home: str, router: str, number: int) -> None:
+        forward = "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"
+        self.at(router, "sysctl", "-qw", *forward)
+        lines = "link set lo up\n"
+        self.ip(router, lines + f"addr add 10.{number}.0.1/24 dev lan\naddr add fe80::1/64 dev lan "
+                f"nodad\nlink set lan up\naddr add 9.9.9.{number - 6}/24 dev wan\n"
+                "link set wan up\n")  # fmt: skip
+        self.ip(home, lines + f"addr add 10.{number}.0.2/24 dev eth\nlink set eth up\n"
+                f"route add default via 10.{number}.0.1\n")  # fmt: skip
+        self.at(router, "nft", "-f", "-", data=LAB_FIREWALL)
+
+    @contextlib.contextmanager
+    def outside(self, address: str):
+        """The near home's router has another address meanwhile."""
+        change = "addr del {}/24 dev wan\naddr add {}/24 dev wan\n"
+        self.ip("gate", change.format("9.9.9.1", address))
+        try:
+            yield
+        finally:
+            self.ip("gate", change.format(address, "9.9.9.1"))
+
+    def start_daemon(self, upnp: str = "yes") -> None:
+        self.stop_daemon()
+        path = os.path.join(self.folder, "miniupnpd.conf")
+        with open(path, "w", encoding="ascii") as file:
+            file.write(LAB_DAEMON.format(upnp=upnp))
+        self.daemon = subprocess.Popen(
+            ["ip", "netns", "exec", self.name("gate"), "miniupnpd", "-d", "-f", path,
+             "-P", os.path.join(self.folder, "pid")],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.said = collections.deque(maxlen=200)
+        ready = threading.Event()
+        threading.Thread(target=self.listen, args=(self.daemon, ready), daemon=True).start()
+        if not ready.wait(10):
+            raise AssertionError("miniupnpd does not start: " + "\n".join(self.said))
+
+    def listen(self, daemon, ready) -> None:
+        """The last that the daemon opens is NAT-PMP's socket."""
+        with daemon.stderr:
+            for line in daemon.stderr:
+                self.said.append(line.decode("utf-8", "replace").strip())
+                if b"Listening for NAT-PMP" in line:
+                    ready.set()
+
+    def stop_daemon(self) -> None:
+        if self.daemon is not None:
+            self.daemon.kill()
+            self.daemon.wait(10)
+            self.daemon = None
+
+    def rules(self) -> list:
+        """What the router's daemon has let through."""
+        text = self.at("gate", "nft", "list", "table", "inet", "filter")
+        lines = map(str.strip, text.splitlines())
+        return [line for line in lines if "dnat" in line or ("dport" in line and "accept" in line)]
+
+    def inside(self, place: str) -> Inside:
+        return Inside(["ip", "netns", "exec", self.name(place)])
+
+    def remove(self) -> None:
+        self.stop_daemon()
+        left = self.call("ip", "netns", "list")
+        for place in filter(lambda p: self.name(p) in left, self.PLACES):
+            for pid in self.call("ip", "netns", "pids", self.name(place)).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            self.call("ip", "netns", "delete", self.name(place))
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def lab_reason() -> str:
+    """Why there can be no lab here, "" if there can."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        return "needs root on Linux, for network namespaces"
+    missing = [name for name in ("ip", "nft", "miniupnpd", "sysctl") if not shutil.which(name)]
+    if missing:
+        return "needs " + ", ".join(missing) + " (apt: iproute2 nftables miniupnpd procps)"
+    probe = f"trchat-lab-{os.getpid()}-probe"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
+    return "network namespaces are not allowed here" if made.returncode else ""
+
+
+class PortMappingLabTest(unittest.TestCase):
+    """Real routers (miniupnpd, nftables) in network namespaces."""
+
+    PROTOCOLS = ("upnp", "natpmp", "pcp")
+
+    @classmethod
+    def setUpClass(cls):
+        reason = lab_reason()
+        if reason:
+            raise unittest.SkipTest(reason)
+        cls.lab = Lab()
+        cls.addClassCleanup(cls.lab.remove)
+        cls.lab.build()
+        cls.lab.start_daemon()
+
+    def inside(self, place: str) -> Inside:
+        python = self.lab.inside(place)
+        self.addCleanup(python.close)
+        return python
+
+    def mapping(self, python: Inside, name: str, protocol: str, words: str) -> str:
+        """Opens MappedPort(words) as `name` by that protocol alone; its host:port."""
+        return python.run(
+            f"everyone = trchat.routers_for; only({protocol!r})\n"
+            f"try:\n    {name} = trchat.MappedPort({words}); result = {name}.open()\n"
+            "finally: trchat.routers_for = everyone"
+        )
+
+    def listening(self, port: int) -> Inside:
+        python = self.inside("near")
+        python.run(f"server = socket.create_server(('', {port})); server.settimeout(10)")
+        return python
+
+    def assert_arrives(self, near: Inside, address: str, text: str, place: str = "far") -> None:
+        """A connection from the other home comes through, with its sender's address."""
+        far = self.inside(place)
+        near.begin("result = take_one(server)")
+        host, port = trchat.split_address(address)
+        far.run(f"with socket.create_connection({(host, port)!r}, 5) as s: s.sendall({text!r}.encode())")
+        peer, said = near.end()
+        self.assertEqual(said, text)
+        self.assertIn(peer, ("9.9.9.2", "2a00:7:7:9::9"))
+
+    def assert_refused(self, address: str) -> None:
+        with self.assertRaises(AssertionError):
+            self.inside("far").run(
+                f"socket.create_connection({trchat.split_address(address)!r}, 0.5).close()"
+            )
+
+    def test_others_come_in_by_each_protocol_and_no_longer_after(self):
+        near = self.listening(7000)
+        self.assertEqual(self.lab.rules(), [])
+        self.assert_refused("9.9.9.1:7000")
+        for protocol in self.PROTOCOLS:
+            with self.subTest(protocol):
+                lease = os.path.join(self.lab.folder, "lease")
+                address = self.mapping(near, "m", protocol, f"7000, report, {lease!r}")
+                self.assertEqual(address, "9.9.9.1:7000")
+                self.assertTrue(os.path.exists(lease))
+                self.assertNotEqual(self.lab.rules(), [])
+                self.assert_arrives(near, address, protocol)
+                near.run("m.close()")
+                self.assertEqual(self.lab.rules(), [])
+                self.assertFalse(os.path.exists(lease))
+        self.assertTrue(near.run("result = reports.empty()"))
+
+    def test_the_first_that_works_is_taken(self):
+        near = self.inside("near")
+        source = "m = trchat.MappedPort(7001, report); result = [m.open(), m._router.protocol]"
+        self.assertEqual(near.run(source), ["9.9.9.1:7001", "upnp"])
+        near.run("m.close()")
+        self.lab.start_daemon(upnp="no")
+        self.addCleanup(self.lab.start_daemon)
+        self.assertEqual(near.run(source), ["9.9.9.1:7001", "natpmp"])
+        near.run("m.close()")
+        self.assertEqual(self.lab.rules(), [])
+
+    def test_a_taken_port_is_left_to_its_owner(self):
+        self.lab.ip("near", "addr add 10.7.0.3/24 dev eth\n")
+        self.addCleanup(self.lab.ip, "near", "addr del 10.7.0.3/24 dev eth\n")
+        near = self.listening(7002)
+        first = self.mapping(near, "first", "upnp", "7002, report, address='10.7.0.3'")
+        near.run("own = trchat.routers_for(7009)[0]; own.find(); own.map(7003, 60)")
+        for protocol in self.PROTOCOLS:
+            with self.subTest(protocol):
+                second = self.mapping(near, "second", protocol, "7002, report")
+                self.assertNotEqual(second, first)
+                self.assert_arrives(near, second, protocol)
+                near.run("second.close()")
+        third = self.mapping(near, "third", "upnp", "7003, report")
+        self.assertNotEqual(third, "9.9.9.1:7003")  # where another program of ours has it
+        near.run("third.close(); result = own._owner(7003)")
+        self.assertEqual(first, "9.9.9.1:7002")
+        near.run("first.close(); own.unmap()")
+        self.assertEqual(self.lab.rules(), [])
+
+    def test_mappings_are_renewed_at_half_time(self):
+        near = self.listening(7010)
+        near.run("stale = trchat.routers_for(7019)[1]; stale.map(7019, 2)")
+        for number, protocol in enumerate(self.PROTOCOLS, 7010):
+            self.mapping(near, f"m{number}", protocol, f"{number}, report, lifetime=2")
+            near.run(f"done{number} = counted(m{number}, 3)")
+        for number in range(7010, 7013):
+            self.assertTrue(near.run(f"result = done{number}.wait(20)"))
+        rules = " ".join(self.lab.rules())
+        for number in range(7010, 7013):
+            self.assertIn(f"dport {number} ", rules)
+        self.assertNotIn("dport 7019 ", rules)  # nobody has renewed this one
+        self.assert_arrives(near, "9.9.9.1:7010", "renewed")
+        for number in range(7010, 7013):
+            near.run(f"m{number}.close()")
+        self.assertTrue(near.run("result = reports.empty()"))
+        self.assertEqual(self.lab.rules(), [])
+
+    def test_a_new_address_and_a_lost_mapping_are_told(self):
+        near = self.listening(7020)
+        self.mapping(near, "m", "natpmp", "7020, report, lifetime=2")
+        with self.lab.outside("9.9.9.5"):
+            self.assertEqual(near.report(), ["address", "9.9.9.5:7020"])
+            self.lab.stop_daemon()
+            kind, text = near.report()
+            self.assertEqual(kind, "lost")
+            self.assertRegex(text, r"9\.9\.9\.5:7020.*\.\Z")
+            self.lab.start_daemon()
+            self.assertEqual(near.report(), ["address", "9.9.9.5:7020"])
+        near.run("m.close()")
+
+    def test_the_next_start_removes_what_a_killed_one_left(self):
+        victim = self.inside("near")
+        leases = {p: os.path.join(self.lab.folder, "lease-" + p) for p in self.PROTOCOLS}
+        for number, (protocol, lease) in enumerate(leases.items(), 7030):
+            self.mapping(victim, f"m{number}", protocol, f"{number}, report, {lease!r}")
+        victim.process.kill()
+        victim.process.wait(10)
+        self.assertEqual(len(self.lab.rules()), 6)
+        near = self.inside("near")
+        for number, (protocol, lease) in enumerate(leases.items(), 1):
+            source = f"result = trchat.MappedPort(1, report, {lease!r}).clean_up()"
+            self.assertTrue(near.run(source), protocol)
+            self.assertEqual(len(self.lab.rules()), 6 - 2 * number)
+            self.assertFalse(near.run(source))
+
+    def test_closing_without_a_router_is_bounded_and_leaves_the_lease(self):
+        near = self.inside("near")
+        lease = os.path.join(self.lab.folder, "lease-left")
+        self.mapping(near, "m", "natpmp", f"7040, report, {lease!r}")
+        self.lab.ip("gate", "link set lan down\n")
+        try:
+            began = time.monotonic()
+            near.run("m.close()")
+            self.assertLess(time.monotonic() - began, trchat.UNMAP_SECONDS + 1)
+            self.assertTrue(os.path.exists(lease))
+        finally:
+            self.lab.ip("gate", "link set lan up\naddr add fe80::1/64 dev lan nodad\n"
+                        "addr add 2a00:7:7:1::1/64 dev lan nodad\n")  # fmt: skip
+            self.lab.start_daemon()
+        self.assertTrue(near.run(f"result = trchat.MappingLease({lease!r}).clean_up()"))
+        self.assertEqual(self.lab.rules(), [])
+
+    def test_behind_a_provider_that_shares_an_address(self):
+        near = self.inside("near")
+        self.addCleanup(self.lab.start_daemon)
+        with self.lab.outside("100.64.0.5"):
+            self.lab.start_daemon()
+            view = near.run("result = trchat.router_view()")
+            self.assertEqual((view["gateway"], view["address"]), ("10.7.0.1", ""))
+            said = trchat.explain([("eth", "10.7.0.2")], view, "9.9.9.9")
+            self.assertIn("CGNAT", said[0])
+            with self.assertRaisesRegex(AssertionError, "no public address of its own"):
+                near.run("trchat.MappedPort(7050, report).open()")
+        self.assertEqual(self.lab.rules(), [])
+
+    def test_a_pinhole_for_ipv6(self):
+        near = self.inside("near")
+        near.run("server = socket.create_server(('::', 7060), family=socket.AF_INET6)")
+        near.run("server.settimeout(10)")
+        address = near.run(
+            "m = trchat.MappedPort(7060, report, address='2a00:7:7:1::2'); result = m.open()"
+        )
+        self.assertEqual(address, "[2a00:7:7:1::2]:7060")
+        self.assert_arrives(near, address, "six", "net")
+        near.run("m.close()")
+        self.assertEqual(self.lab.rules(), [])
+        self.assertIn(["eth", "2a00:7:7:1::2"], near.run("result = trchat.interface_addresses()"))
+
+    def test_the_view_of_the_router(self):
+        near = self.inside("near")
+        view = near.run("result = trchat.router_view()")
+        answers = dict.fromkeys(self.PROTOCOLS, "9.9.9.1")
+        expected = {"gateway": "10.7.0.1", "address": "9.9.9.1", "answers": answers}
+        self.assertEqual(view, {**expected, "pinhole": True})
+        self.assertEqual(self.lab.rules(), [])
+        addresses = near.run("result = trchat.interface_addresses()")
+        self.assertEqual(addresses[0], ["eth", "10.7.0.2"])
+        self.assertEqual([a for _, a in addresses if a.startswith("127.") or a == "::1"], [])
+        self.assertTrue(addresses[-1][1].startswith("fe80::"))
+        said = trchat.explain(addresses, view, "9.9.9.1")
+        self.assertIn("public address 9.9.9.1", said[0])
+        self.assertIn("opens its firewall", said[-1])
+
+    def test_where_no_router_maps_anything(self):
+        far, other, net = self.inside("far"), self.inside("far"), self.inside("net")
+        far.begin("result = trchat.router_view()")
+        for python in (other, net):  # all at once: each waits for answers that do not come
+            python.begin("trchat.MappedPort(7070, report).open()")
+        view = far.end()
+        self.assertEqual((view["gateway"], view["answers"]), ("10.8.0.1", {}))
+        for python in (other, net):
+            with self.assertRaisesRegex(AssertionError, "No router here maps ports"):
+                python.end()
+
+    ASK_STUN = """
+servers = (("x", "9.9.9.9:3478"),)
+for _ in range(100):  # it does not say when it is ready
+    result = trchat.public_address(lambda names: True, (), servers)
+    if result:
+        break
+    threading.Event().wait(0.1)
+"""
+
+    def test_a_real_stun_server_tells_the_address(self):
+        self.lab.ip("net", "addr add 9.9.9.10/24 dev hub\n")
+        programs = {
+            "stund": ["-h", "9.9.9.9", "-a", "9.9.9.10"],
+            "turnserver": ["-n", "-S", "-L", "9.9.9.9", "--no-tls", "--no-dtls", "--no-cli",
+                           "--log-file", "stdout", "--pidfile", os.path.join(self.lab.folder, "t")],
+        }  # fmt: skip
+        here = {name: words for name, words in programs.items() if shutil.which(name)}
+        if not here:
+            self.skipTest("needs stund or turnserver (apt: stun-server or coturn)")
+        near = self.inside("near")
+        for name, words in here.items():
+            with self.subTest(name):
+                command = ["ip", "netns", "exec", self.lab.name("net"), name, *words]
+                quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                with subprocess.Popen(command, stdin=subprocess.DEVNULL, **quiet) as server:
+                    try:
+                        self.assertEqual(near.run(self.ASK_STUN), "9.9.9.1")
+                    finally:
+                        server.kill()
+
+
+# ==================================================================================================
 # Benchmarks
 # ==================================================================================================
 

@@ -2064,7 +2064,7 @@ def is_public(text: str) -> bool:
 def is_shared(text: str) -> bool:
     """100.64.0.0/10: one that a provider, or a VPN, gives to many (RFC 6598)."""
     address = parse_address(text)
-    return address is not None and address.packed[:1] == b"d" and address.packed[1] >> 6 == 1
+    return address is not None and address in ipaddress.ip_network("100.64.0.0/10")
 
 
 def parse_if_inet6(text: str) -> list:
@@ -9006,9 +9006,14 @@ def no_router_error() -> ChatError:
 
 def restore_router(state: dict) -> Router:
     """The router of a saved state; KeyError, TypeError or ValueError if it is none."""
-    common = (state["gateway"], state["client"], int(state["internal"]))
-    if not parse_address(common[0]) or not parse_address(common[1]):
+    gateway, client, internal, external = (
+        state[name] for name in ("gateway", "client", "internal", "external")
+    )
+    if not all(type(text) is str and parse_address(text) for text in (gateway, client)):
         raise ValueError("no address")
+    if not all(type(port) is int and 0 < port < 65536 for port in (internal, external)):
+        raise ValueError("no port")
+    common = (gateway, client, internal)
     if state["protocol"] == "natpmp":
         router: Router = NATPMP(*common)
     elif state["protocol"] == "pcp":
@@ -9018,7 +9023,7 @@ def restore_router(state: dict) -> Router:
         if kind not in IGD_SERVICES or type(port) is not int or not URL_PATH.match(path):
             raise ValueError("no service")
         router = UPnP(*common, (kind, port, path))
-    router.external = int(state["external"])
+    router.external = external
     return router
 
 
@@ -9254,7 +9259,12 @@ class MappedPort:
     def _renew_or_anew(self) -> None:
         """A router that has restarted may be found at another place, or by another protocol."""
         try:
-            self._map(self._router, self._grant.port)
+            grant = self._router.map(self._grant.port, self._lifetime)
+            if not grant.address:
+                raise no_router_error()
+            if grant.port != self._grant.port:
+                self._lease.save(self._router)
+            self._grant = grant
         except (ChatError, OSError):
             self._establish(self._grant.port)
 

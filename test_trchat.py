@@ -8680,11 +8680,11 @@ class VanishingTest(unittest.TestCase):
     def test_what_is_noted(self):
         vanishing = trchat.Vanishing()
         self.assertIsNone(vanishing.next_due())
-        vanishing.note({"event": "message", "id": "a", "disappear": 100}, 1000)
-        vanishing.note({"event": "message", "id": "b"}, 1000)
-        vanishing.note({"event": "sent", "id": "c", "_message": self.own(50)}, 1000)
-        vanishing.note({"event": "queued", "id": "d", "_message": self.own(0)}, 1000)
-        vanishing.note({"event": "delivered", "id": "c", "_message": self.own(50)}, 1000)
+        vanishing.note({"event": "message", "id": "a", "_key": "a", "disappear": 100}, 1000)
+        vanishing.note({"event": "message", "id": "b", "_key": "b"}, 1000)
+        vanishing.note({"event": "sent", "id": "c", "_key": "c", "_message": self.own(50)}, 1000)
+        vanishing.note({"event": "queued", "id": "d", "_key": "d", "_message": self.own(0)}, 1000)
+        vanishing.note({"event": "delivered", "id": "c", "_key": "c", "_message": self.own(50)}, 1000)
         vanishing.note({"event": "notice", "disappear": 5}, 1000)
         self.assertEqual(vanishing.next_due(), 1050)
         self.assertEqual(vanishing.take_due(1049.9), [])
@@ -8703,7 +8703,7 @@ class VanishingTest(unittest.TestCase):
     def test_each_once_when_it_is_due(self, messages, looks):
         vanishing, due = trchat.Vanishing(), {}
         for number, (now, lifetime) in enumerate(messages):
-            vanishing.note({"event": "message", "id": str(number), "disappear": lifetime}, now)
+            vanishing.note({"event": "message", "_key": str(number), "disappear": lifetime}, now)
             if lifetime:
                 due[str(number)] = now + lifetime
         gone = set()
@@ -15559,15 +15559,15 @@ class HistoryTest(LogCase):
 
     def test_ids(self):
         entries = self.fill(30)
-        self.assertEqual(self.history.ids(LOBBY), {e["id"] for e in entries})
-        self.assertEqual(self.opened().ids(LOBBY, 4), {e["id"] for e in entries[-4:]})
+        self.assertEqual(self.history.keys(LOBBY), set(map(trchat.entry_key, entries)))
+        self.assertEqual(self.opened().keys(LOBBY, 4), set(map(trchat.entry_key, entries[-4:])))
 
     def test_only_the_newest_are_opened(self):
         self.fill(200)
         log = self.history._log(LOBBY)
         log._records._cipher = counter = CountingCipher(log._records._cipher)
         self.history.tail(LOBBY, 20)
-        self.history.ids(LOBBY, 20)
+        self.history.keys(LOBBY, 20)
         self.assertEqual(counter.attempts, 40)
 
     def test_clearing(self):
@@ -15587,16 +15587,16 @@ class HistoryTest(LogCase):
         for history in (self.history, self.opened()):
             self.assertEqual(history.expire(29), ([], 30))
         before = {c: self.content(self.file_of(c)) for c in (LOBBY, BOB)}
-        self.assertEqual(self.history.expire(31), ([entry_of(11)["id"]], 50))
+        self.assertEqual(self.history.expire(31), ([trchat.entry_key(entry_of(11))], 50))
         self.assertEqual(self.history.expire(31), ([], 50))
         self.assertEqual(self.content(self.file_of()), before[LOBBY])
         after = self.content(self.file_of(BOB))
         self.assertEqual(len(after), len(before[BOB]))
         lost = [n for n in range(len(after)) if after[n] != before[BOB][n]]
         self.assertEqual(set(after[min(lost) : max(lost) + 1]), {0})
-        self.assertEqual(self.opened().expire(55), ([entry_of(10)["id"]], 60))
+        self.assertEqual(self.opened().expire(55), ([trchat.entry_key(entry_of(10))], 60))
         self.assertEqual(self.opened().tail(BOB, 9), [entry_of(12)])
-        self.assertEqual(self.opened().expire(99), ([entry_of(12)["id"]], None))
+        self.assertEqual(self.opened().expire(99), ([trchat.entry_key(entry_of(12))], None))
         self.assertEqual(self.history.damaged, 0)
 
     def test_cut_at_every_byte_and_added_to(self):
@@ -16527,7 +16527,7 @@ class DisappearingTest(KeptTest):
         gone = {e["id"] for e in alice.of("sent")[1:]}
         for person in (alice, bob):
             person.wait_until(
-                lambda _, p=person: gone == {n for e in p.hidden for n in e.get("ids", ())}
+                lambda _, p=person: gone == {key[1] for e in p.hidden for key in e.get("keys", ())}
             )
             person.barrier()
             self.assertEqual([erased for _, erased in self.records(person.name)], [True, True])

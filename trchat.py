@@ -3631,6 +3631,12 @@ class Delivery:
             self._emit("_unkept", id=message.id)
         return True
 
+    def keep_no_longer(self, message: Outgoing, deadline: float) -> None:
+        """The outbox could not take it: from now on it is like any other message."""
+        del self.kept[message.id]
+        message.kept, message.deadline = False, deadline
+        self.open[message.id] = message
+
     def in_flight(self) -> bool:
         """Whether something of the outbox has gone out and may be confirmed any moment."""
         return any(
@@ -3729,7 +3735,7 @@ class Messages:
         self._marks: dict = {}  # id -> mark of whom it is for
         self._answers: dict = {}  # id -> answer, None while a look-up decides on it
         self.lifetimes: dict = {}  # fingerprint -> seconds that direct messages may be kept
-        self._asked_timers: set = set()  # people who have not answered our wish yet
+        self._asked_timers: set = set()  # identities that have not answered our wish yet
         self.outbox_seconds = OUTBOX_SECONDS
 
     def connection_lost(self) -> None:
@@ -3990,10 +3996,17 @@ class Messages:
         """Agrees with somebody who is here that direct messages disappear after so long."""
         person = self.machine.directory.require(name)
         self._check_key(person)
+        self._asked_timers.add(person.fingerprint)
         self.machine.directory.send(person, TIMER, seconds, 0)
-        self._asked_timers.add(person)
         self._note_timer(person, seconds, "You")
         self.machine.settle()
+
+    def repeat_timer(self, person) -> None:
+        """A new session: the other side may not have heard of our wish, or have forgotten it."""
+        seconds = self.lifetimes.get(person.fingerprint, 0)
+        if seconds or person.fingerprint in self._asked_timers:
+            self._asked_timers.add(person.fingerprint)
+            self.machine.directory.send(person, TIMER, seconds, 0)
 
     def content_timer(self, person, seconds: int, is_answer: int) -> None:
         """Their wish holds; of two that crossed, the shorter one."""
@@ -4001,8 +4014,8 @@ class Messages:
             raise RemoteProtocolError("Messages were to disappear after too long a time.")
         if person.fingerprint in self.machine.directory.trust.blocked:
             return
-        crossed = person in self._asked_timers
-        self._asked_timers.discard(person)
+        crossed = person.fingerprint in self._asked_timers
+        self._asked_timers.discard(person.fingerprint)
         if is_answer:
             return
         self.machine.directory.send(person, TIMER, seconds, 1)
@@ -4531,6 +4544,7 @@ class Directory:
             self.send(person, AWAY, self.away)
         if self.places:
             self.send(person, PLACES, *self.places)
+        self.machine.messages.repeat_timer(person)
         self.machine.emit("_seen", fingerprint=person.fingerprint)
         self.machine.messages.flush_owed(person)
 
@@ -5358,18 +5372,18 @@ class Vanishing:
     """Messages that are to disappear, and when (Unix seconds)."""
 
     def __init__(self):
-        self._due: list = []  # a heap of (when, id)
+        self._due: list = []  # a heap of (when, (fingerprint, id) of a message, or nothing)
 
     def note(self, event: dict, now: float) -> None:
         """Takes in an event that shows a message; its time runs from here on."""
         own = event.get("_message")
         lifetime = own.lifetime if own is not None else event.get("disappear", 0)
         if event["event"] in ("message", "sent", "queued") and lifetime:
-            heapq.heappush(self._due, (vanishing_time(now, lifetime), event["id"]))
+            heapq.heappush(self._due, (vanishing_time(now, lifetime), event["_key"]))
 
     def remind(self, when: float) -> None:
         """Something else is due then."""
-        heapq.heappush(self._due, (when, ""))
+        heapq.heappush(self._due, (when, ()))
 
     def next_due(self):
         return self._due[0][0] if self._due else None
@@ -6468,6 +6482,7 @@ selectors = Lazy("selectors")
 shlex = Lazy("shlex")
 shutil = Lazy("shutil")
 signal = Lazy("signal")
+stat = Lazy("stat")
 socket = Lazy("socket")
 ssl = Lazy("ssl")
 subprocess = Lazy("subprocess")
@@ -6554,6 +6569,8 @@ def _sync_folder(folder: str) -> None:
 def read_file(path: str, most: int = 16 << 20) -> bytes | None:
     """A file's bytes, None if there is none; ChatError if it cannot be read or is absurdly long."""
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # it would be waited for without an end
+            raise OSError(errno.EINVAL, "it is a pipe")
         with open(path, "rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
@@ -6798,6 +6815,8 @@ class Subscription:
 
     def put(self, event) -> None:
         with self._news:
+            if self._ended:
+                return  # a late word of a tunnel, say
             if event is None:
                 self._ended = True
             else:
@@ -7335,9 +7354,10 @@ class KeyPair:
         form = (_serialization.PrivateFormat.PKCS8, _serialization.NoEncryption())
         if passphrase:
             pem = seal_key(key.private_bytes(_serialization.Encoding.DER, *form), passphrase)
+            replace_secret(self.key_path, pem)
         else:
             pem = key.private_bytes(_serialization.Encoding.PEM, *form)
-        write_file(self.key_path, pem)
+            write_file(self.key_path, pem)
 
     def certificate_pem(self) -> str:
         pem = read_file(self.certificate_path) or b""
@@ -7381,27 +7401,72 @@ def certificate_fingerprint(der: bytes) -> bytes:
         raise RemoteProtocolError("A certificate cannot be read.") from None
 
 
+WIPED_ENDING = ".wiped"  # of a profile's folder whose destruction has begun
+
+
 def destroy_profile(paths: Paths) -> None:
     """Overwrites the keys of a profile, then deletes all its files; nothing may be using it."""
-    locks = [ProfileLock(paths, role) for role in ("client", "server")]
+    for lock in [ProfileLock(paths, role) for role in ("client", "server")]:
+        lock.release()  # Windows renames no folder with an open file
     try:
-        keys = [KeyPair(paths, role).key_path for role in ("client", "server")]
-        for path in [*keys, paths.file("vault.key")]:
-            _overwrite(path)
-        for lock in locks:
-            lock.release()  # Windows deletes no open file
-        shutil.rmtree(paths.folder)
+        os.rename(paths.folder, paths.folder + WIPED_ENDING)
     except OSError as error:
         raise storage_error("Destroying", paths.folder, error) from None
+    finish_wipes(paths.home)
+
+
+def finish_wipes(home: str) -> None:
+    """Destroys what /wipe has begun with; also at a start after it was interrupted."""
+    for name in os.listdir(home) if os.path.isdir(home) else ():
+        folder = os.path.join(home, name)
+        if not name.endswith(WIPED_ENDING):
+            continue
+        try:
+            for secret in ("cert/client_key.pem", "cert/server_key.pem", "vault.key"):
+                _overwrite(os.path.join(folder, *secret.split("/")))
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise storage_error("Destroying", folder, error) from None
+
+
+def remove_leftovers(paths: Paths) -> None:
+    """Overwrites and removes what a kill in the middle of a write has left of secret files."""
+    for folder, names in (
+        (paths.file("cert"), ("client_key.pem", "server_key.pem")),
+        (paths.folder, ("contacts.json", "vault.key")),
+    ):
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            if any(name.startswith(f".{ours}.") for ours in names):
+                try:
+                    _overwrite(os.path.join(folder, name))
+                    os.unlink(os.path.join(folder, name))
+                except OSError:
+                    pass  # it will be tried again
+
+
+def replace_secret(path: str, data: bytes) -> None:
+    """write_file, and random bytes over what was there before."""
+    old = open(path, "r+b") if os.path.exists(path) else None  # noqa: SIM115 - across the write
+    write_file(path, data)
+    if old is not None:
+        with old:
+            _overwrite_open(old)
 
 
 def _overwrite(path: str) -> None:
     """Random bytes in place of a file's, as far as its medium writes in place."""
-    if os.path.exists(path):
+    if os.path.isfile(path):
         with open(path, "r+b") as file:
-            file.write(random_bytes(os.path.getsize(path)))
-            file.flush()
-            os.fsync(file.fileno())
+            _overwrite_open(file)
+
+
+def _overwrite_open(file) -> None:
+    try:
+        file.write(random_bytes(os.fstat(file.fileno()).st_size))
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError:
+        pass  # a full disk, say: what matters more is that it goes
 
 
 def load_identity(paths: Paths, ask_passphrase) -> tuple:
@@ -7427,8 +7492,13 @@ LOG_MOST = 1 << 30  # bytes of one log
 
 
 def _plain_open(path: str, flags: int) -> int:
-    """A descriptor of a file that is not reached through a link."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o600)
+    """A descriptor of a file that is not reached through a link, and is no pipe."""
+    extra = ("O_NOFOLLOW", "O_BINARY", "O_NONBLOCK")
+    handle = os.open(path, flags | sum(getattr(os, name, 0) for name in extra), 0o600)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "it is no file")
 
 
 def _write_all(handle: int, data: bytes) -> None:
@@ -7720,9 +7790,9 @@ class History:
         """The newest `count` entries, the oldest of them first."""
         return list(itertools.islice(self._newest(conversation), count))[::-1]
 
-    def ids(self, conversation: str, most: int = 2000) -> set:
-        """The ids of the newest `most` entries."""
-        return {entry["id"] for entry in itertools.islice(self._newest(conversation), most)}
+    def keys(self, conversation: str, most: int = 2000) -> set:
+        """The keys of the newest `most` entries."""
+        return set(map(entry_key, itertools.islice(self._newest(conversation), most)))
 
     def search(self, conversation: str, words: str, most: int = 200) -> list:
         """The newest `most` entries whose text holds all words, however they are capitalised."""
@@ -7746,13 +7816,18 @@ class History:
         self._titles.pop(conversation, None)
 
     def expire(self, now: float) -> tuple:
-        """Erases what is due; ([ids of erased entries], when the next is due or None)."""
+        """Erases what is due; ([keys of erased entries], when the next is due or None)."""
         gone, following = [], []
         for log in self._logs.values():
             plaintexts, moment = log.expire(now)
-            gone += [entry["id"] for plaintext in plaintexts for entry in _entries(plaintext)]
+            gone += [entry_key(e) for plaintext in plaintexts for e in _entries(plaintext)]
             following += [moment] if moment else []
         return gone, min(following, default=None)
+
+
+def entry_key(entry: dict) -> tuple:
+    """What names a message: an id counts only together with its sender."""
+    return entry["fingerprint"], entry["id"]
 
 
 def _title_record(conversation: str, title: str) -> bytes:
@@ -7785,8 +7860,13 @@ class Outbox:
         self._log = SealedLog(os.path.join(folder, "outbox.log"), key, b"outbox")
         self._waiting: dict = {}  # id -> entry
         self._places: dict = {}  # id -> (offset, end) in the log
-        if self._load() > 2 * len(self._waiting):
+        if self._load() > 2 * len(self._waiting) and not self.damaged:
             self._compact()
+
+    @property
+    def damaged(self) -> int:
+        """How many places of the log cannot be read."""
+        return self._log.damaged
 
     def _load(self) -> int:
         """How many records there are."""
@@ -7902,7 +7982,7 @@ class ContactsFile:
         data = read_file(self.path)
         if data is None:
             return None
-        value = parse_json(data, self.path, dict, list)
+        value = parse_json(data, self.path, dict)
         sealed = type(value) is dict and set(value) == {"sealed"}
         return self._open(value["sealed"]) if sealed else value
 
@@ -8056,9 +8136,7 @@ class Contacts:
             raise damaged_file(store.path) from None
 
     def _take(self, data) -> None:
-        if type(data) is list:
-            self._take_old(data)
-        elif data is not None:
+        if data is not None:
             contacts = [_read_contact(entry) for entry in data["contacts"]]
             self._contacts = {c.fingerprint: c for c in contacts}
             names = {c.name for c in contacts}
@@ -8068,15 +8146,6 @@ class Contacts:
                 self._meet(*_read_meeting(entry))
             self.timers = dict(map(_read_timer, data["timers"]))
         self._written = {c.fingerprint: c.seen for c in self._contacts.values()}
-
-    def _take_old(self, entries: list) -> None:
-        """The list that trchat wrote before it had contacts: who was met, and who is verified."""
-        for entry in entries:
-            server, name, fingerprint = _read_meeting(entry)
-            self._meet(server, name, fingerprint)
-            if entry["verified"] and fingerprint not in self._contacts:
-                self._contacts[fingerprint] = new_contact(self._free_name(name), fingerprint)
-                self._contacts[fingerprint].verified = True
 
     def snapshot(self) -> dict:
         """All of it as JSON may hold it."""
@@ -11340,6 +11409,36 @@ class Profile:
         self.servers.remember(machine.server_address, shown, room, machine.name)
 
 
+class Writing:
+    """A message on its way to the outbox, in the storage thread."""
+
+    def __init__(self, profile: Profile, entry: dict):
+        self._outbox, self._number = profile.outbox, entry["id"]
+        self._done, self._lock = threading.Event(), threading.Lock()
+        self._error: Any = None
+        self._abandoned = False
+        profile.keeper.post(profile.outbox.add, entry, then=self._stored, failed=self._failed)
+
+    def _stored(self, _) -> None:
+        with self._lock:
+            self._done.set()
+        if self._abandoned:
+            self._outbox.remove(self._number)
+
+    def _failed(self, error: ChatError) -> None:
+        self._error = error
+        self._done.set()
+
+    def wait(self, seconds: float):
+        """None once it is on disk; else a ChatError, and if it comes there later, it is removed."""
+        self._done.wait(seconds)
+        with self._lock:
+            self._abandoned = not self._done.is_set()
+        if self._abandoned:
+            return ChatError("The disk is too slow.", "Check it.", "storage")
+        return self._error
+
+
 class NoRecords:
     """Nothing is kept."""
 
@@ -11370,8 +11469,8 @@ class ChatRecords(NoRecords):
         self.profile = profile
         self.waiting: dict = {}  # id -> entry of the outbox
         self._unfiled: dict = {}  # id -> own message to somebody whose key is not known yet
-        self._written: Any = None  # set once the newest message of the outbox is on disk
-        self._shown: dict = {}  # conversation -> ids that its history holds
+        self._writing: dict = {}  # id -> Writing of a message that is on its way to the outbox
+        self._shown: dict = {}  # conversation -> keys of what an earlier run has kept of it
         self._started = time.time()
         self._failures: dict = {}  # text -> when it was last said
         self._internal = {
@@ -11388,6 +11487,9 @@ class ChatRecords(NoRecords):
         self.profile.failed = lambda error: chat.inbox.post(self._report, error)
         self.refresh_trust()
         self.waiting = {entry["id"]: entry for entry in self.profile.outbox.entries()}
+        if self.profile.outbox.damaged:
+            text = "The outbox is damaged: a message that waited in it may be lost."
+            chat.show_error(ChatError(text, "/outbox lists those that are left.", "storage"))
         self.expire()
 
     def prepare(self, connection, server: bytes) -> None:
@@ -11466,12 +11568,24 @@ class ChatRecords(NoRecords):
         """A message for the outbox: it waits on the other servers, too."""
         entry = _waiting_entry(event["message"])
         self.waiting[entry["id"]] = entry
-        self.profile.save(self.profile.outbox.add, entry)
-        written = self._written = threading.Event()
-        self.profile.save(written.set)
+        self._writing[entry["id"]] = Writing(self.profile, entry)
         for other in self._chat.connections:
             if other is not connection:
                 other.machine.messages.restore(_waiting_message(entry))
+
+    def _confirm_kept(self, connection, message: Outgoing) -> None:
+        """Before a message is said to wait: it must be on disk, and soon."""
+        error = self._writing.pop(message.id.hex()).wait(KEPT_SECONDS)
+        if error is None:
+            return
+        for other in self._chat.connections:
+            if other is not connection:
+                other.machine.messages.delivery.kept.pop(message.id, None)
+        machine = connection.machine
+        machine.messages.delivery.keep_no_longer(message, machine.now + CONFIRM_SECONDS)
+        name = self.waiting.pop(message.id.hex())["name"]
+        text = f"The message to {name} is not kept: it arrives only if {name} comes in a minute."
+        self._chat.show_error(ChatError(f"{text} {error.text}", error.hint, "storage"))
 
     def _on_unkept(self, connection, event: dict) -> None:
         number = event["id"]
@@ -11493,9 +11607,9 @@ class ChatRecords(NoRecords):
     def note(self, connection, event: dict) -> None:
         """Keeps what was said, if the owner wants that."""
         kind = event["event"]
-        if kind == "queued" and event["_message"].kept:
-            self._written.wait(KEPT_SECONDS)  # whoever is told that it is kept may rely on it
         message = event.get("_message")
+        if kind in ("sent", "queued") and message.id.hex() in self._writing:
+            self._confirm_kept(connection, message)
         late = message is not None and message.kept  # it may be taken back until it has arrived
         if kind == "delivered" and self._unfiled.pop(event["id"], None) is not None:
             late = True
@@ -11535,8 +11649,6 @@ class ChatRecords(NoRecords):
         self._file(key, title, entry, message.lifetime)
 
     def _file(self, key: str, title: str, entry: dict, lifetime: int) -> None:
-        if key in self._shown:
-            self._shown[key].add(entry["id"])
         expires = vanishing_time(time.time(), lifetime) if lifetime else 0
         self.profile.save(self.profile.history.append, key, title, entry, expires)
 
@@ -11546,8 +11658,8 @@ class ChatRecords(NoRecords):
             return False
         key = room_key(server, room) if room else direct_key(fingerprint)
         if key not in self._shown:
-            self._shown[key] = self.profile.history.ids(key)
-        return number in self._shown[key]
+            self._shown[key] = self.profile.history.keys(key)
+        return (fingerprint_text(fingerprint), number) in self._shown[key]
 
     def expire(self) -> None:
         """Erases what is due on disk."""
@@ -11557,7 +11669,7 @@ class ChatRecords(NoRecords):
         """What /tail has shown may be gone now, too; and when to look again."""
         gone, following = outcome
         if gone:
-            self._chat.events.publish({"event": "_vanished", "ids": gone})
+            self._chat.events.publish({"event": "_vanished", "keys": gone})
         if following:
             self._chat.vanishing.remind(following)
 
@@ -11841,6 +11953,9 @@ class ChatClient:
         if conversation is not None:
             event["_window"], event["_here"] = conversation.number, conversation is self.here
         event["_own"] = connection.machine.name
+        if "id" in event:
+            own = fingerprint_text(connection.machine.identity.fingerprint)
+            event["_key"] = (event.get("fingerprint", own), event["id"])
         if kind == "message":
             self._note_message(connection, conversation, event)
         elif kind in ("sent", "queued"):
@@ -11901,7 +12016,7 @@ class ChatClient:
         """Messages whose time has come leave screen and disk."""
         numbers = self.vanishing.take_due(time.time())
         if numbers:
-            self.events.publish({"event": "_vanished", "ids": [n for n in numbers if n]})
+            self.events.publish({"event": "_vanished", "keys": [n for n in numbers if n]})
             self.records.expire()
 
     def _publish_status(self) -> None:
@@ -12456,7 +12571,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 47. Chat commands: people and records | uses 1, 2, 4, 6, 19, 25-27, 35, 41, 45, 46
+# Part 47. Chat commands: people and records | uses 1, 2, 4, 6, 19, 25-27, 30, 35, 41, 45, 46
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -12804,7 +12919,8 @@ def _shower(client, words: str = ""):
         for entry in entries:
             fields = {name: entry[name] for name in HISTORY_FIELDS}
             extra = {"action": True} if entry["action"] else {}
-            client.events.publish({"event": "message", **fields, **extra, "history": True})
+            shown = {"event": "message", **fields, **extra, "history": True}
+            client.events.publish({**shown, "_key": entry_key(entry)})
         found = f"{len(entries)} found for {one_line(words)[:40]}." if words else (
             f"{len(entries)} of before." if entries else "Nothing is kept of this conversation."
         )  # fmt: skip
@@ -13994,9 +14110,9 @@ class Roll:
         self.unseen = 0
         return list(self.events)[-count:]
 
-    def drop(self, numbers: set) -> bool:
+    def drop(self, keys: set) -> bool:
         """Forgets messages; whether any was here."""
-        left = [event for event in self.events if event.get("id") not in numbers]
+        left = [event for event in self.events if event.get("_key") not in keys]
         found = len(left) < len(self.events)
         self.events, self._characters = collections.deque(left), sum(map(_event_size, left))
         return found
@@ -14024,6 +14140,7 @@ class ChatFace(TerminalFace):
         self._complete = complete_chat(client)
         self._rolls: dict = {}  # number of a conversation -> Roll
         self._view = Roll()  # what stands on the screen since the last switch
+        self._printed: set = set()  # keys of all messages since it was last painted anew
         self._window, self._title = client.here.number, client.here.title
         self._day = ""
         client.wants_status = self.interactive
@@ -14070,6 +14187,7 @@ class ChatFace(TerminalFace):
             self._rolls.setdefault(window, Roll()).add(event, seen=here)
         if text is not None:
             self._view.add(event)
+            self._printed.add(event.get("_key"))
             self._terminal.print(self._with_day(event, self.lay_out(text)))
 
     def _with_day(self, event: dict, text: str) -> str:
@@ -14101,6 +14219,7 @@ class ChatFace(TerminalFace):
         if not self.interactive or same:
             return
         self._view = Roll(self._rolls.setdefault(self._window, Roll()).visit())
+        self._printed.update(event.get("_key") for event in self._view.events)
         server = f" on {event['server']}" if "server" in event else ""
         lines = [self._rule(self._title + server), *self._painted(self._view.events)]
         self._terminal.print("\n".join(lines))
@@ -14114,14 +14233,14 @@ class ChatFace(TerminalFace):
         self._terminal.set_status(painted(self.words.status(event), DIM))
 
     def _on_vanished(self, event: dict) -> None:
-        numbers = set(event["ids"])
+        keys = set(event["keys"])
         own = [e for roll in self._rolls.values() for e in roll.events if "_message" in e]
-        gone = [e["_message"].text for e in own if e["id"] in numbers]
+        gone = [e["_message"].text for e in own if e["_key"] in keys]
         if gone:
             self._terminal.forget_texts(gone)
-        for roll in self._rolls.values():
-            roll.drop(numbers)
-        if self._view.drop(numbers):
+        for roll in (self._view, *self._rolls.values()):
+            roll.drop(keys)
+        if keys & self._printed:
             self._redraw()
 
     def _on_cleared(self, event: dict) -> None:
@@ -14132,8 +14251,8 @@ class ChatFace(TerminalFace):
 
     def _redraw(self) -> None:
         """Paints the view anew, so that what was deleted is on no screen and in no scrollback."""
-        self._day = ""
-        newest = list(self._view.events)[-REDRAWN_MOST:]
+        self._day, newest = "", list(self._view.events)[-REDRAWN_MOST:]
+        self._printed = {event.get("_key") for event in newest}
         self._terminal.redraw("\n".join(self._painted(newest)))
 
     def _on_settings(self, event: dict) -> None:
@@ -14465,6 +14584,7 @@ def open_chat(paths: Paths, options: ConnectOptions, settings: Settings, ask_pas
     """A ChatClient with one person's records, for a server that is not dialled yet."""
     if options.name:
         check_name(options.name)
+    remove_leftovers(paths)
     identity, *chain = load_identity(paths, ask_passphrase)
     profile = Profile(paths, settings, ServerList(paths), identity)
     target = resolve_target(options, profile.servers, profile.contacts)
@@ -14694,6 +14814,8 @@ class Sending:
             if event["event"] in ("sent", "queued"):
                 kept = event["_message"].kept
                 self.outcome.update(id=event["id"], to=event["to"], queued=kept)
+            elif event.get("id") != self.outcome["id"]:
+                continue  # of an older message in the outbox
             elif event["event"] == "delivered":
                 self.outcome.update(delivered=event["by"], queued=False)
             elif event["event"] == "undelivered":
@@ -14888,7 +15010,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 55. Session | uses 1, 2, 22, 26, 28, 50, 52
+# Part 55. Session | uses 1, 2, 22, 26, 28, 29, 50, 52
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -14900,6 +15022,7 @@ class Session:
     def __init__(self, arguments):
         self.arguments = arguments
         self.paths = Paths(home_folder(arguments.home), arguments.profile)
+        finish_wipes(self.paths.home)
         self.json = getattr(arguments, "json", False)
         self.interactive = not self.json and sys.stdin.isatty() and sys.stdout.isatty()
 
@@ -15163,6 +15286,8 @@ def _shell_send(session: Session) -> int:
     given = session.arguments
     if given.to and given.room:
         raise UsageError("send: take --to or --room, not both")
+    if "" in (given.to, given.room):
+        raise UsageError("send: the name after --to or --room is empty")
     options = _connect_choices(session)  # may take the first line
     text = sys.stdin.read().rstrip("\n") if given.text is None else given.text
     session.prepare()

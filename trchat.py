@@ -9705,6 +9705,7 @@ class Child:
             self._lease.write(kind, self.pid, command[0])
         except ChatError:
             self.end()
+            self._process.stdout.close()
             raise
         spawn(f"output of {kind}", self._routine_read, take)
 

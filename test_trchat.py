@@ -6444,19 +6444,9 @@ class ContactsTest(FileTest):
         self.assertEqual(len(set(map(trchat.name_skeleton, added))), 500)
         self.assertEqual(self.store.saves, 1)
 
-    def test_the_list_of_an_earlier_trchat_is_taken_over(self):
-        shown = lambda number: trchat.fingerprint_text(key_of(number))  # noqa: E731
-        old = [
-            {"name": "bob", "fingerprint": shown(1), "server": shown(9), "verified": True},
-            {"name": "bob", "fingerprint": shown(2), "server": shown(8), "verified": True},
-            {"name": "rob", "fingerprint": shown(1), "server": shown(8), "verified": True},
-            {"name": "eve", "fingerprint": shown(3), "server": shown(8), "verified": False},
-        ]
-        contacts = trchat.Contacts(MemoryStore(old))
-        self.assertEqual([(c.name, c.fingerprint, c.verified) for c in contacts.all()],
-                         [("bob", key_of(1), True), ("bob2", key_of(2), True)])  # fmt: skip
-        self.assertEqual(contacts.known(key_of(8)), {"bob": key_of(2), "rob": key_of(1), "eve": key_of(3)})
-        self.assertEqual(trchat.Contacts(MemoryStore(contacts.snapshot())).snapshot(), contacts.snapshot())
+    def test_a_list_is_no_contacts(self):
+        with self.assertRaisesRegex(trchat.ChatError, "damaged"):
+            trchat.Contacts(MemoryStore([]))
 
     @MANY_EXAMPLES
     @given(st.lists(CONTACT_STEPS, max_size=25))
@@ -8691,6 +8681,14 @@ class VanishingTest(unittest.TestCase):
         self.assertEqual(vanishing.take_due(1050), ["c"])
         self.assertEqual(vanishing.take_due(1e9), ["a"])
         self.assertEqual((vanishing.take_due(1e9), vanishing.next_due()), ([], None))
+
+    def test_an_id_counts_with_its_sender_only(self):
+        """A member that takes another's id does not make the other's message vanish."""
+        roll = trchat.Roll()
+        roll.add({"event": "message", "_key": ("sha256:a", "1"), "text": "mine"})
+        roll.add({"event": "message", "_key": ("sha256:b", "1"), "text": "a copy of the id"})
+        self.assertTrue(roll.drop({("sha256:b", "1")}))
+        self.assertEqual([e["text"] for e in roll.events], ["mine"])
 
     def test_reminders_wake_and_name_nothing(self):
         vanishing = trchat.Vanishing()
@@ -16612,6 +16610,44 @@ class KeptOutboxTest(KeptTest):
         self.assertEqual(bob.texts(), ["that is all"], "nothing comes twice")
         self.assertEqual(alice.ask("/outbox")["outbox"], [])
 
+    def test_what_cannot_be_kept_is_not_said_to_wait(self):
+        """A full disk, and one that hangs."""
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left")
+        full, release = trchat.storage_error("Writing", "x", OSError(errno.ENOSPC, "full")), threading.Event()
+        outbox = alice.client.records.profile.outbox
+        add = outbox.add
+        for refuse in (mock.Mock(side_effect=full), lambda entry: (release.wait(NET_PATIENCE), add(entry))):
+            with mock.patch.object(outbox, "add", refuse), mock.patch.object(trchat, "KEPT_SECONDS", 0.2):
+                alice.type("/msg bob lost?")
+                number = alice.wait_for("queued")["id"]
+                self.assertIn("not kept", alice.wait_for("error", code="storage")["text"])
+        self.assertEqual(alice.ask("/outbox")["outbox"], [])
+        self.assertIn(bytes.fromhex(number), alice.client.first.machine.messages.delivery.open)
+        release.set()  # it is on the disk after all, too late
+        alice.barrier()
+        self.assertEqual(outbox.entries(), [])
+        alice.leave()
+        self.assertEqual(len(alice.of("undelivered")), 2, "and both are reported")
+
+    def test_a_damaged_outbox_is_said(self):
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left")
+        alice.type("/msg bob one", "/msg bob two")
+        alice.wait_until(lambda _: len(alice.of("queued")) == 2)
+        alice.leave()
+        path = self.path("alice", "outbox", "outbox.log")
+        with open(path, "rb") as file:
+            data = file.read()
+        write_bytes(path, flipped(data, 60))
+        alice = self.enter("alice", server)
+        self.assertIn("outbox is damaged", alice.wait_for("error", code="storage")["text"])
+        self.assertEqual([r["text"] for r in alice.ask("/outbox")["outbox"]], ["two"])
+
     def test_somebody_who_is_no_contact(self):
         server = self.serve()
         alice, bob = self.gather(server, "alice", "bob")
@@ -17207,6 +17243,36 @@ class DestroyedTest(KeptTest):
         self.assertFalse(os.path.exists(self.path("alice")))
         self.assertTrue(os.path.exists(self.path("bob")))
 
+    def test_interrupted_and_finished_at_the_next_start(self):
+        self.furnish("alice")
+        os.rename(self.path("alice"), self.path("alice") + ".wiped")
+        self.assertEqual(self.run_once("settings", "--profile", "other")[0], 0)
+        self.assertEqual([n for n in os.listdir(os.path.dirname(self.path("alice"))) if "alice" in n], [])
+
+    def test_what_a_kill_left_of_a_secret_is_removed(self):
+        server = self.serve()
+        self.furnish("alice")
+        left = [self.path("alice", "cert", ".client_key.pem.x1"), self.path("alice", ".contacts.json.x2")]
+        for path in left:
+            write(path, "secret")
+        self.enter("alice", server)
+        self.assertFalse(any(map(os.path.exists, left)))
+
+    def test_a_sealed_key_leaves_no_plain_one_behind(self):
+        self.furnish("alice")
+        path = self.path("alice", "cert", "client_key.pem")
+        with open(path, "rb") as before:
+            self.assertIn(b"BEGIN PRIVATE KEY", before.read())
+            code = self.run_once("id", "passphrase", "--profile", "alice", env={"TRCHAT_NEW_PASSPHRASE": "x"})[0]
+            before.seek(0)
+            self.assertNotIn(b"PRIVATE KEY", before.read(), "the old file was overwritten")
+        self.assertEqual(code, 0)
+
+    def test_a_pipe_in_place_of_a_file(self):
+        self.furnish("alice")
+        os.mkfifo(self.path("alice", "contacts.json"))
+        self.assert_refused(["contacts", "--profile", "alice"], "contacts.json", "pipe")
+
     def test_refused_while_a_server_of_the_profile_runs(self):
         """Before anything is lost, and the chat goes on."""
         self.furnish("alice")
@@ -17666,6 +17732,20 @@ class ChatWindowTest(KeptTest):
         self.assertTrue(all(len(row) <= 80 for row in alice.rows()))
         alice.line("/help lock")
         alice.see("/lock [ask|contacts|off]", 2)
+
+    def test_what_disappears_goes_from_the_screen_of_another_conversation_too(self):
+        alice = self.open("alice")
+        bob = self.enter("bob", self.relay)
+        alice.see("joined")
+        alice.line("/set disappear 2s")
+        bob.wait_for("notice", disappear=2)
+        bob.say("soon gone")
+        alice.see("soon gone")
+        before = alice.raw.count(b"\x1b[3J")
+        alice.line("/join kitchen")
+        alice.see("You now talk in #kitchen.")
+        alice.wait_until(lambda: alice.raw.count(b"\x1b[3J") > before, "the scrollback cleared")
+        self.assertNotIn("soon gone", alice.text())
 
     def test_listening_at_a_terminal(self):
         self.furnish("alice")
@@ -19417,6 +19497,8 @@ class TunnelledChatTest(EndToEnd):
             self.assertEqual(self.agents(), [])
         self.assert_refused_here(["server", "--ssh-host", "x"], "--tunnel ssh")
         self.assert_refused_here(["server", "--tunnel", "ssh"], "--ssh-host")
+        for option in ("--to", "--room"):
+            self.assertEqual(self.run_here("send", "a:1", "text", option, "")[0], 2)
 
     def test_killed_and_cleaned_up_at_the_next_start(self):
         server = self.server("--tunnel", "ngrok", "--auth", "open")

@@ -229,6 +229,7 @@ class HousePlanTest(unittest.TestCase):
         listed = [(int(number), title, bool(star)) for number, title, star in contents]
         self.assertEqual(listed, [(n, title, pure) for _, n, title, pure, _ in self.house.parts])
         self.assertEqual([n for n, *_ in listed], list(range(1, len(listed) + 1)))
+        self.assertEqual(len({title for _, title, _ in listed}), len(listed))
 
     @unittest.skipIf(sys.version_info < (3, 11), "symtable counts annotations there")
     def test_banners_say_what_is_used_and_nothing_above_is(self):
@@ -17329,6 +17330,7 @@ class RoomCommandsTest(KeptTest):
         self.assertTrue(heard["topic"].startswith("what we talk about"))
         self.assertNotIn("\x1b", heard["topic"])
         self.assertEqual(self.bob.ask("/topic other")["code"], "denied")
+        self.alice.wait_for("notice", topic=heard["topic"])
         self.assertEqual(self.alice.ask("/topic " + "x" * 999)["code"], "usage")
         carol = self.enter("carol", self.relay)
         self.assertEqual(carol.ask("/topic")["topic"], heard["topic"])

@@ -8,6 +8,7 @@
     python3 trchat.py            the numbered menu
     python3 trchat.py server     start a server: it relays what it cannot read, and prints a token
     python3 trchat.py connect TOKEN
+    python3 trchat.py host       chat directly: a server and a client in one
     python3 trchat.py demo       all of it in one process, step by step
 
 The parts, in the order of their dependencies; those with a star are pure (no socket, file, clock
@@ -48,10 +49,10 @@ or thread: bytes in, events out) and each uses only parts above itself:
  33. Network
  34. Port mapping
  35. A mapped port, and addresses
- 36. Relay server
+ 36. Tunnels
  37. Tunnels through ngrok
  38. Tunnels through ssh and tor
- 39. Relay server
+ 39. Connections of a server
  40. Relay server
  41. Where to connect
  42. Connections
@@ -72,7 +73,7 @@ or thread: bytes in, events out) and each uses only parts above itself:
  57. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
-keys of two people in Parts 4 and 5, those of a room in Part 6, and what the relay may do in 8.
+keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
 """
 
 from __future__ import annotations  # trchat needs Python 3.9 or newer (https://www.python.org)
@@ -9537,7 +9538,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 36. Relay server | uses 1, 2, 26, 27
+# Part 36. Tunnels | uses 1, 2, 26, 27
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -10507,7 +10508,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 39. Relay server | uses 1
+# Part 39. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================

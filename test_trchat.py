@@ -20758,6 +20758,41 @@ for _ in range(100):  # it does not say when it is ready
                         server.kill()
 
 
+class TwoHomesChatTest(EndToEnd):
+    """A chat from one home to the other, through a port that the router has opened."""
+
+    @classmethod
+    def setUpClass(cls):
+        if lab_reason():
+            raise unittest.SkipTest(lab_reason())
+        cls.lab = Lab()
+        cls.addClassCleanup(cls.lab.remove)
+        cls.lab.build()
+        cls.lab.start_daemon()
+
+    def command(self, *words) -> list:
+        return ["ip", "netns", "exec", self.lab.name(self.place), *super().command(*words)]
+
+    def test_a_chat_across(self):
+        self.place = "near"
+        alice = self.start("host", "--json", "--profile", "alice", "--name", "alice", "--tunnel", "upnp")
+        listening = alice.wait_for("listening")
+        self.assertEqual(listening["public"].partition(":")[0], "9.9.9.1")
+        token = trchat.consume_token(listening["token"])
+        self.assertIn(f"10.7.0.2:{listening['port']}", token.addresses)
+        self.assertTrue(self.lab.rules())
+        self.place = "far"
+        bob = self.client("bob", listening["token"], ready=False)
+        alice.wait_for("request")
+        alice.type("/accept bob")
+        self.assertEqual(bob.wait_for("ready")["server"], listening["public"], "the one that works from there")
+        bob.say("hello from the other home")
+        alice.wait_for("message", text="hello from the other home")
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+        self.assertEqual(self.lab.rules(), [], "the mapping went with its host")
+
+
 # ==================================================================================================
 # Benchmarks
 # ==================================================================================================

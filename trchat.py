@@ -15080,7 +15080,8 @@ class Session:
         if self.json:
             JSONFace(sys.stdin, sys.stdout).show({"event": name, **fields})
         else:
-            sys.stdout.write(text + "\n")
+            columns = shutil.get_terminal_size().columns if self.interactive else 1 << 20
+            sys.stdout.write(wrap_text(text, columns) + "\n")
         return 0
 
 

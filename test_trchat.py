@@ -2323,7 +2323,7 @@ class Network:
         self.now = 1000.0
         self.fingerprint = bytes(range(32))
         self.gatekeeper = trchat.Gatekeeper(mode)
-        self.make_relay = lambda: relay(self.fingerprint, self.gatekeeper, limits)
+        self.make_relay = lambda: relay(self.fingerprint, self.gatekeeper, self.wall, limits)
         self.relay = self.make_relay()
         self.links = {}  # machine -> RelayClient
         self.people = []
@@ -2786,7 +2786,7 @@ class Caller:
 
 
 def make_relay(mode="open", limits=True):
-    return trchat.RelayMachine(bytes(range(32)), trchat.Gatekeeper(mode), limits)
+    return trchat.RelayMachine(bytes(range(32)), trchat.Gatekeeper(mode), lambda: 0.0, limits)
 
 
 class Part09RelayMachineTest(MachineTest):
@@ -2794,6 +2794,19 @@ class Part09RelayMachineTest(MachineTest):
         self.assertEqual(caller.client.closing, code, caller.relay.events)
 
     # Before and at the login
+
+    def test_an_invitation_expires_by_the_wall_clock(self):
+        secret, code = b"s" * 16, {}
+        derived = trchat.derive_invitation(secret)
+        for wall in (99.0, 101.0):
+            relay = make_relay("invite")
+            relay.wall_clock = lambda wall=wall: wall
+            relay.gatekeeper.invite(derived.id, derived.gate, 5, 100, wall)
+            bob = Caller(relay, 0, "bob", now=5.0, login=False)
+            mac = trchat.gate_mac(derived.gate, bob.keys.bundle.hash)
+            bob.send(trchat.LOGIN, bob.keys.encoded, derived.id, mac)
+            code[wall] = bob.kinds()[-1]
+        self.assertEqual(code, {99.0: trchat.WELCOME, 101.0: trchat.REFUSED})
 
     def test_a_stranger_gets_no_frame_parsed_but_the_login(self):
         rows = {
@@ -3354,6 +3367,7 @@ class Part09RelayMachineTest(MachineTest):
         network.say(alice, "the plaintext of a room message")
         network.tell(alice, "bob", "the plaintext of a direct message")
         network.up(alice)
+        network.relay.wall_clock = None  # the test's own, which knows everybody
         found = self.reachable_bytes(network.relay)
         ciphertexts = [data for client in network.relay.clients.values() for data in client.outbox]
         self.assertTrue(ciphertexts)
@@ -11277,7 +11291,7 @@ class StartedServer:
         self.fingerprint = trchat.certificate_fingerprint(self.chain[1])
         self.gatekeeper = trchat.Gatekeeper(mode)
         make_machine = more.get("machine", trchat.RelayMachine)
-        self.machine = make_machine(self.fingerprint, self.gatekeeper, limits)
+        self.machine = make_machine(self.fingerprint, self.gatekeeper, time.time, limits)
         self.log = EventLog()
         listener = more.get("listener") or trchat.listen(host, port)
         self.host, self.port = host, listener.getsockname()[1]
@@ -17840,16 +17854,16 @@ class KnockTest(MachineTest):
 
     def test_accepted(self):
         network, bob = self.knocking()
-        self.assertTrue(network.relay.answer_knock("bob", True, network.now))
+        self.assertTrue(network.relay.answer_knock("bob", "", True, network.now))
         network.wait(1)
         self.assertEqual(members(bob), ["bob"])
         self.assertTrue(network.gatekeeper.users[bob.identity.fingerprint].enrolled)
-        self.assertFalse(network.relay.answer_knock("bob", True, network.now), "once")
+        self.assertFalse(network.relay.answer_knock("bob", "", True, network.now), "once")
 
     def test_denied(self):
         network, bob = self.knocking()
         uses = [gate[1] for gate in network.gatekeeper.invitations.values()]
-        self.assertTrue(network.relay.answer_knock("bob", False, network.now))
+        self.assertTrue(network.relay.answer_knock("bob", "", False, network.now))
         network.run()
         self.assertEqual([(e["code"], e["text"]) for e in events(bob, "error")], [("denied", "You were denied.")])
         self.assertEqual((bob.fatal, network.gatekeeper.users), ("denied", {}))
@@ -17876,6 +17890,40 @@ class KnockTest(MachineTest):
         network.come_back(bob)
         self.assertEqual(len(network.relay.knocking), 1)
 
+    def test_the_mark_decides_between_two_of_one_name(self):
+        network, bob = self.knocking("open")
+        other = network.make("bob", number=7)
+        network.connect(other)
+        network.run()
+        with self.assertRaisesRegex(trchat.ChatError, "Several wait"):
+            network.relay.answer_knock("bob", "", True, network.now)
+        self.assertFalse(network.relay.answer_knock("bob", "zzzz", True, network.now))
+        mark = other.identity.fingerprint.hex()[:4]
+        self.assertTrue(network.relay.answer_knock("bob", mark, True, network.now))
+        network.wait(1)
+        self.assertEqual((members(other), bob.phase), (["bob"], "login"))
+        with self.assertRaises(trchat.ChatError) as caught:  # the name is taken by now
+            network.relay.answer_knock("bob", "", True, network.now)
+        self.assertEqual(caught.exception.code, "name-taken")
+
+    def test_no_more_wait_than_a_token_has_uses(self):
+        network, bob = self.knocking()
+        second = network.make("second", token=bob.token)
+        uses = next(iter(network.gatekeeper.invitations.values()))
+        uses[1] = 1
+        network.connect(second)
+        network.run()
+        self.assertEqual(events(second, "error")[0]["code"], "rate-limited")
+        self.assertEqual(len(network.relay.knocking), 1)
+
+    def test_a_connection_that_ends_badly_is_not_at_the_door(self):
+        network, bob = self.knocking()
+        bob.send_frame(trchat.JOIN, "lobby")
+        network.up(bob)
+        self.assertEqual(network.relay.knocking, {})
+        self.assertFalse(network.relay.answer_knock("bob", "", True, network.now))
+        self.assertEqual(network.gatekeeper.users, {})
+
     def test_only_so_many_at_a_time_and_nobody_twice(self):
         with mock.patch.object(trchat, "KNOCKING_MOST", 2):
             network, bob = self.knocking("open")
@@ -17884,7 +17932,8 @@ class KnockTest(MachineTest):
             for person in (again, *others):
                 network.connect(person)
                 network.run()
-        self.assertEqual([e["code"] for p in (again, others[1]) for e in events(p, "error")], ["denied", "denied"])
+        codes = [e["code"] for p in (again, others[1]) for e in events(p, "error")]
+        self.assertEqual(codes, ["rate-limited", "rate-limited"])
         self.assertEqual(len(network.relay.knocking), 2)
 
 
@@ -17952,6 +18001,11 @@ class DirectChatTest(EndToEnd):
         alice.wait_for("notice", name="carol")  # does not wait any more
         alice.type("/accept carol")
         self.assertEqual(alice.wait_for("error")["code"], "no-such-person")
+        dave = self.client("dave", alice.token, ready=False)
+        dave.wait_for("notice", knocked=True)
+        dave.type("BYE")  # whoever waits can go
+        self.assert_ends(dave, "BYE", 0)
+        alice.wait_for("notice", name="dave", withdrawn=True)
 
     def test_a_stranger_without_the_token(self):
         alice = self.host()
@@ -18002,6 +18056,17 @@ class DirectChatTest(EndToEnd):
         self.assertEqual(alice.wait_for("error")["code"], "usage")
         seen = alice.wait_for("notice", public="", local=answer["local"])
         self.assertEqual(seen["explanation"], answer["explanation"])
+
+    def test_an_odd_port_file_is_no_hindrance(self):
+        self.host().signal(signal.SIGTERM)
+        path = os.path.join(self.home, ".trchat", "alice", "host.json")
+        self.processes[-1].exit_code()
+        for content in ("garbage", '{"port": "x"}', "[]"):
+            write(path, content)
+            host = self.host()
+            self.assertEqual(host.listening["port"], port_of(self.home, "alice"))
+            host.type("BYE")
+            self.assert_ends(host, "BYE", 0)
 
     def test_a_port_given_and_taken(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -21281,7 +21346,9 @@ class BenchPair:
 
     def __init__(self):
         self.now, self.fingerprint = 100.0, bytes(32)
-        relay = trchat.RelayMachine(self.fingerprint, trchat.Gatekeeper("open"), limits=False)
+        relay = trchat.RelayMachine(
+            self.fingerprint, trchat.Gatekeeper("open"), time.time, limits=False
+        )
         self.relay, self.links, self.spent = relay, {}, {}
         identities = BenchIdentities(2)
         for name in ("alice", "bob"):

@@ -921,7 +921,10 @@ def split_address(text: str, default_port: int | None = None) -> tuple:
         host, port = text, str(default_port)
     elif bare_v6:
         host = ""  # nobody can tell where its port begins
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if host.startswith("[") and host.endswith("]") and ":" in host:
+        host = host[1:-1]
+    if "[" in host or "]" in host:
+        host = ""
     digits = len(port) < 6 and port.isascii() and port.isdigit()
     valid_port = digits and 0 < int(port) < 65536
     if not host or not valid_port or any(c.isspace() or not c.isprintable() for c in host):
@@ -2419,11 +2422,13 @@ class RelayMachine:
 
     `receive` takes a client's bytes; what others (and itself) are to get then waits in their
     outboxes, and `dirty` holds the clients that have something waiting. `events` gathers
-    (kind, client, text) for the console. Nothing here raises for what a client sent.
+    (kind, client, text) for the console. Nothing here raises for what a client sent. `now` is a
+    monotonic time throughout; only an invitation's expiry goes by `wall_clock`.
     """
 
-    def __init__(self, fingerprint: bytes, gatekeeper: Gatekeeper, limits: bool = True):
+    def __init__(self, fingerprint: bytes, gatekeeper: Gatekeeper, wall_clock, limits: bool = True):
         self.fingerprint, self.gatekeeper, self.limits = fingerprint, gatekeeper, limits
+        self.wall_clock = wall_clock
         self.clients: dict = {}  # id -> RelayClient, from greeting to end
         self.present: dict = {}  # fingerprint -> RelayClient, logged in
         self.by_name: dict = {}  # name skeleton -> RelayClient, logged in
@@ -2465,8 +2470,7 @@ class RelayMachine:
         for receiver in list(client.waiting_for):
             self._release(receiver, client, now)
         self.full.discard(client)
-        if client.knock and self.knocking.pop(client.knock[0].fingerprint, None):
-            self.events.append(("withdrawn", client, ""))
+        self._leave_door(client)
         if client.bundle is not None:
             self._keep_tokens(client)
             self._forget_person(client)
@@ -2493,6 +2497,7 @@ class RelayMachine:
     def close(self, client: RelayClient, kind: int, code: str, text: str) -> None:
         """Says why (kind CLOSED or REFUSED) and marks the connection to be ended after that."""
         if not client.closing:
+            self._leave_door(client)
             self._send(client, encode_frame(kind, code, text))
             client.closing = code
 
@@ -2663,11 +2668,13 @@ class RelayMachine:
                 raise RemoteProtocolError("The login was made for another connection.")
             if self.gatekeeper.mode == "certs" and client.tls_fingerprint != bundle.fingerprint:
                 raise RemoteProtocolError("The login is not by the certificate's owner.")
-            if self.doorkeeper is not None and not self.doorkeeper(bundle.fingerprint):
-                self.gatekeeper.check(bundle, invitation, mac, now)
-                self._ask_about(client, (bundle, encoded, invitation, mac))
-                return
-            self.gatekeeper.admit(bundle, invitation, mac, now)
+            if self.doorkeeper is not None:
+                if not self.doorkeeper(bundle.fingerprint):
+                    uses = self.gatekeeper.check(bundle, invitation, mac, self.wall_clock())
+                    self._ask_about(client, (bundle, encoded, invitation, mac), uses)
+                    return
+                self.gatekeeper.allowed_now.add(bundle.fingerprint)
+            self.gatekeeper.admit(bundle, invitation, mac, self.wall_clock())
         except ChatError as error:
             self._refuse(client, error)
             return
@@ -2677,33 +2684,51 @@ class RelayMachine:
         self.events.append(("refused", client, f"{error.code}: {error.text}"))
         self.close(client, REFUSED, error.code, str(error))
 
-    def _ask_about(self, client: RelayClient, knock: tuple) -> None:
-        """Somebody who may come in by the rules, if whoever keeps the door accepts them."""
-        key = knock[0].fingerprint
-        if key in self.knocking or len(self.knocking) >= KNOCKING_MOST:
+    def _ask_about(self, client: RelayClient, knock: tuple, uses) -> None:
+        """Somebody who may come in by the rules, if whoever keeps the door accepts them.
+
+        Of one invitation no more wait than it has `uses` (None: none is needed; -1: any number).
+        """
+        key, invitation = knock[0].fingerprint, knock[2]
+        same_token = [c for c in self.knocking.values() if c.knock[2] == invitation]
+        full = uses is not None and 0 <= uses <= len(same_token)
+        if key in self.knocking or full or len(self.knocking) >= KNOCKING_MOST:
             text = "Somebody else is being asked about, or you are already."
-            raise ChatError(text, "Try again in a minute.", "denied")
+            raise ChatError(text, "Try again in a minute.", "rate-limited")
         client.knock, self.knocking[key] = knock, client
         self._send(client, encode_frame(KNOCKED))
-        self.events.append(("knocked", client, ""))
+        self.events.append(("knocked", client, knock[0]))
 
-    def answer_knock(self, name: str, accept: bool, now: float) -> bool:
-        """Lets somebody in who waits at the door, or sends them away; False if nobody does."""
+    def answer_knock(self, name: str, mark: str, accept: bool, now: float) -> bool:
+        """Lets somebody in who waits at the door, or sends them away; False if nobody does.
+
+        ChatError if several fit (then their marks decide), or if who was accepted may not enter.
+        """
         found = [c for c in self.knocking.values() if c.knock[0].name == name]
+        found = [c for c in found if c.knock[0].fingerprint.hex().startswith(mark)]
+        if len(found) > 1:
+            names = ", ".join(f"{name}~{c.knock[0].fingerprint.hex()[:4]}" for c in found)
+            raise ChatError(f"Several wait under this name: {names}.", "Write the mark, too.")
         if not found:
             return False
         client = found[0]
         (bundle, encoded, invitation, mac), client.knock = client.knock, ()
         del self.knocking[bundle.fingerprint]
+        if not accept:
+            self._refuse(client, ChatError("You were denied.", code="denied"))
+            return True
         try:
-            if not accept:
-                raise ChatError("You were denied.", code="denied")
-            self.gatekeeper.admit(bundle, invitation, mac, now)
+            self.gatekeeper.admit(bundle, invitation, mac, self.wall_clock())
         except ChatError as error:
             self._refuse(client, error)
-            return True
+            raise
         self._let_in(client, bundle, encoded, now)
         return True
+
+    def _leave_door(self, client: RelayClient) -> None:
+        if client.knock and self.knocking.pop(client.knock[0].fingerprint, None):
+            self.events.append(("withdrawn", client, client.knock[0]))
+        client.knock = ()
 
     def _let_in(self, client: RelayClient, bundle: Bundle, encoded: bytes, now: float) -> None:
         self._replace(bundle.fingerprint)
@@ -2784,7 +2809,7 @@ class RelayMachine:
 
     def _on_invite(self, client, now, invitation: bytes, gate: bytes, uses: int, expires: int):
         if self.gatekeeper.mode == "invite":
-            self.gatekeeper.invite(invitation, gate, uses, expires, now)
+            self.gatekeeper.invite(invitation, gate, uses, expires, self.wall_clock())
         self._send(client, encode_frame(INVITED, invitation))
 
     def _on_bye(self, client, now) -> None:
@@ -10647,23 +10672,21 @@ class RelayServer:
         self.inbox.post(self._begin_stop)
         self._thread.join(CLOSE_SECONDS + 1)
 
-    def answer(self, name: str, accept: bool) -> bool:
+    def answer(self, name: str, mark: str, accept: bool) -> bool:
         """Accepts or denies somebody at the door (any thread); False if nobody waits there."""
-        return self.call(self._answer, name, accept)
+        return self.call(self._answer, name, mark, accept)
 
-    def waiting_names(self) -> list:
-        """Who waits at the door (any thread)."""
-        return sorted(client.knock[0].name for client in list(self.machine.knocking.values()))
+    def waiting_people(self) -> list:
+        """The (name, mark) of whoever waits at the door (any thread)."""
+        bundles = [c.knock[0] for c in list(self.machine.knocking.values()) if c.knock]
+        return sorted((bundle.name, bundle.fingerprint.hex()[:4]) for bundle in bundles)
 
-    def _answer(self, name: str, accept: bool) -> bool:
-        now = time.monotonic()
-        knocking = list(self._knocking)
-        found = self.machine.answer_knock(name, accept, time.time())
-        for conn in knocking:
-            if conn.client.bundle is not None and self._knocking.pop(conn, None):
-                conn.client.refilled = now
-                self._limits.logged_in(conn)
-        return found
+    def _answer(self, name: str, mark: str, accept: bool) -> bool:
+        try:
+            return self.machine.answer_knock(name, mark, accept, time.monotonic())
+        finally:
+            for conn in [c for c in self._knocking if not c.client.knock]:
+                del self._knocking[conn]
 
     def _begin_stop(self) -> None:
         self._stopping = "stopping"
@@ -10886,6 +10909,7 @@ class RelayServer:
         self.machine.receive(client, plaintext, now)
         if client.knock and self._half_open.pop(conn, None):
             self._knocking[conn] = now + KNOCK_SECONDS
+            self._limits.logged_in(conn)  # whoever may knock does not give way to strangers
         if client.bundle is not None and self._half_open.pop(conn, None):
             self._limits.logged_in(conn)
         if client.closing:
@@ -10987,7 +11011,7 @@ def relay_event(kind: str, client: RelayClient, text: str) -> dict:
         fields.update(name=client.name, fingerprint=shown)
     who = client.name or client.address
     if kind in ("knocked", "withdrawn"):
-        return _request_event(kind, client)
+        return _request_event(kind, text)
     if kind == "joined":
         return notice(f"{who} came from {client.address}.", **fields)
     if kind == "left":
@@ -10996,9 +11020,8 @@ def relay_event(kind: str, client: RelayClient, text: str) -> dict:
     return notice(f"{who}: {one_line(text)}", **fields)
 
 
-def _request_event(kind: str, client: RelayClient) -> dict:
+def _request_event(kind: str, bundle: Any) -> dict:
     """Somebody at the door, or no longer there."""
-    bundle = client.knock[0]
     shown = fingerprint_text(bundle.fingerprint)
     if kind == "withdrawn":
         fields = {"name": bundle.name, "fingerprint": shown, "withdrawn": True}
@@ -11061,7 +11084,7 @@ def resolve_target(options: ConnectOptions, servers: ServerList, contacts: Conta
     target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None)
     if text.startswith(TOKEN_PREFIX):
         _use_token(target, consume_token(text), servers)
-    elif contact is not None and contact.servers and not servers.find(text):
+    elif contact is not None and contact.servers and contact.addresses and not servers.find(text):
         target.addresses, target.pin = list(contact.addresses), pin or contact.servers[0]
     else:
         saved = servers.find(text)
@@ -11167,6 +11190,7 @@ class Connection:
     def __init__(self, chat, machine: ClientMachine, target: Target, chain: tuple | None = None):
         self.chat, self.machine, self.target = chat, machine, target
         self.chain = chain  # (key, certificate), for a server that asks for one
+        self.given = list(target.addresses)  # where we were told to find it, by nobody in the room
         self.reason = ""
         self.on_ready: Any = None  # called once in a room
         self._link: Link | None = None
@@ -11557,9 +11581,14 @@ class ChatRecords(NoRecords):
 
     def _on_places(self, connection, event: dict) -> None:
         """Where a contact is host; if that is the server we are on, it may have moved."""
-        if event["server"] == connection.machine.server:
-            known = [a for a in connection.target.addresses if a not in event["addresses"]]
-            connection.target.addresses = [*event["addresses"], *known][:PLACES_MOST]
+        machine, sender = connection.machine, event["fingerprint"]
+        inviter = machine.token.inviter if machine.token is not None else b""
+        trusted = sender in self._chat.trust.contacts or sender == inviter
+        if not trusted or sender in self._chat.trust.blocked:
+            return
+        if event["server"] == machine.server:
+            told = [a for a in event["addresses"] if a not in connection.given]
+            connection.target.addresses = [*connection.given, *told]
         places = (event["server"], event["addresses"])
         self.profile.contacts.set_places(event["fingerprint"], *places)
 
@@ -11970,7 +11999,8 @@ class ChatClient:
         if connection is not self.first:
             event["server"] = connection.machine.server_address
         self.events.publish(event)
-        if kind in ("ready", "request") or kind == "notice" and event.get("room"):
+        waits = event.get("room") or event.get("knocked")
+        if kind in ("ready", "request") or kind == "notice" and waits:
             self.settled.set()
 
     def _guarded_records(self, function, *args) -> None:
@@ -12437,14 +12467,14 @@ def _chat_invite(client, rest: str) -> None:
     room = _current_room(client).name
     expires = int(client.machine.wall_clock() + seconds) if seconds else 0
     places = client.machine.directory.places
-    addresses = list(places[0] if places else client.target.addresses)
+    addresses = list(places[0] if places else client.connection.given)
     token = Token(addresses, client.machine.server, b"", b"", uses, expires, room)
     client.machine.invitations.create(token)
 
 
 def _at_the_door(client, name: str, accept: bool) -> bool:
     """Answers somebody who waits for the host of a direct chat; False if nobody does."""
-    return client.door is not None and client.door.answer(split_mark(name)[0], accept)
+    return client.door is not None and client.door.answer(*split_mark(name), accept)
 
 
 def _chat_admit(client, rest: str) -> None:
@@ -12462,9 +12492,12 @@ def _chat_deny(client, rest: str) -> None:
 
 def _chat_requests(client, rest: str) -> None:
     names = sorted(person.name for person in _current_room(client).admission.requests.values())
+    shown = list(names)
     if client.door is not None:
-        names = [*client.door.waiting_names(), *names]
-    text = "Waiting to enter: " + (", ".join(names) or "nobody") + "."
+        people = client.door.waiting_people()
+        names = [*(name for name, _ in people), *names]
+        shown = [*(f"{name}~{mark}" for name, mark in people), *shown]
+    text = "Waiting to enter: " + (", ".join(shown) or "nobody") + "."
     client.show_notice(text, names=names)
 
 
@@ -13877,8 +13910,8 @@ class ChatWords:
     def _on_request(self, event: dict, here: bool) -> str:
         name = event["from"]
         if "room" not in event:
-            mark = event["fingerprint"][7:11]
-            return f"? {name}~{mark} is at the door: /accept {name} or /deny {name}"
+            name = f"{name}~{event['fingerprint'][7:11]}"
+            return f"? {name} is at the door: /accept {name} or /deny {name}"
         return f"? {name} wants to enter #{event['room']}: /admit {name} or /deny {name}"
 
     def _on_code(self, event: dict, here: bool) -> str:
@@ -14420,7 +14453,7 @@ class RunningServer:
         listener = listen(options.host, options.port)
         self.host, self.port = options.host, listener.getsockname()[1]
         self.public: list = []  # addresses of a tunnel
-        machine = RelayMachine(self.fingerprint, self._gatekeeper, options.limits)
+        machine = RelayMachine(self.fingerprint, self._gatekeeper, time.time, options.limits)
         machine.doorkeeper = doorkeeper
         self.server = RelayServer(listener, context, machine, self._save, publish)
         self.server.start()
@@ -14687,7 +14720,11 @@ class Hosting:
     def _start_server(self, ask_passphrase) -> RunningServer:
         """On the port given, or the one of last time if it is free, or any."""
         path = self._paths.file("host.json")
-        last = read_json(path, {}).get("port", 0)
+        try:
+            last = read_json(path, {}).get("port", 0)
+        except ChatError:
+            last = 0  # it is only a convenience
+        last = last if type(last) is int and 0 < last < 65536 else 0
         wanted = [self._options.port] if self._options.port is not None else [last, 0]
         running = None
         for port in wanted:
@@ -14711,7 +14748,9 @@ class Hosting:
         if fingerprint == self._own:
             return True
         trust = self.client.trust if self.client is not None else Trust()
-        return fingerprint in trust.contacts and fingerprint not in trust.blocked
+        if fingerprint in trust.blocked:
+            raise ChatError("You were denied.", code="denied")
+        return fingerprint in trust.contacts
 
     def _publish(self, event: dict) -> None:
         """Of the server's events a host sees who waits at the door."""
@@ -15003,7 +15042,7 @@ class RecordingRelay(RelayMachine):
     """A relay that keeps whatever it gets to see."""
 
     def __init__(self, fingerprint: bytes, gatekeeper: Gatekeeper, record: list):
-        super().__init__(fingerprint, gatekeeper)
+        super().__init__(fingerprint, gatekeeper, time.time)
         self._record = record
 
     def receive(self, client: RelayClient, data: bytes, now: float) -> None:

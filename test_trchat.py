@@ -12867,6 +12867,18 @@ class Part22ChatClientTest(NetTest):
             self.assertEqual(alice.wait("closed")["reason"], "eof")
             second.kill()
 
+    def test_whoever_waits_at_the_door_in_vain_is_told(self):
+        server = self.serve()
+        server.machine.doorkeeper = lambda fingerprint: False
+        with mock.patch.object(trchat, "KNOCK_SECONDS", 0.05):
+            bob = self.person(server, "bob", 0)
+            error = bob.wait("error")
+        self.assertEqual(error["code"], "denied")
+        self.assertIn("Nobody opened the door", error["text"])
+        server.log.wait(lambda e: e.get("withdrawn"))
+        server.settled(0)
+        self.assertEqual((server.machine.knocking, server.server._knocking), ({}, {}))
+
     def test_a_connection_that_is_cut_again_and_again_loses_and_doubles_nothing(self):
         self.quick_retries()
         server = self.serve()

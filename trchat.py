@@ -10759,9 +10759,14 @@ class RelayServer:
         return bool(connections or self.machine.full or self._save_at or self._accept_at)
 
     def _run_timers(self, now: float) -> None:
-        for table in (self._half_open, self._knocking, self._closing):
+        for table in (self._half_open, self._closing):
             while table and next(iter(table.values())) <= now:
                 self._end(next(iter(table)), "it took too long")
+        while self._knocking and next(iter(self._knocking.values())) <= now:
+            conn = next(iter(self._knocking))
+            del self._knocking[conn]
+            text = "Nobody opened the door to you. Ask your host, and try again."
+            self.machine.close(conn.client, REFUSED, "denied", text)
         for conn in [c for c, until in self._throttled.items() if until <= now]:
             del self._throttled[conn]
             self._watch(conn, now)

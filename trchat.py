@@ -33,44 +33,45 @@ or thread: bytes in, events out) and each uses only parts above itself:
  17. People and sessions *
  18. Invitations by members *
  19. Client machine *
- 20. Sealed records *
- 21. Conversations *
- 22. Keys and widths *
- 23. Line editor *
- 24. Screen *
- 25. Settings *
- 26. Settings and paths
- 27. Events and threads
- 28. Dependencies
- 29. Vault
- 30. History and outbox
- 31. Contacts
- 32. SOCKS5
- 33. Network
- 34. Port mapping
- 35. A mapped port, and addresses
- 36. Tunnels
- 37. Tunnels through ngrok
- 38. Tunnels through ssh and tor
- 39. Connections of a server
- 40. Relay server
- 41. Where to connect
- 42. Connections
- 43. Records of a chat
- 44. Chat client
- 45. Commands
- 46. Chat commands: talking and rooms
- 47. Chat commands: people and records
- 48. Console commands
- 49. Terminal input
- 50. Terminal
- 51. Words for events
- 52. Faces: terminal and JSON lines
- 53. Activities
- 54. Demonstration
- 55. Session
- 56. Shell commands
- 57. Menu and door
+ 20. SFTP packets *
+ 21. Sealed records *
+ 22. Conversations *
+ 23. Keys and widths *
+ 24. Line editor *
+ 25. Screen *
+ 26. Settings *
+ 27. Settings and paths
+ 28. Events and threads
+ 29. Dependencies
+ 30. Vault
+ 31. History and outbox
+ 32. Contacts
+ 33. SOCKS5
+ 34. Network
+ 35. Port mapping
+ 36. A mapped port, and addresses
+ 37. Tunnels
+ 38. Tunnels through ngrok
+ 39. Tunnels through ssh and tor
+ 40. Connections of a server
+ 41. Relay server
+ 42. Where to connect
+ 43. Connections
+ 44. Records of a chat
+ 45. Chat client
+ 46. Commands
+ 47. Chat commands: talking and rooms
+ 48. Chat commands: people and records
+ 49. Console commands
+ 50. Terminal input
+ 51. Terminal
+ 52. Words for events
+ 53. Faces: terminal and JSON lines
+ 54. Activities
+ 55. Demonstration
+ 56. Session
+ 57. Shell commands
+ 58. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -299,6 +300,9 @@ class Reader:
         if value > most:
             raise RemoteProtocolError("A list is longer than allowed.")
         return value
+
+    def more(self) -> bool:
+        return self._position < len(self._data)
 
     def rest(self) -> bytes:
         return self.take(len(self._data) - self._position)
@@ -1460,12 +1464,14 @@ SAID, ACTION = 0, 1  # kinds of TEXT
 KICKED, BANNED, ASKED, DENIED = range(4)  # why somebody is not, or not yet, in a room
 
 
-def _field(kind: str):
-    """(encoder, decoder) of one field type."""
+def _field(kind: str, own: dict):
+    """(encoder, decoder) of one field type; `own` holds those of one table only."""
+    if kind in own:
+        return own[kind]
     if kind[0] == "[":
         return _list_field(kind[1:-1])
     if kind in COMPOUND_FIELDS:
-        encode, decode = _codec(COMPOUND_FIELDS[kind])
+        encode, decode = codec(COMPOUND_FIELDS[kind])
         return (lambda value: encode(*value)), decode
     if kind[0] in "un":
         size = int(kind[1:]) // (8 if kind[0] == "u" else 1)
@@ -1490,7 +1496,7 @@ def _fixed_field(size: int) -> tuple:
 
 
 def _list_field(inner: str) -> tuple:
-    encode_one, decode_one = _field(inner)
+    encode_one, decode_one = _field(inner, {})
 
     def encode(values) -> bytes:
         return u16(len(values)) + b"".join(map(encode_one, values))
@@ -1498,9 +1504,9 @@ def _list_field(inner: str) -> tuple:
     return encode, (lambda reader: [decode_one(reader) for _ in range(reader.count(0xFFFF))])
 
 
-def _codec(fields: str) -> tuple:
+def codec(fields: str, own: dict | None = None) -> tuple:
     """(encode(*values), decode(reader) -> tuple) for a row of a field table."""
-    pairs = [_field(kind) for kind in fields.split()]
+    pairs = [_field(kind, own or {}) for kind in fields.split()]
 
     def encode(*values) -> bytes:
         return b"".join([pair[0](value) for pair, value in zip(pairs, values)])
@@ -1508,8 +1514,8 @@ def _codec(fields: str) -> tuple:
     return encode, (lambda reader: tuple([pair[1](reader) for pair in pairs]))
 
 
-_FRAME_CODECS = {kind: _codec(fields) for kind, fields in FRAME_FIELDS.items()}
-_CONTENT_CODECS = {kind: _codec(fields) for kind, fields in CONTENT_FIELDS.items()}
+_FRAME_CODECS = {kind: codec(fields) for kind, fields in FRAME_FIELDS.items()}
+_CONTENT_CODECS = {kind: codec(fields) for kind, fields in CONTENT_FIELDS.items()}
 
 
 def encode_frame(kind: int, *values) -> bytes:
@@ -5132,7 +5138,199 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 20. Sealed records | pure | uses 1-3
+# Part 20. SFTP packets | pure | uses 1, 2, 7
+#
+# SFTP version 3 (draft-ietf-secsh-filexfer-02) with those of OpenSSH's extensions that people use
+# (its PROTOCOL file, section 4), as tables. A packet is framed as ours are: u32 length, u8 type,
+# body; a FrameBuffer takes them apart. Paths are text in UTF-8; other bytes survive as surrogates.
+# ==================================================================================================
+
+SFTP_VERSION = 3
+SFTP_PACKET = 256 << 10  # bytes of a packet after its length field, as in OpenSSH
+SFTP_BLOCK = SFTP_PACKET - 1024  # bytes that one READ or WRITE carries
+
+
+class FXP:
+    """Types of packets: SSH_FXP_ in the draft, section 3."""
+
+    INIT, VERSION, OPEN, CLOSE, READ, WRITE, LSTAT, FSTAT, SETSTAT, FSETSTAT = range(1, 11)
+    OPENDIR, READDIR, REMOVE, MKDIR, RMDIR, REALPATH, STAT, RENAME, READLINK = range(11, 20)
+    SYMLINK = 20
+    STATUS, HANDLE, DATA, NAME, ATTRS = range(101, 106)
+    EXTENDED, EXTENDED_REPLY = 200, 201
+
+
+class FX:
+    """Codes of a STATUS: SSH_FX_ in the draft, section 7."""
+
+    OK, EOF, NO_SUCH_FILE, PERMISSION_DENIED, FAILURE, BAD_MESSAGE = range(6)
+    OP_UNSUPPORTED = 8
+
+
+class FXF:
+    """Flags of OPEN: SSH_FXF_ in the draft, section 6.3."""
+
+    READ, WRITE, APPEND, CREAT, TRUNC, EXCL = 1, 2, 4, 8, 16, 32
+
+
+class Attributes(Record):
+    """A file's attributes (section 5); None: not given. Times are in seconds since 1970."""
+
+    size: int | None
+    uid: int | None
+    gid: int | None
+    permissions: int | None  # st_mode, with the kind of file
+    atime: int | None
+    mtime: int | None
+
+    def __init__(self, size=None, uid=None, gid=None, permissions=None, atime=None, mtime=None):
+        super().__init__(size, uid, gid, permissions, atime, mtime)
+
+
+ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS, ATTR_ACMODTIME = 1, 2, 4, 8
+ATTR_EXTENDED = 0x80000000
+EXTENDED_ATTRIBUTES_MOST = 64
+
+
+def encode_attributes(attributes: Attributes) -> bytes:
+    flags, fields = 0, b""
+    if attributes.size is not None:
+        flags, fields = ATTR_SIZE, u64(attributes.size)
+    if attributes.uid is not None and attributes.gid is not None:
+        flags |= ATTR_UIDGID
+        fields += u32(attributes.uid) + u32(attributes.gid)
+    if attributes.permissions is not None:
+        flags |= ATTR_PERMISSIONS
+        fields += u32(attributes.permissions)
+    if attributes.atime is not None and attributes.mtime is not None:
+        flags |= ATTR_ACMODTIME
+        fields += u32(attributes.atime) + u32(attributes.mtime)
+    return u32(flags) + fields
+
+
+def decode_attributes(reader: Reader) -> Attributes:
+    flags, attributes = reader.number(4), Attributes()
+    if flags & ATTR_SIZE:
+        attributes.size = reader.number(8)
+    if flags & ATTR_UIDGID:
+        attributes.uid, attributes.gid = reader.number(4), reader.number(4)
+    if flags & ATTR_PERMISSIONS:
+        attributes.permissions = reader.number(4)
+    if flags & ATTR_ACMODTIME:
+        attributes.atime, attributes.mtime = reader.number(4), reader.number(4)
+    if flags & ATTR_EXTENDED:  # nobody uses them; they are passed over
+        count = reader.number(4)
+        if count > EXTENDED_ATTRIBUTES_MOST:
+            raise RemoteProtocolError("A file has too many attributes.")
+        for _ in range(2 * count):
+            reader.block()
+    return attributes
+
+
+def encode_path(path: str) -> bytes:
+    return block(path.encode("utf-8", "surrogateescape"))
+
+
+def decode_path(reader: Reader) -> str:
+    return reader.block().decode("utf-8", "surrogateescape")
+
+
+class Entry(Record):
+    """One line of a folder's listing: its name, as `ls -l` would show it, its attributes."""
+
+    name: str
+    line: str
+    attributes: Attributes
+
+
+def _encode_entries(entries: list) -> bytes:
+    lines = [
+        encode_path(e.name) + encode_path(e.line) + encode_attributes(e.attributes) for e in entries
+    ]
+    return u32(len(lines)) + b"".join(lines)
+
+
+def _decode_entries(reader: Reader) -> list:
+    count = reader.number(4)
+    if count > SFTP_PACKET // 12:  # an entry has at least so many bytes
+        raise RemoteProtocolError("A folder's listing is longer than its packet.")
+    return [
+        Entry(decode_path(reader), decode_path(reader), decode_attributes(reader))
+        for _ in range(count)
+    ]
+
+
+SFTP_FIELD_KINDS = {
+    "p": (encode_path, decode_path),
+    "attrs": (encode_attributes, decode_attributes),
+    "entries": (_encode_entries, _decode_entries),
+    "rest": ((lambda data: data), Reader.rest),
+    "data": (block, Reader.block),
+}
+# The fields behind a packet's type; but for INIT and VERSION the first is the request's id.
+SFTP_FIELDS = {
+    FXP.INIT: "u32 rest",  # version, extensions
+    FXP.VERSION: "u32 rest",
+    FXP.OPEN: "u32 p u32 attrs",  # path, flags
+    FXP.CLOSE: "u32 b",  # handle
+    FXP.READ: "u32 b u64 u32",  # handle, offset, length
+    FXP.WRITE: "u32 b u64 data",  # handle, offset
+    FXP.LSTAT: "u32 p",
+    FXP.FSTAT: "u32 b",
+    FXP.SETSTAT: "u32 p attrs",
+    FXP.FSETSTAT: "u32 b attrs",
+    FXP.OPENDIR: "u32 p",
+    FXP.READDIR: "u32 b",
+    FXP.REMOVE: "u32 p",
+    FXP.MKDIR: "u32 p attrs",
+    FXP.RMDIR: "u32 p",
+    FXP.REALPATH: "u32 p",
+    FXP.STAT: "u32 p",
+    FXP.RENAME: "u32 p p",
+    FXP.READLINK: "u32 p",
+    FXP.SYMLINK: "u32 p p",  # target, link: OpenSSH's order, not the draft's
+    FXP.STATUS: "u32 u32 p p",  # code, message, language
+    FXP.HANDLE: "u32 b",
+    FXP.DATA: "u32 data",
+    FXP.NAME: "u32 entries",
+    FXP.ATTRS: "u32 attrs",
+    FXP.EXTENDED: "u32 p rest",  # its name, its own fields
+    FXP.EXTENDED_REPLY: "u32 rest",
+}
+_SFTP_CODECS = {kind: codec(fields, SFTP_FIELD_KINDS) for kind, fields in SFTP_FIELDS.items()}
+
+
+def encode_sftp(kind: int, *values) -> bytes:
+    """One packet: encode_sftp(FXP.OPEN, 7, "/a.txt", FXF.READ, Attributes())."""
+    body = _SFTP_CODECS[kind][0](*values)
+    return FRAME_HEAD.pack(len(body) + 1, kind) + body
+
+
+def decode_sftp(kind: int, body: bytes) -> tuple:
+    """The values of a packet; RemoteProtocolError if it is none."""
+    if kind not in _SFTP_CODECS:
+        raise RemoteProtocolError(f"An SFTP packet of unknown kind {kind} came.")
+    reader = Reader(body)
+    values = _SFTP_CODECS[kind][1](reader)
+    reader.done()
+    return values
+
+
+def encode_extensions(extensions: dict) -> bytes:
+    """What stands behind the version in INIT and VERSION: names, each with its data."""
+    return b"".join(encode_path(name) + block(data) for name, data in extensions.items())
+
+
+def decode_extensions(data: bytes) -> dict:
+    reader, found = Reader(data), {}
+    while reader.more():
+        name = decode_path(reader)
+        found[name] = reader.block()
+    return found
+
+
+# ==================================================================================================
+# Part 21. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -5310,7 +5508,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 21. Conversations | pure | uses 1, 2, 20
+# Part 22. Conversations | pure | uses 1, 2, 21
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -5428,7 +5626,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 22. Keys and widths | pure | uses 2
+# Part 23. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -5754,7 +5952,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 23. Line editor | pure | uses 2, 22
+# Part 24. Line editor | pure | uses 2, 23
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -6093,7 +6291,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 24. Screen | pure | uses 22
+# Part 25. Screen | pure | uses 23
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -6296,7 +6494,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 25. Settings | pure | uses 1, 2
+# Part 26. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -6487,7 +6685,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 26. Settings and paths | uses 1, 2, 4, 25
+# Part 27. Settings and paths | uses 1, 2, 4, 26
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -6765,7 +6963,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 27. Events and threads | uses 2, 26
+# Part 28. Events and threads | uses 2, 27
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -6879,7 +7077,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 28. Dependencies | uses 1, 26
+# Part 29. Dependencies | uses 1, 27
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -7240,7 +7438,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 29. Vault | uses 1-4, 26
+# Part 30. Vault | uses 1-4, 27
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -7503,7 +7701,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 30. History and outbox | uses 1-3, 20, 26, 27
+# Part 31. History and outbox | uses 1-3, 21, 27, 28
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -7983,7 +8181,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 31. Contacts | uses 1-4, 6, 26
+# Part 32. Contacts | uses 1-4, 6, 27
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -8410,7 +8608,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 32. SOCKS5 | uses 1, 2, 4, 26
+# Part 33. SOCKS5 | uses 1, 2, 4, 27
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -8494,7 +8692,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 33. Network | uses 1-4, 26, 29, 32
+# Part 34. Network | uses 1-4, 27, 30, 33
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -8738,7 +8936,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 34. Port mapping | uses 1-3, 8, 9, 26, 27, 33
+# Part 35. Port mapping | uses 1-3, 8, 9, 27, 28, 34
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -9204,7 +9402,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 35. A mapped port, and addresses | uses 1-4, 8, 9, 26, 27, 33, 34
+# Part 36. A mapped port, and addresses | uses 1-4, 8, 9, 27, 28, 34, 35
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -9563,7 +9761,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 36. Tunnels | uses 1, 2, 26, 27
+# Part 37. Tunnels | uses 1, 2, 27, 28
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -9940,7 +10138,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 37. Tunnels through ngrok | uses 2, 3, 26, 36
+# Part 38. Tunnels through ngrok | uses 2, 3, 27, 37
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -10187,7 +10385,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 38. Tunnels through ssh and tor | uses 1-4, 26, 27, 36, 37
+# Part 39. Tunnels through ssh and tor | uses 1-4, 27, 28, 37, 38
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -10533,7 +10731,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 39. Connections of a server | uses 1
+# Part 40. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -10620,7 +10818,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 40. Relay server | uses 1, 2, 7, 26, 27, 29, 33, 39
+# Part 41. Relay server | uses 1, 2, 7, 27, 28, 30, 34, 40
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -11052,7 +11250,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 41. Where to connect | uses 1, 2, 4, 8, 26, 27, 33
+# Part 42. Where to connect | uses 1, 2, 4, 8, 27, 28, 34
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -11182,7 +11380,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 42. Connections | uses 1, 3, 26, 27, 33, 40, 41
+# Part 43. Connections | uses 1, 3, 27, 28, 34, 41, 42
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -11380,7 +11578,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 43. Records of a chat | uses 1, 2, 7, 14, 20, 21, 26, 29-31
+# Part 44. Records of a chat | uses 1, 2, 7, 14, 21, 22, 27, 30-32
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -11761,7 +11959,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 44. Chat client | uses 1, 2, 14, 17, 21, 26, 27, 40, 42, 43
+# Part 45. Chat client | uses 1, 2, 14, 17, 22, 27, 28, 41, 43, 44
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -12140,7 +12338,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 45. Commands | uses 1, 2
+# Part 46. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -12289,7 +12487,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 46. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 13, 17, 45
+# Part 47. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 13, 17, 46
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -12611,7 +12809,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 47. Chat commands: people and records | uses 1, 2, 4, 6, 19, 25-27, 30, 35, 41, 45, 46
+# Part 48. Chat commands: people and records | uses 1, 2, 4, 6, 19, 26-28, 31, 36, 42, 46, 47
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -13106,7 +13304,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 48. Console commands | uses 1, 2, 7, 40, 45
+# Part 49. Console commands | uses 1, 2, 7, 41, 46
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -13226,7 +13424,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 49. Terminal input | uses 26
+# Part 50. Terminal input | uses 27
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -13432,7 +13630,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 50. Terminal | uses 2, 22-24, 26, 49
+# Part 51. Terminal | uses 2, 23-25, 27, 50
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -13794,7 +13992,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 51. Words for events | uses 2, 7, 22, 45, 46
+# Part 52. Words for events | uses 2, 7, 23, 46, 47
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -14036,7 +14234,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 52. Faces: terminal and JSON lines | uses 2, 22, 26, 27, 45, 50, 51
+# Part 53. Faces: terminal and JSON lines | uses 2, 23, 27, 28, 46, 51, 52
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -14377,7 +14575,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 53. Activities | uses 1-4, 10, 11, 17, 19, 26, 27, 29, 33, 35, 36, 38, 40, 41, 43-45, 48, 52
+# Part 54. Activities | uses 1-4, 10, 11, 17, 19, 27, 28, 30, 34, 36, 37, 39, 41, 42, 44-46, 49, 53
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -14874,7 +15072,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 54. Demonstration | uses 1, 3, 4, 7, 10, 11, 19, 29, 33, 40, 41, 44, 45
+# Part 55. Demonstration | uses 1, 3, 4, 7, 10, 11, 19, 30, 34, 41, 42, 45, 46
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -15056,7 +15254,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 55. Session | uses 1, 2, 22, 26, 28, 29, 50, 52
+# Part 56. Session | uses 1, 2, 23, 27, 29, 30, 51, 53
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -15153,7 +15351,7 @@ def _end_on_signals() -> None:
 
 
 # ==================================================================================================
-# Part 56. Shell commands | uses 1, 2, 4, 7, 25-27, 29-31, 35, 38, 41, 43, 45, 47, 50, 52-55
+# Part 57. Shell commands | uses 1, 2, 4, 7, 26-28, 30-32, 36, 39, 42, 44, 46, 48, 51, 53-56
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -15646,7 +15844,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 57. Menu and door | uses 1, 2, 4, 25-27, 33, 41, 45, 47, 52, 55, 56
+# Part 58. Menu and door | uses 1, 2, 4, 26-28, 34, 42, 46, 48, 53, 56, 57
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

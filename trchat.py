@@ -20,58 +20,62 @@ or thread: bytes in, events out) and each uses only parts above itself:
   4. Identity, trust and tokens *
   5. Pairwise session *
   6. Room keys *
-  7. Wire format *
-  8. Port mapping messages *
-  9. What addresses mean *
- 10. Gatekeeper *
- 11. Relay machine *
- 12. Who is in a room *
- 13. Rooms *
- 14. Delivery *
- 15. Messages *
- 16. Reception *
- 17. People and sessions *
- 18. Invitations by members *
- 19. Client machine *
- 20. SFTP packets *
- 21. Sealed records *
- 22. Conversations *
- 23. Keys and widths *
- 24. Line editor *
- 25. Screen *
- 26. Settings *
- 27. Settings and paths
- 28. Events and threads
- 29. Dependencies
- 30. Vault
- 31. History and outbox
- 32. Contacts
- 33. SOCKS5
- 34. Network
- 35. Port mapping
- 36. A mapped port, and addresses
- 37. Tunnels
- 38. Tunnels through ngrok
- 39. Tunnels through ssh and tor
- 40. Connections of a server
- 41. Relay server
- 42. Where to connect
- 43. Connections
- 44. Records of a chat
- 45. Chat client
- 46. Commands
- 47. Chat commands: talking and rooms
- 48. Chat commands: people and records
- 49. Console commands
- 50. Terminal input
- 51. Terminal
- 52. Words for events
- 53. Faces: terminal and JSON lines
- 54. Activities
- 55. Demonstration
- 56. Session
- 57. Shell commands
- 58. Menu and door
+  7. Streams *
+  8. Wire format *
+  9. Port mapping messages *
+ 10. What addresses mean *
+ 11. Gatekeeper *
+ 12. Relay machine *
+ 13. Who is in a room *
+ 14. Rooms *
+ 15. Offers *
+ 16. Delivery *
+ 17. Messages *
+ 18. Reception *
+ 19. People and sessions *
+ 20. Streams and offers *
+ 21. Invitations by members *
+ 22. Client machine *
+ 23. SFTP packets *
+ 24. Sealed records *
+ 25. Conversations *
+ 26. Keys and widths *
+ 27. Line editor *
+ 28. Screen *
+ 29. Settings *
+ 30. Settings and paths
+ 31. Events and threads
+ 32. Dependencies
+ 33. Vault
+ 34. History and outbox
+ 35. Contacts
+ 36. SOCKS5
+ 37. Network
+ 38. Port mapping
+ 39. A mapped port, and addresses
+ 40. Tunnels
+ 41. Tunnels through ngrok
+ 42. Tunnels through ssh and tor
+ 43. Connections of a server
+ 44. Relay server
+ 45. Where to connect
+ 46. Channels
+ 47. Connections
+ 48. Records of a chat
+ 49. Chat client
+ 50. Commands
+ 51. Chat commands: talking and rooms
+ 52. Chat commands: people and records
+ 53. Console commands
+ 54. Terminal input
+ 55. Terminal
+ 56. Words for events
+ 57. Faces: terminal and JSON lines
+ 58. Activities
+ 59. Demonstration
+ 60. Session
+ 61. Shell commands
+ 62. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -1385,7 +1389,158 @@ def is_next_admin(roster: list, fingerprint: bytes, present) -> bool:
 
 
 # ==================================================================================================
-# Part 7. Wire format | pure | uses 1, 2
+# Part 7. Streams | pure | uses 1-3
+#
+# Bytes between two people, both ways: a file, or a shared folder. A random secret that came through
+# the pairwise session gives one AES-256-GCM key for each direction; a frame's place is its nonce,
+# so that none can be left out, repeated or moved, and the last one says that it is.
+#
+# At most STREAM_WINDOW bytes are on their way that the other side has not used yet (as in RFC 4254,
+# section 5.2). How many of those are risked goes by how long they take, so that a line of text
+# never waits long behind a file.
+# ==================================================================================================
+
+STREAM_WINDOW = 4 << 20
+STREAM_HEAD = struct.Struct(">IBI")  # stream, flag, bytes used of what came
+STREAM_FIRST = 256 << 10  # bytes risked before it is known how long they take
+STREAM_LEAST, STREAM_PIECE = 16 << 10, 512 << 10  # bytes in one frame
+STREAM_DELAY = 0.25  # seconds that bytes of ours may wait in queues on the way
+MORE, LAST = range(2)  # flags
+
+
+class Stream:
+    """One end of a stream.
+
+    `write` takes bytes to be sent and `next_frame` makes a frame of some of them; `receive` takes
+    a frame and adds its bytes to `incoming`, and `use` says how many of those are done with.
+    `finished` is set once the other side has ended it, `broken` says why nothing more will come.
+    """
+
+    def __init__(self, number: int, secret: bytes, opener: bytes, other: bytes, is_opener: bool):
+        """`opener` and `other` are the bundle hashes of whoever opened it and of the other side."""
+        salt = sha256(block(opener) + block(other) + u32(number))
+        keys = [hkdf(secret, salt, PROTOCOL + info) for info in STREAM_INFO]
+        self._key_out, self._key_in = keys if is_opener else reversed(keys)
+        self.number = number
+        self._sent = self._received = 0  # frames
+        self._queue = collections.deque()
+        self.waiting = 0  # bytes in it
+        self._closing = self._closed = False
+        self._on_way, self._risked = 0, STREAM_FIRST
+        self._total, self._confirmed = 0, 0  # bytes sent, and used by the other side
+        self._marks = collections.deque()  # (total when a frame had gone, when)
+        self._fastest = float("inf")
+        self._slowed_at = float("-inf")
+        self.incoming: list = []
+        self._unused, self._used = 0, 0  # bytes that came and are not used; used and not told
+        self.finished = False
+        self.broken = ""
+
+    # Sending
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._queue.append(data)
+            self.waiting += len(data)
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self._closing = True
+
+    @property
+    def over(self) -> bool:
+        """Whether both sides have ended it and each has what the other said."""
+        return self._closed and self.finished and not self._on_way
+
+    def next_frame(self, now: float) -> bytes:
+        """The next frame that may go, b"" if none may."""
+        if self.broken:
+            return b""
+        size = self._sendable()
+        last = self._closing and not self._closed and size == self.waiting
+        tell = self._used and (self._used >= STREAM_LEAST * 4 or not self._unused)
+        if not (size or last or tell):
+            return b""
+        data = self._take(size)
+        head = STREAM_HEAD.pack(self.number, LAST if last else MORE, self._used)
+        frame = head + seal(self._key_out, _nonce(self._sent), data, head)
+        self._sent, self._used, self._closed = self._sent + 1, 0, self._closed or last
+        if size:
+            self._on_way += size
+            self._total += size
+            self._marks.append((self._total, now))
+        return frame
+
+    def _sendable(self) -> int:
+        room = self._risked - self._on_way
+        most = min(max(self._risked // 4, STREAM_LEAST), STREAM_PIECE)
+        size = min(self.waiting, room, most)
+        worth_it = size == self.waiting or size >= min(most, STREAM_LEAST) or not self._on_way
+        return size if size > 0 and worth_it else 0
+
+    def _take(self, size: int) -> bytes:
+        pieces, left = [], size
+        while left:
+            piece = self._queue.popleft()
+            if len(piece) > left:
+                view = memoryview(piece)
+                self._queue.appendleft(view[left:])
+                piece = view[:left]
+            pieces.append(piece)
+            left -= len(piece)
+        self.waiting -= size
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    # Receiving
+
+    def receive(self, frame: bytes, now: float) -> None:
+        """RemoteProtocolError for a frame that is not the next one."""
+        head = bytes(frame[: STREAM_HEAD.size])
+        if len(head) < STREAM_HEAD.size:
+            raise RemoteProtocolError("A frame of a stream ends too early.")
+        _, flag, used = STREAM_HEAD.unpack(head)
+        data = open_sealed(self._key_in, _nonce(self._received), frame[STREAM_HEAD.size :], head)
+        self._received += 1
+        self._unused += len(data)
+        if flag > LAST or (data or flag) and self.finished or self._unused > STREAM_WINDOW:
+            raise RemoteProtocolError("A stream does not keep to its rules.")
+        if data:
+            self.incoming.append(data)
+        self.finished = self.finished or flag == LAST
+        if used:
+            self._confirm(used, now)
+
+    def use(self, count: int) -> None:
+        """So many bytes of what came are done with."""
+        self._unused -= count
+        self._used += count
+
+    def _confirm(self, count: int, now: float) -> None:
+        """The other side has used bytes of ours: more, or fewer, may be risked from now on."""
+        self._on_way -= count
+        self._confirmed += count
+        if self._on_way < 0:
+            raise RemoteProtocolError("A stream was confirmed before it was sent.")
+        delay = 0.0
+        while self._marks and self._marks[0][0] <= self._confirmed:
+            delay = now - self._marks.popleft()[1]
+        self._fastest = min(self._fastest, delay)
+        if delay - self._fastest <= STREAM_DELAY:
+            self._risked = min(self._risked + count, STREAM_WINDOW)
+        elif now - self._slowed_at > delay:
+            self._risked = max(self._risked * 2 // 3, STREAM_LEAST * 2)
+            self._slowed_at = now
+
+
+STREAM_INFO = (b" stream: from its opener", b" stream: to its opener")
+
+
+def _nonce(place: int) -> bytes:
+    return place.to_bytes(12, "big")
+
+
+# ==================================================================================================
+# Part 8. Wire format | pure | uses 1, 2
 #
 # Frames between a client and the relay (u32 length, u8 kind, body; the length counts kind and
 # body), and contents between people, which travel encrypted inside DATA frames. Both are tables:
@@ -1443,6 +1598,7 @@ FRAME_HEAD = struct.Struct(">IB")
 DATA_HEAD = struct.Struct(">IBII")  # length, kind, destination id, source id
 
 HELLO, TEXT, ACK, EPOCH, FAREWELL, REMOVED, VOUCH, TIMER, AWAY, PLACES = range(1, 11)
+STREAM, RESET, WANT, DONE, KEPT, CANCEL = range(11, 17)
 
 CONTENT_FIELDS = {
     HELLO: "u8 [h] n8 n32",  # answer wanted?, rooms, invitation id and proof (zeros: none)
@@ -1456,11 +1612,18 @@ CONTENT_FIELDS = {
     TIMER: "u32 u8",  # seconds after which direct messages disappear (0: never), an answer?
     AWAY: "s",  # why the sender is away, "" when back
     PLACES: "[s] n32",  # addresses where the sender is host, and the key of that server
+    STREAM: "u8 n16 u32 n32",  # what for, which offer, the new stream's number and secret
+    RESET: "u32 s",  # a stream that is given up, and why
+    WANT: "n16",  # an offer that is accepted, or gone on with
+    DONE: "n16 n32",  # an offer of which all has gone out, and its SHA-256
+    KEPT: "n16 n32",  # an offer that has arrived whole, and its SHA-256
+    CANCEL: "n16 s",  # an offer that is taken back, or given up, and why
 }
 # Acknowledged: all of a stream below the count but those missing; a stream is an epoch id, or
 # zeros for what came through the pairwise session.
 COMPOUND_FIELDS = {"r": "s u32", "h": "s u64 n32", "a": "n32 u64 [u64]"}
-SAID, ACTION = 0, 1  # kinds of TEXT
+SAID, ACTION, OFFERED = range(3)  # kinds of TEXT; an offer's text is that of encode_offer
+FOR_OFFER, FOR_FOLDER = range(2)  # what a stream is for
 KICKED, BANNED, ASKED, DENIED = range(4)  # why somebody is not, or not yet, in a room
 
 
@@ -1586,7 +1749,7 @@ def check_frame_size(size: int, most: int = MAX_FRAME) -> None:
 
 
 # ==================================================================================================
-# Part 8. Port mapping messages | pure | uses 1, 2
+# Part 9. Port mapping messages | pure | uses 1, 2
 #
 # What is said to a home router so that it lets connections in (UPnP IGD, NAT-PMP, PCP), and to a
 # STUN server so that it tells our address. Everything that comes from
@@ -2052,7 +2215,7 @@ def decode_external_address(data: bytes) -> str:
 
 
 # ==================================================================================================
-# Part 9. What addresses mean | pure | uses 2, 8
+# Part 10. What addresses mean | pure | uses 2, 9
 #
 # What the system's own tables and programs say about addresses and routers, and what it means for
 # somebody who wants to be reached.
@@ -2217,7 +2380,7 @@ def _explain_ipv6(mine: list, pinhole: bool) -> str:
 
 
 # ==================================================================================================
-# Part 10. Gatekeeper | pure | uses 1-4
+# Part 11. Gatekeeper | pure | uses 1-4
 #
 # Who may come in to a server, and under which name: what users.json keeps.
 # ==================================================================================================
@@ -2369,7 +2532,7 @@ def _saved_fingerprint(text: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 11. Relay machine | pure | uses 1-4, 7
+# Part 12. Relay machine | pure | uses 1-4, 8
 #
 # The server without its sockets: who is in which room, and runs of DATA frames
 # handed on as the bytes they came in. It checks the ids of every frame and reads nothing else;
@@ -2826,7 +2989,7 @@ _LENGTH = struct.Struct(">I")
 
 
 # ==================================================================================================
-# Part 12. Who is in a room | pure | uses 1-4, 6, 7
+# Part 13. Who is in a room | pure | uses 1-4, 6, 8
 #
 # Two halves of a room's membership: whom its admin lets in, and whose word on the room's keys a
 # member follows. Both act on the RoomKeeper that they are given (the next part).
@@ -3166,7 +3329,7 @@ class Succession:
 
 
 # ==================================================================================================
-# Part 13. Rooms | pure | uses 1, 2, 6, 7, 12
+# Part 14. Rooms | pure | uses 1, 2, 6, 8, 13
 #
 # Each room as one of its members keeps it, over all connections: who is there, when a new epoch is
 # made, what may be sent. It speaks to the world through the client machine that it is given.
@@ -3596,7 +3759,61 @@ def lifetime_words(seconds: int) -> str:
 
 
 # ==================================================================================================
-# Part 14. Delivery | pure | uses 2
+# Part 15. Offers | pure | uses 1, 2
+#
+# What somebody offers: a file, or a folder of them. An offer is a message like any other, of a kind
+# of its own: it goes to a room in one piece, waits for a contact who is away, is acknowledged.
+# ==================================================================================================
+
+
+class Offer(Record):
+    """What somebody offers. `files`: 0 for one file, else how many a folder holds.
+
+    `reference`: where it lies sealed on an SFTP server, "" if it comes from its owner.
+    """
+
+    name: str
+    size: int
+    files: int
+    reference: str
+
+
+def encode_offer(offer: Offer) -> str:
+    return "\n".join((one_line(offer.name), str(offer.size), str(offer.files), offer.reference))
+
+
+def decode_offer(text: str) -> Offer:
+    """RemoteProtocolError if it is none. The name is as its sender wrote it."""
+    lines = text.split("\n")
+    numbers = lines[1:3]
+    if len(lines) != 4 or not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
+        raise RemoteProtocolError("An offer is not what it should be.")
+    return Offer(one_line(lines[0])[:255], int(numbers[0]), int(numbers[1]), lines[3])
+
+
+def offer_fields(offer: Offer) -> dict:
+    """What an event says of an offer; its text is for the history."""
+    fields = {"name": offer.name, "size": offer.size, "files": offer.files}
+    return {**fields, "text": offer_words(offer), "_reference": offer.reference}
+
+
+def offer_words(offer: Offer) -> str:
+    number = f"{offer.files} files, " if offer.files else ""
+    return f"offers {offer.name} ({number}{size_words(offer.size)})"
+
+
+def size_words(size: int) -> str:
+    """Bytes as people read them: 312 bytes, 4.1 MB."""
+    value, unit = float(size), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{size} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+# ==================================================================================================
+# Part 16. Delivery | pure | uses 2
 #
 # Own messages beyond one connection: who has not confirmed them yet, what still has to go to
 # whom alone, and what waits in the outbox for a contact who is away.
@@ -3751,7 +3968,7 @@ class Delivery:
 
 
 # ==================================================================================================
-# Part 15. Messages | pure | uses 1-3, 6, 7, 13, 14
+# Part 17. Messages | pure | uses 1-3, 6, 8, 14-16
 #
 # What a client says: to a room in one piece, to a person alone, and to those who were away.
 # ==================================================================================================
@@ -3859,6 +4076,9 @@ class Messages:
         message.answered = True
         to = sorted([*message.pending.values(), *message.done.values()])
         answer = {"event": event, "id": message.id.hex(), "to": to, "_message": message}
+        if message.kind == OFFERED:
+            offer = offer_fields(decode_offer(message.text))
+            answer.update(offer, event="offer", room=message.room or None, direct=not message.room)
         self._answers[message.id] = answer
         self._give_answers()
 
@@ -4105,7 +4325,7 @@ class Messages:
 
 
 # ==================================================================================================
-# Part 16. Reception | pure | uses 1-3, 6, 7, 14
+# Part 18. Reception | pure | uses 1-3, 6, 8, 15, 16
 #
 # What a client hears: texts in their order, each shown once and acknowledged.
 # ==================================================================================================
@@ -4198,7 +4418,8 @@ class Reception:
             return
         if room and self.machine.rooms[room].admission.is_muted(person.fingerprint):
             return
-        self.machine.emit("message", **self._message_fields(person, *values))
+        fields = self._message_fields(person, *values)
+        self.machine.emit("offer" if values[3] == OFFERED else "message", **fields)
 
     def _message_fields(self, person, number, _, moment, kind, room, lifetime, text) -> dict:
         fields = {
@@ -4211,6 +4432,8 @@ class Reception:
             "text": text,
             "time": rfc3339(moment / 1000),
         }
+        if kind == OFFERED:
+            fields.update(offer_fields(decode_offer(text)))
         if kind == ACTION:
             fields["action"] = True
         if lifetime:
@@ -4252,13 +4475,13 @@ class Reception:
 
 
 # ==================================================================================================
-# Part 17. People and sessions | pure | uses 1, 2, 4-7
+# Part 19. People and sessions | pure | uses 1, 2, 4-6, 8
 #
 # Everybody whom the server shows, checked by their bundle, and the pairwise session with each: a
 # person counts as present only after an answer inside it.
 # ==================================================================================================
 
-FLIGHT, MESSAGE = b"\x01", b"\x02"  # what a direct payload begins with
+FLIGHT, MESSAGE, STREAMED = b"\x01", b"\x02", b"\x03"  # what a direct payload begins with
 AWAY_MOST = 200  # characters of why somebody is away
 PLACES_TOLD = 5  # addresses of a host that are told to others
 LOOKUPS_MOST = 200  # names that the server is asked for after each login
@@ -4508,6 +4731,7 @@ class Directory:
                 room.person_left(number, self.machine.now)
         self.machine.messages.person_gone(person)
         self.machine.reception.person_gone(person)
+        self.machine.streams.person_gone(person)
 
     def _initiate(self, person: Person) -> None:
         if person.session is not None or self.machine.keys.bundle.hash > person.hash:
@@ -4545,6 +4769,9 @@ class Directory:
             self.send_content(person, hello)
 
     def receive(self, person: Person, payload: bytes) -> None:
+        if payload[:1] == STREAMED and person.confirmed:
+            self.machine.streams.receive(person, payload[1:])
+            return
         if payload[:1] == FLIGHT:
             content = self._consume_flight(person, payload[1:])
         elif payload[:1] == MESSAGE and person.session is not None:
@@ -4665,7 +4892,134 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 18. Invitations by members | pure | uses 1-4, 7, 12
+# Part 20. Streams and offers | pure | uses 1-3, 7, 8, 19
+#
+# Bytes between people. Whoever wants an offer says so, again after each interruption; its owner
+# then opens a stream to them and is the SFTP client on it. Who opens one for a shared folder is the
+# client of whoever shares it.
+# ==================================================================================================
+
+STREAMS_EACH = 16  # streams with one person
+FRAMES_AHEAD = 4  # frames that may leave a connection in one go
+
+
+class Streams:
+    """The streams of one connection. `news` holds those that have something for their users."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.news: dict = {}
+        self._all: dict = {}  # (person's id, number) -> Stream
+        self._owners: dict = {}  # Stream -> Person
+        self._next = 0
+
+    def disconnect(self) -> None:
+        """All streams end with the connection."""
+        for stream in list(self._owners):
+            self._drop(stream, "The connection was lost.")
+        self._next = 0
+
+    def open(self, person, purpose: int, number: bytes) -> Stream:
+        """A new stream to somebody, about the offer `number` (or zeros)."""
+        mine = self.machine.keys.bundle.hash
+        self._next += 2
+        place, secret = self._next + (mine > person.hash), random_bytes(32)
+        stream = Stream(place, secret, mine, person.hash, True)
+        self._add(person, stream)
+        self.machine.directory.send(person, STREAM, purpose, number, place, secret)
+        return stream
+
+    def _add(self, person, stream: Stream) -> None:
+        self._all[person.id, stream.number] = stream
+        self._owners[stream] = person
+
+    def content_stream(self, person, purpose: int, number: bytes, place: int, secret: bytes):
+        theirs = person.hash > self.machine.keys.bundle.hash
+        count = sum(owner is person for owner in self._owners.values())
+        if place % 2 != theirs or (person.id, place) in self._all or purpose > FOR_FOLDER:
+            raise RemoteProtocolError("A stream was opened under a wrong number.")
+        stream = Stream(place, secret, person.hash, self.machine.keys.bundle.hash, False)
+        if count >= STREAMS_EACH or person.fingerprint in self.machine.directory.trust.blocked:
+            self.machine.directory.send(person, RESET, place, "These are too many streams.")
+            return
+        self._add(person, stream)
+        self.machine.emit("_stream", person=person, purpose=purpose, id=number, stream=stream)
+
+    def receive(self, person, frame: bytes) -> None:
+        """A frame of a stream; of one that was given up they may still come."""
+        stream = self._all.get((person.id, int.from_bytes(frame[:4], "big")))
+        if stream is None:
+            return
+        self.news[stream] = None
+        try:
+            stream.receive(frame, self.machine.now)
+        except RemoteProtocolError as error:
+            self.reset(stream, error.text)
+            raise
+
+    def reset(self, stream: Stream, why: str) -> None:
+        """Gives a stream up, and tells the other side."""
+        person = self._owners.get(stream)
+        self._drop(stream, why)
+        if person is not None:
+            self.machine.directory.send(person, RESET, stream.number, why)
+
+    def content_reset(self, person, place: int, why: str) -> None:
+        stream = self._all.get((person.id, place))
+        if stream is not None:
+            self._drop(stream, one_line(why) or "It was given up.")
+
+    def _drop(self, stream: Stream, why: str) -> None:
+        stream.broken = stream.broken or why
+        person = self._owners.pop(stream, None)
+        if person is not None:
+            del self._all[person.id, stream.number]
+            self.news[stream] = None
+
+    def forget(self, stream: Stream) -> None:
+        """Both sides have ended it."""
+        self._drop(stream, "It has ended.")
+        self.news.pop(stream, None)
+
+    def person_gone(self, person) -> None:
+        for stream in [s for s, owner in self._owners.items() if owner is person]:
+            self._drop(stream, f"{person.name} is gone.")
+
+    def take_news(self) -> list:
+        news, self.news = list(self.news), {}
+        return news
+
+    def next_output(self) -> bytes:
+        """Frames to send when there is nothing else: a few at a time, of each stream in turn."""
+        frames: list = []
+        for stream in list(self._owners):
+            frame = stream.next_frame(self.machine.now)
+            if frame:
+                person = self._owners.pop(stream)
+                self._owners[stream] = person  # to the end of the row
+                self.news[stream] = None
+                frames.append(encode_data(person.id, self.machine.id, STREAMED + frame))
+            if len(frames) >= FRAMES_AHEAD:
+                break
+        return b"".join(frames)
+
+    # Offers
+
+    def content_want(self, person, number: bytes) -> None:
+        self.machine.emit("_want", person=person, id=number)
+
+    def content_done(self, person, number: bytes, digest: bytes) -> None:
+        self.machine.emit("_done", person=person, id=number, sha256=digest)
+
+    def content_kept(self, person, number: bytes, digest: bytes) -> None:
+        self.machine.emit("_kept_offer", person=person, id=number, sha256=digest)
+
+    def content_cancel(self, person, number: bytes, why: str) -> None:
+        self.machine.emit("_cancel", person=person, id=number, why=one_line(why)[:200])
+
+
+# ==================================================================================================
+# Part 21. Invitations by members | pure | uses 1-4, 8, 13
 #
 # Tokens that a person inside makes: the server learns what opens its gate, the room's members what
 # lets the holder through a lock.
@@ -4731,7 +5085,7 @@ class Invitations:
 
 
 # ==================================================================================================
-# Part 19. Client machine | pure | uses 1, 2, 4, 6, 7, 13, 15-18
+# Part 22. Client machine | pure | uses 1, 2, 4, 6, 8, 14, 17-21
 #
 # The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
@@ -4752,6 +5106,7 @@ class ClientMachine:
         self.messages = Messages(self)
         self.reception = Reception(self)
         self.invitations = Invitations(self)
+        self.streams = Streams(self)
         self.rooms: dict = {}  # name -> RoomKeeper
         self.server, self.server_address, self.mode = b"", "", ""
         self.now = 0.0
@@ -4830,6 +5185,7 @@ class ClientMachine:
         self.directory.disconnect()
         self.messages.connection_lost()
         self.reception.disconnect()
+        self.streams.disconnect()
 
     def take_output(self) -> bytes:
         output, self._output = b"".join(self._output), []
@@ -5134,11 +5490,17 @@ _CONTENT_HANDLERS: dict = {
     TIMER: lambda machine, *values: machine.messages.content_timer(*values),
     AWAY: lambda machine, *values: machine.directory.content_away(*values),
     PLACES: lambda machine, *values: machine.directory.content_places(*values),
+    STREAM: lambda machine, *values: machine.streams.content_stream(*values),
+    RESET: lambda machine, *values: machine.streams.content_reset(*values),
+    WANT: lambda machine, *values: machine.streams.content_want(*values),
+    DONE: lambda machine, *values: machine.streams.content_done(*values),
+    KEPT: lambda machine, *values: machine.streams.content_kept(*values),
+    CANCEL: lambda machine, *values: machine.streams.content_cancel(*values),
 }
 
 
 # ==================================================================================================
-# Part 20. SFTP packets | pure | uses 1, 2, 7
+# Part 23. SFTP packets | pure | uses 1, 2, 8
 #
 # SFTP version 3 (draft-ietf-secsh-filexfer-02) with those of OpenSSH's extensions that people use
 # (its PROTOCOL file, section 4), as tables. A packet is framed as ours are: u32 length, u8 type,
@@ -5330,7 +5692,7 @@ def decode_extensions(data: bytes) -> dict:
 
 
 # ==================================================================================================
-# Part 21. Sealed records | pure | uses 1-3
+# Part 24. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -5508,7 +5870,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 22. Conversations | pure | uses 1, 2, 21
+# Part 25. Conversations | pure | uses 1, 2, 24
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -5626,7 +5988,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 23. Keys and widths | pure | uses 2
+# Part 26. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -5952,7 +6314,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 24. Line editor | pure | uses 2, 23
+# Part 27. Line editor | pure | uses 2, 26
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -6291,7 +6653,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 25. Screen | pure | uses 23
+# Part 28. Screen | pure | uses 26
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -6494,7 +6856,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 26. Settings | pure | uses 1, 2
+# Part 29. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -6685,7 +7047,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 27. Settings and paths | uses 1, 2, 4, 26
+# Part 30. Settings and paths | uses 1, 2, 4, 29
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -6963,7 +7325,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 28. Events and threads | uses 2, 27
+# Part 31. Events and threads | uses 2, 30
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -7077,7 +7439,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 29. Dependencies | uses 1, 27
+# Part 32. Dependencies | uses 1, 30
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -7438,7 +7800,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 30. Vault | uses 1-4, 27
+# Part 33. Vault | uses 1-4, 30
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -7701,7 +8063,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 31. History and outbox | uses 1-3, 21, 27, 28
+# Part 34. History and outbox | uses 1-3, 24, 30, 31
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -8181,7 +8543,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 32. Contacts | uses 1-4, 6, 27
+# Part 35. Contacts | uses 1-4, 6, 30
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -8608,7 +8970,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 33. SOCKS5 | uses 1, 2, 4, 27
+# Part 36. SOCKS5 | uses 1, 2, 4, 30
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -8692,7 +9054,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 34. Network | uses 1-4, 27, 30, 33
+# Part 37. Network | uses 1-4, 30, 33, 36
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -8700,6 +9062,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 READ_SIZE = 256 << 10
+UNSENT_MOST = 256 << 10  # bytes that wait in a socket's own buffer
 
 
 def _tls_context(protocol):
@@ -8863,6 +9226,7 @@ def dial(address: str, timeout: float, source_port: int = 0, chain: tuple | None
         sock = _connect(host, port, timeout, source_port)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        _keep_queue_short(sock)
         pipe = TLSPipe(client_context(chain), server_side=False)
         _shake_hands(sock, pipe, timeout)
     except (OSError, UnicodeError) as error:
@@ -8872,6 +9236,13 @@ def dial(address: str, timeout: float, source_port: int = 0, chain: tuple | None
         raise connect_error(join_address(host, port), fault) from None
     fingerprint = certificate_fingerprint(pipe.peer_certificate())
     return Link(sock, pipe, fingerprint, join_address(host, port))
+
+
+def _keep_queue_short(sock) -> None:
+    """A line of text should not wait in the system's own buffer behind a file."""
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)  # Linux, macOS
+    if option is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_MOST)
 
 
 def _connect(host: str, port: int, timeout: float, source_port: int):
@@ -8936,7 +9307,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 35. Port mapping | uses 1-3, 8, 9, 27, 28, 34
+# Part 38. Port mapping | uses 1-3, 9, 10, 30, 31, 37
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -9402,7 +9773,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 36. A mapped port, and addresses | uses 1-4, 8, 9, 27, 28, 34, 35
+# Part 39. A mapped port, and addresses | uses 1-4, 9, 10, 30, 31, 37, 38
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -9761,7 +10132,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 37. Tunnels | uses 1, 2, 27, 28
+# Part 40. Tunnels | uses 1, 2, 30, 31
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -10138,7 +10509,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 38. Tunnels through ngrok | uses 2, 3, 27, 37
+# Part 41. Tunnels through ngrok | uses 2, 3, 30, 40
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -10385,7 +10756,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 39. Tunnels through ssh and tor | uses 1-4, 27, 28, 37, 38
+# Part 42. Tunnels through ssh and tor | uses 1-4, 30, 31, 40, 41
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -10731,7 +11102,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 40. Connections of a server | uses 1
+# Part 43. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -10818,7 +11189,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 41. Relay server | uses 1, 2, 7, 27, 28, 30, 34, 40
+# Part 44. Relay server | uses 1, 2, 8, 30, 31, 33, 37, 43
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -11250,7 +11621,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 42. Where to connect | uses 1, 2, 4, 8, 27, 28, 34
+# Part 45. Where to connect | uses 1, 2, 4, 9, 30, 31, 37
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -11380,7 +11751,95 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 43. Connections | uses 1, 3, 27, 28, 34, 41, 42
+# Part 46. Channels | uses 1, 2, 30
+#
+# A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
+# and the thread meet in `exchange`, under one lock.
+# ==================================================================================================
+
+CHANNEL_MOST = 1 << 20  # bytes that a thread may be ahead of what has been sent
+CHANNEL_USED = 256 << 10  # bytes after which the other side hears that they were used
+
+
+class Channel:
+    """`send` and `receive` wait; a stream that breaks ends both with a ChatError."""
+
+    def __init__(self, stream: Stream, connection):
+        self.stream, self._connection = stream, connection
+        self._change = threading.Condition()
+        self._outgoing: list = []
+        self._unsent = 0  # bytes that have not left the stream
+        self._incoming = collections.deque()
+        self._used = 0  # bytes taken from there that the owner has not heard of
+        self._closing = self._finished = self._posted = False
+        self._broken = ""
+
+    # In the thread
+
+    def send(self, data: bytes) -> None:
+        """Waits until there is room."""
+        with self._change:
+            self._change.wait_for(lambda: self._unsent < CHANNEL_MOST or self._broken)
+            self._check()
+            self._outgoing.append(data)
+            self._unsent += len(data)
+            self._wake_owner()
+
+    def receive(self) -> bytes:
+        """Waits for the next bytes; b"" once the other side has ended the stream."""
+        with self._change:
+            self._change.wait_for(lambda: self._incoming or self._finished or self._broken)
+            if not self._incoming:
+                self._check()
+                return b""
+            data = self._incoming.popleft()
+            self._used += len(data)
+            if self._used >= CHANNEL_USED or not self._incoming:
+                self._wake_owner()
+            return data
+
+    def close(self) -> None:
+        """Ends our direction, after all that was sent."""
+        with self._change:
+            self._closing = True
+            self._wake_owner()
+
+    def give_up(self, why: str) -> None:
+        """Breaks the stream for both sides."""
+        self._connection.reset(self, why)
+
+    def _check(self) -> None:
+        if self._broken:
+            raise ChatError(self._broken, code="unreachable")
+
+    def _wake_owner(self) -> None:
+        if not self._posted:
+            self._posted = True
+            self._connection.post_exchange(self)
+
+    # In the owner thread
+
+    def exchange(self) -> None:
+        """Moves bytes both ways between the stream and the thread."""
+        stream = self.stream
+        with self._change:
+            self._posted = False
+            self._incoming.extend(stream.incoming)
+            stream.incoming.clear()
+            for data in self._outgoing:
+                stream.write(data)
+            self._outgoing.clear()
+            if self._closing:
+                stream.close()
+            stream.use(self._used)
+            self._used = 0
+            self._unsent = stream.waiting
+            self._finished, self._broken = stream.finished, stream.broken
+            self._change.notify_all()
+
+
+# ==================================================================================================
+# Part 47. Connections | uses 1, 3, 30, 31, 37, 44-46
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -11397,7 +11856,8 @@ class Connection:
         self.reason = ""
         self.on_ready: Any = None  # called once in a room
         self._link: Link | None = None
-        self._pending = b""
+        self._pending = memoryview(b"")
+        self._channels: dict = {}  # Stream -> Channel
         self._attempt, self._delay = 0, 0.0
         self._retry_at: float | None = None
         self._renaming = False
@@ -11420,7 +11880,7 @@ class Connection:
     def turn(self, now: float) -> None:
         """After any input: what is due, and what can be sent and told."""
         self.machine.tick(now)
-        self._write()
+        self._pump()
         if self.machine.broken and self._link is not None:
             self._lose(self.machine.broken)
         self.publish()
@@ -11450,7 +11910,7 @@ class Connection:
         self._attempt, self._renaming = 0, False
 
     def _attach(self, link: Link) -> None:
-        self._link, self._pending = link, b""
+        self._link, self._pending = link, memoryview(b"")
         link.sock.setblocking(False)
         self.chat.selector.register(link.sock, READ, self)
         now = time.monotonic()
@@ -11483,13 +11943,23 @@ class Connection:
         if plaintext:
             self.machine.receive_data(plaintext, now)
 
+    def _pump(self) -> None:
+        """Sends what can go, and moves bytes between streams and their threads, until both wait."""
+        self._write()
+        while self._exchange():
+            self._write()
+
+    def _next_output(self) -> bytes:
+        """What people say goes before what streams carry."""
+        return self.machine.take_output() or self.machine.streams.next_output()
+
     def _write(self) -> None:
         if self._link is None:
             return
         try:
             while True:
                 if not self._pending:
-                    self._pending = self._link.tls.send(self.machine.take_output())
+                    self._pending = memoryview(self._link.tls.send(self._next_output()))
                 if not self._pending:
                     break
                 sent = self._link.sock.send(self._pending)
@@ -11501,12 +11971,48 @@ class Connection:
             return
         self.chat.selector.modify(self._link.sock, READ | WRITE if self._pending else READ, self)
 
+    # Streams
+
+    def open_stream(self, person, purpose: int, number: bytes) -> Channel:
+        """A new stream to somebody, for a thread of its own."""
+        return self.channel(self.machine.streams.open(person, purpose, number))
+
+    def channel(self, stream: Stream) -> Channel:
+        channel = self._channels[stream] = Channel(stream, self)
+        self.machine.streams.news[stream] = None
+        return channel
+
+    def post_exchange(self, channel: Channel) -> None:
+        """From a stream's thread: it has something to send, or has used what came."""
+        self.chat.inbox.post(self._note_news, channel.stream)
+
+    def _note_news(self, stream: Stream) -> None:
+        self.machine.streams.news[stream] = None
+
+    def reset(self, channel: Channel, why: str) -> None:
+        """From a stream's thread: gives it up."""
+        self.chat.inbox.post(self.machine.streams.reset, channel.stream, why)
+
+    def _exchange(self) -> bool:
+        """Hands what came to the streams' threads and takes what they have; whether any did."""
+        news = self.machine.streams.take_news()
+        for stream in news:
+            channel = self._channels.get(stream)
+            if channel is not None:
+                channel.exchange()
+            if stream.broken or stream.over:
+                self._channels.pop(stream, None)
+            if stream.over and not stream.broken:
+                self.machine.streams.forget(stream)
+        return bool(news)
+
     # Losing and finding the server
 
     def _lose(self, why: str, error: Exception | None = None) -> None:
         tls_failed = isinstance(error, ssl.SSLError) and not self.machine.was_online
         self.detach()
         self.machine.connection_lost(time.monotonic())
+        self._exchange()
         self.publish()
         if self.machine.fatal:
             self.finish(self.machine.fatal)
@@ -11566,19 +12072,22 @@ class Connection:
 
     def _write_last(self) -> None:
         try:
-            self._link.sock.sendall(self._pending + self._link.tls.send(self.machine.take_output()))
+            self._link.sock.sendall(self._pending)
+            self._link.sock.sendall(self._link.tls.send(self.machine.take_output()))
         except OSError:
             pass  # the server is gone: it will notice by itself
 
     def finish(self, reason: str) -> None:
         self.machine.messages.give_up()
+        self.machine.streams.disconnect()
+        self._exchange()
         self.publish()
         self.detach()
         self.reason = reason
 
 
 # ==================================================================================================
-# Part 44. Records of a chat | uses 1, 2, 7, 14, 21, 22, 27, 30-32
+# Part 48. Records of a chat | uses 1, 2, 8, 16, 24, 25, 30, 33-35
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -11959,7 +12468,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 45. Chat client | uses 1, 2, 14, 17, 22, 27, 28, 41, 43, 44
+# Part 49. Chat client | uses 1, 2, 16, 19, 25, 30, 31, 44, 47, 48
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -12338,7 +12847,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 46. Commands | uses 1, 2
+# Part 50. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -12487,7 +12996,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 47. Chat commands: talking and rooms | uses 1, 2, 4, 6, 7, 13, 17, 46
+# Part 51. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 14, 19, 50
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -12809,7 +13318,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 48. Chat commands: people and records | uses 1, 2, 4, 6, 19, 26-28, 31, 36, 42, 46, 47
+# Part 52. Chat commands: people and records | uses 1, 2, 4, 6, 22, 29-31, 34, 39, 45, 50, 51
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -13304,7 +13813,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 49. Console commands | uses 1, 2, 7, 41, 46
+# Part 53. Console commands | uses 1, 2, 8, 44, 50
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -13424,7 +13933,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 50. Terminal input | uses 27
+# Part 54. Terminal input | uses 30
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -13630,7 +14139,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 51. Terminal | uses 2, 23-25, 27, 50
+# Part 55. Terminal | uses 2, 26-28, 30, 54
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -13992,7 +14501,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 52. Words for events | uses 2, 7, 23, 46, 47
+# Part 56. Words for events | uses 2, 8, 26, 50, 51
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -14234,7 +14743,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 53. Faces: terminal and JSON lines | uses 2, 23, 27, 28, 46, 51, 52
+# Part 57. Faces: terminal and JSON lines | uses 2, 26, 30, 31, 50, 55, 56
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -14575,7 +15084,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 54. Activities | uses 1-4, 10, 11, 17, 19, 27, 28, 30, 34, 36, 37, 39, 41, 42, 44-46, 49, 53
+# Part 58. Activities | uses 1-4, 11, 12, 19, 22, 30, 31, 33, 37, 39, 40, 42, 44, 45, 48-50, 53, 57
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -15072,7 +15581,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 55. Demonstration | uses 1, 3, 4, 7, 10, 11, 19, 30, 34, 41, 42, 45, 46
+# Part 59. Demonstration | uses 1, 3, 4, 8, 11, 12, 22, 33, 37, 44, 45, 49, 50
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -15254,7 +15763,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 56. Session | uses 1, 2, 23, 27, 29, 30, 51, 53
+# Part 60. Session | uses 1, 2, 26, 30, 32, 33, 55, 57
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -15351,7 +15860,7 @@ def _end_on_signals() -> None:
 
 
 # ==================================================================================================
-# Part 57. Shell commands | uses 1, 2, 4, 7, 26-28, 30-32, 36, 39, 42, 44, 46, 48, 51, 53-56
+# Part 61. Shell commands | uses 1, 2, 4, 8, 29-31, 33-35, 39, 42, 45, 48, 50, 52, 55, 57-60
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -15844,7 +16353,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 58. Menu and door | uses 1, 2, 4, 26-28, 34, 42, 46, 48, 53, 56, 57
+# Part 62. Menu and door | uses 1, 2, 4, 29-31, 37, 45, 50, 52, 57, 60, 61
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

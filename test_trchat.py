@@ -12869,7 +12869,7 @@ class Part22ChatClientTest(NetTest):
 
     def test_whoever_waits_at_the_door_in_vain_is_told(self):
         server = self.serve()
-        server.machine.doorkeeper = lambda fingerprint: False
+        server.machine.door.is_welcome = lambda fingerprint: False
         with mock.patch.object(trchat, "KNOCK_SECONDS", 0.05):
             bob = self.person(server, "bob", 0)
             error = bob.wait("error")
@@ -12877,7 +12877,7 @@ class Part22ChatClientTest(NetTest):
         self.assertIn("Nobody opened the door", error["text"])
         server.log.wait(lambda e: e.get("withdrawn"))
         server.settled(0)
-        self.assertEqual((server.machine.knocking, server.server._knocking), ({}, {}))
+        self.assertEqual((server.machine.door.waiting, server.server._knocking), ({}, {}))
 
     def test_a_connection_that_is_cut_again_and_again_loses_and_doubles_nothing(self):
         self.quick_retries()
@@ -17847,7 +17847,7 @@ class KnockTest(MachineTest):
 
     def knocking(self, mode="invite", welcome=()):
         network = Network(mode)
-        network.relay.doorkeeper = lambda fingerprint: fingerprint in welcome
+        network.relay.door.is_welcome = lambda fingerprint: fingerprint in welcome
         token = server_token(network)
         bob = network.make("bob", token=token)
         network.connect(bob)
@@ -17858,7 +17858,7 @@ class KnockTest(MachineTest):
         network, bob = self.knocking()
         self.assertEqual([e["text"] for e in events(bob, "notice")], ["Your host is asked to let you in; wait a moment."])
         self.assertEqual((network.relay.present, network.relay.by_name), ({}, {}))
-        self.assertEqual((network.gatekeeper.users, bob.phase), ({}, "login"))
+        self.assertEqual((network.gatekeeper.users, bob.phase), ({}, "door"))
         bob.send_frame(trchat.JOIN, "lobby")  # too early: not a frame of a login
         network.run()
         self.assertTrue(bob.broken or bob not in network.links)
@@ -17892,15 +17892,15 @@ class KnockTest(MachineTest):
         network.connect(mallory)
         network.run()
         self.assertEqual(events(mallory, "error")[0]["code"], "not-invited")
-        self.assertEqual(len(network.relay.knocking), 1)
+        self.assertEqual(len(network.relay.door.waiting), 1)
 
     def test_who_does_not_wait_is_forgotten(self):
         network, bob = self.knocking()
         network.drop(bob)
-        self.assertEqual(network.relay.knocking, {})
+        self.assertEqual(network.relay.door.waiting, {})
         self.assertIn("withdrawn", [kind for kind, *_ in network.relay.events])
         network.come_back(bob)
-        self.assertEqual(len(network.relay.knocking), 1)
+        self.assertEqual(len(network.relay.door.waiting), 1)
 
     def test_the_mark_decides_between_two_of_one_name(self):
         network, bob = self.knocking("open")
@@ -17913,7 +17913,7 @@ class KnockTest(MachineTest):
         mark = other.identity.fingerprint.hex()[:4]
         self.assertTrue(network.relay.answer_knock("bob", mark, True, network.now))
         network.wait(1)
-        self.assertEqual((members(other), bob.phase), (["bob"], "login"))
+        self.assertEqual((members(other), bob.phase), (["bob"], "door"))
         with self.assertRaises(trchat.ChatError) as caught:  # the name is taken by now
             network.relay.answer_knock("bob", "", True, network.now)
         self.assertEqual(caught.exception.code, "name-taken")
@@ -17926,13 +17926,13 @@ class KnockTest(MachineTest):
         network.connect(second)
         network.run()
         self.assertEqual(events(second, "error")[0]["code"], "rate-limited")
-        self.assertEqual(len(network.relay.knocking), 1)
+        self.assertEqual(len(network.relay.door.waiting), 1)
 
     def test_a_connection_that_ends_badly_is_not_at_the_door(self):
         network, bob = self.knocking()
         bob.send_frame(trchat.JOIN, "lobby")
         network.up(bob)
-        self.assertEqual(network.relay.knocking, {})
+        self.assertEqual(network.relay.door.waiting, {})
         self.assertFalse(network.relay.answer_knock("bob", "", True, network.now))
         self.assertEqual(network.gatekeeper.users, {})
 
@@ -17946,7 +17946,7 @@ class KnockTest(MachineTest):
                 network.run()
         codes = [e["code"] for p in (again, others[1]) for e in events(p, "error")]
         self.assertEqual(codes, ["rate-limited", "rate-limited"])
-        self.assertEqual(len(network.relay.knocking), 2)
+        self.assertEqual(len(network.relay.door.waiting), 2)
 
 
 class DirectChatTest(EndToEnd):

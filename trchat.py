@@ -25,57 +25,58 @@ or thread: bytes in, events out) and each uses only parts above itself:
   9. Port mapping messages *
  10. What addresses mean *
  11. Gatekeeper *
- 12. Relay machine *
- 13. Who is in a room *
- 14. Rooms *
- 15. Offers *
- 16. Delivery *
- 17. Messages *
- 18. Reception *
- 19. People and sessions *
- 20. Streams and offers *
- 21. Invitations by members *
- 22. Client machine *
- 23. SFTP packets *
- 24. Sealed records *
- 25. Conversations *
- 26. Keys and widths *
- 27. Line editor *
- 28. Screen *
- 29. Settings *
- 30. Settings and paths
- 31. Events and threads
- 32. Dependencies
- 33. Vault
- 34. History and outbox
- 35. Contacts
- 36. SOCKS5
- 37. Network
- 38. Port mapping
- 39. A mapped port, and addresses
- 40. Tunnels
- 41. Tunnels through ngrok
- 42. Tunnels through ssh and tor
- 43. Connections of a server
- 44. Relay server
- 45. Where to connect
- 46. Channels
- 47. Connections
- 48. Records of a chat
- 49. Chat client
- 50. Commands
- 51. Chat commands: talking and rooms
- 52. Chat commands: people and records
- 53. Console commands
- 54. Terminal input
- 55. Terminal
- 56. Words for events
- 57. Faces: terminal and JSON lines
- 58. Activities
- 59. Demonstration
- 60. Session
- 61. Shell commands
- 62. Menu and door
+ 12. Door *
+ 13. Relay machine *
+ 14. Who is in a room *
+ 15. Rooms *
+ 16. Offers *
+ 17. Delivery *
+ 18. Messages *
+ 19. Reception *
+ 20. People and sessions *
+ 21. Streams and offers *
+ 22. Invitations by members *
+ 23. Client machine *
+ 24. SFTP packets *
+ 25. Sealed records *
+ 26. Conversations *
+ 27. Keys and widths *
+ 28. Line editor *
+ 29. Screen *
+ 30. Settings *
+ 31. Settings and paths
+ 32. Events and threads
+ 33. Dependencies
+ 34. Vault
+ 35. History and outbox
+ 36. Contacts
+ 37. SOCKS5
+ 38. Network
+ 39. Port mapping
+ 40. A mapped port, and addresses
+ 41. Tunnels
+ 42. Tunnels through ngrok
+ 43. Tunnels through ssh and tor
+ 44. Connections of a server
+ 45. Relay server
+ 46. Where to connect
+ 47. Channels
+ 48. Connections
+ 49. Records of a chat
+ 50. Chat client
+ 51. Commands
+ 52. Chat commands: talking and rooms
+ 53. Chat commands: people and records
+ 54. Console commands
+ 55. Terminal input
+ 56. Terminal
+ 57. Words for events
+ 58. Faces: terminal and JSON lines
+ 59. Activities
+ 60. Demonstration
+ 61. Session
+ 62. Shell commands
+ 63. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -2532,7 +2533,66 @@ def _saved_fingerprint(text: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 12. Relay machine | pure | uses 1-4, 8
+# Part 12. Door | pure | uses 1, 2
+#
+# Where newcomers wait who may come in by the rules, until the host of a direct chat has said yes.
+# ==================================================================================================
+
+KNOCKING_MOST = 16  # people who wait at the door at a time
+
+
+class Knock(Record):
+    """A login that somebody is asked about."""
+
+    bundle: Bundle
+    encoded: bytes
+    invitation: bytes
+    mac: bytes
+
+
+class Door:
+    """Who waits. `is_welcome(fingerprint)` tells whom nobody need be asked about; without it,
+    everybody. It may raise a ChatError for those who are not even to wait.
+    """
+
+    def __init__(self):
+        self.is_welcome: Any = None
+        self.waiting: dict = {}  # fingerprint -> the connection, whose `knock` says as what
+
+    def must_ask(self, fingerprint: bytes) -> bool:
+        return self.is_welcome is not None and not self.is_welcome(fingerprint)
+
+    def add(self, client, knock: Knock, uses) -> None:
+        """Lets somebody wait: of one invitation no more than it has `uses` (-1: any number; None:
+        none is needed). ChatError if they may not.
+        """
+        key = knock.bundle.fingerprint
+        same_token = [c for c in self.waiting.values() if c.knock.invitation == knock.invitation]
+        full = uses is not None and 0 <= uses <= len(same_token)
+        if key in self.waiting or full or len(self.waiting) >= KNOCKING_MOST:
+            text = "Somebody else is being asked about, or you are already."
+            raise ChatError(text, "Try again in a minute.", "rate-limited")
+        client.knock, self.waiting[key] = knock, client
+
+    def find(self, name: str, mark: str):
+        """Whoever waits under that name, or None; if several do, their marks decide."""
+        found = [c for c in self.waiting.values() if c.knock.bundle.name == name]
+        found = [c for c in found if c.knock.bundle.fingerprint.hex().startswith(mark)]
+        if len(found) > 1:
+            names = ", ".join(f"{name}~{c.knock.bundle.fingerprint.hex()[:4]}" for c in found)
+            raise ChatError(f"Several wait under this name: {names}.", "Write the mark, too.")
+        return found[0] if found else None
+
+    def remove(self, client):
+        """Takes a connection away from the door; what it knocked as, or None."""
+        knock, client.knock = client.knock, None
+        if knock is not None:
+            del self.waiting[knock.bundle.fingerprint]
+        return knock
+
+
+# ==================================================================================================
+# Part 13. Relay machine | pure | uses 1-4, 8, 12
 #
 # The server without its sockets: who is in which room, and runs of DATA frames
 # handed on as the bytes they came in. It checks the ids of every frame and reads nothing else;
@@ -2540,7 +2600,6 @@ def _saved_fingerprint(text: str) -> bytes:
 # ==================================================================================================
 
 MAX_LOGIN = 8192  # bytes of a frame before the login
-KNOCKING_MOST = 16  # people who wait at the door at a time
 MAX_ROOMS_EACH, MAX_WATCHES_EACH = 64, 256
 
 
@@ -2573,7 +2632,7 @@ class RelayClient:
         self.rooms: dict = {}  # room id -> RelayRoom
         self.watches: set = set()
         self.closing = ""
-        self.knock: tuple = ()  # (bundle, encoded, invitation, mac) of a login that is asked about
+        self.knock: Knock | None = None  # while it waits at the door
         self.tokens, self.refilled = float(FRAME_BURST), now
         self.throttled_until = self.throttled_since = 0.0
         self.waiting_for: set = set()  # receivers whose full queues hold this sender up
@@ -2603,8 +2662,7 @@ class RelayMachine:
         self.by_name: dict = {}  # name skeleton -> RelayClient, logged in
         self.rooms: dict = {}  # name -> RelayRoom
         self.watchers: dict = {}  # name skeleton -> set of clients
-        self.doorkeeper: Any = None  # (fingerprint) -> whether that person need not be asked about
-        self.knocking: dict = {}  # fingerprint -> RelayClient that waits for the answer
+        self.door = Door()
         self.full: set = set()  # receivers whose queues hold senders up
         self._spent: dict = {}  # fingerprint -> (tokens, when) of keys that were here
         self.dirty: dict = {}  # clients with output; a dict keeps their order
@@ -2837,11 +2895,13 @@ class RelayMachine:
                 raise RemoteProtocolError("The login was made for another connection.")
             if self.gatekeeper.mode == "certs" and client.tls_fingerprint != bundle.fingerprint:
                 raise RemoteProtocolError("The login is not by the certificate's owner.")
-            if self.doorkeeper is not None:
-                if not self.doorkeeper(bundle.fingerprint):
-                    uses = self.gatekeeper.check(bundle, invitation, mac, self.wall_clock())
-                    self._ask_about(client, (bundle, encoded, invitation, mac), uses)
-                    return
+            if self.door.must_ask(bundle.fingerprint):
+                uses = self.gatekeeper.check(bundle, invitation, mac, self.wall_clock())
+                self.door.add(client, Knock(bundle, encoded, invitation, mac), uses)
+                self._send(client, encode_frame(KNOCKED))
+                self.events.append(("knocked", client, bundle))
+                return
+            if self.door.is_welcome is not None:
                 self.gatekeeper.allowed_now.add(bundle.fingerprint)
             self.gatekeeper.admit(bundle, invitation, mac, self.wall_clock())
         except ChatError as error:
@@ -2853,51 +2913,30 @@ class RelayMachine:
         self.events.append(("refused", client, f"{error.code}: {error.text}"))
         self.close(client, REFUSED, error.code, str(error))
 
-    def _ask_about(self, client: RelayClient, knock: tuple, uses) -> None:
-        """Somebody who may come in by the rules, if whoever keeps the door accepts them.
-
-        Of one invitation no more wait than it has `uses` (None: none is needed; -1: any number).
-        """
-        key, invitation = knock[0].fingerprint, knock[2]
-        same_token = [c for c in self.knocking.values() if c.knock[2] == invitation]
-        full = uses is not None and 0 <= uses <= len(same_token)
-        if key in self.knocking or full or len(self.knocking) >= KNOCKING_MOST:
-            text = "Somebody else is being asked about, or you are already."
-            raise ChatError(text, "Try again in a minute.", "rate-limited")
-        client.knock, self.knocking[key] = knock, client
-        self._send(client, encode_frame(KNOCKED))
-        self.events.append(("knocked", client, knock[0]))
-
     def answer_knock(self, name: str, mark: str, accept: bool, now: float) -> bool:
         """Lets somebody in who waits at the door, or sends them away; False if nobody does.
 
-        ChatError if several fit (then their marks decide), or if who was accepted may not enter.
+        ChatError if several fit, or if who was accepted may not enter.
         """
-        found = [c for c in self.knocking.values() if c.knock[0].name == name]
-        found = [c for c in found if c.knock[0].fingerprint.hex().startswith(mark)]
-        if len(found) > 1:
-            names = ", ".join(f"{name}~{c.knock[0].fingerprint.hex()[:4]}" for c in found)
-            raise ChatError(f"Several wait under this name: {names}.", "Write the mark, too.")
-        if not found:
+        client = self.door.find(name, mark)
+        if client is None:
             return False
-        client = found[0]
-        (bundle, encoded, invitation, mac), client.knock = client.knock, ()
-        del self.knocking[bundle.fingerprint]
+        knock = self.door.remove(client)
         if not accept:
             self._refuse(client, ChatError("You were denied.", code="denied"))
             return True
         try:
-            self.gatekeeper.admit(bundle, invitation, mac, self.wall_clock())
+            self.gatekeeper.admit(knock.bundle, knock.invitation, knock.mac, self.wall_clock())
         except ChatError as error:
             self._refuse(client, error)
             raise
-        self._let_in(client, bundle, encoded, now)
+        self._let_in(client, knock.bundle, knock.encoded, now)
         return True
 
     def _leave_door(self, client: RelayClient) -> None:
-        if client.knock and self.knocking.pop(client.knock[0].fingerprint, None):
-            self.events.append(("withdrawn", client, client.knock[0]))
-        client.knock = ()
+        knock = self.door.remove(client)
+        if knock is not None:
+            self.events.append(("withdrawn", client, knock.bundle))
 
     def _let_in(self, client: RelayClient, bundle: Bundle, encoded: bytes, now: float) -> None:
         self._replace(bundle.fingerprint)
@@ -2989,7 +3028,7 @@ _LENGTH = struct.Struct(">I")
 
 
 # ==================================================================================================
-# Part 13. Who is in a room | pure | uses 1-4, 6, 8
+# Part 14. Who is in a room | pure | uses 1-4, 6, 8
 #
 # Two halves of a room's membership: whom its admin lets in, and whose word on the room's keys a
 # member follows. Both act on the RoomKeeper that they are given (the next part).
@@ -3329,7 +3368,7 @@ class Succession:
 
 
 # ==================================================================================================
-# Part 14. Rooms | pure | uses 1, 2, 6, 8, 13
+# Part 15. Rooms | pure | uses 1, 2, 6, 8, 14
 #
 # Each room as one of its members keeps it, over all connections: who is there, when a new epoch is
 # made, what may be sent. It speaks to the world through the client machine that it is given.
@@ -3759,7 +3798,7 @@ def lifetime_words(seconds: int) -> str:
 
 
 # ==================================================================================================
-# Part 15. Offers | pure | uses 1, 2
+# Part 16. Offers | pure | uses 1, 2
 #
 # What somebody offers: a file, or a folder of them. An offer is a message like any other, of a kind
 # of its own: it goes to a room in one piece, waits for a contact who is away, is acknowledged.
@@ -3813,7 +3852,7 @@ def size_words(size: int) -> str:
 
 
 # ==================================================================================================
-# Part 16. Delivery | pure | uses 2
+# Part 17. Delivery | pure | uses 2
 #
 # Own messages beyond one connection: who has not confirmed them yet, what still has to go to
 # whom alone, and what waits in the outbox for a contact who is away.
@@ -3968,7 +4007,7 @@ class Delivery:
 
 
 # ==================================================================================================
-# Part 17. Messages | pure | uses 1-3, 6, 8, 14-16
+# Part 18. Messages | pure | uses 1-3, 6, 8, 15-17
 #
 # What a client says: to a room in one piece, to a person alone, and to those who were away.
 # ==================================================================================================
@@ -4325,7 +4364,7 @@ class Messages:
 
 
 # ==================================================================================================
-# Part 18. Reception | pure | uses 1-3, 6, 8, 15, 16
+# Part 19. Reception | pure | uses 1-3, 6, 8, 16, 17
 #
 # What a client hears: texts in their order, each shown once and acknowledged.
 # ==================================================================================================
@@ -4475,7 +4514,7 @@ class Reception:
 
 
 # ==================================================================================================
-# Part 19. People and sessions | pure | uses 1, 2, 4-6, 8
+# Part 20. People and sessions | pure | uses 1, 2, 4-6, 8
 #
 # Everybody whom the server shows, checked by their bundle, and the pairwise session with each: a
 # person counts as present only after an answer inside it.
@@ -4892,7 +4931,7 @@ class Directory:
 
 
 # ==================================================================================================
-# Part 20. Streams and offers | pure | uses 1-3, 7, 8, 19
+# Part 21. Streams and offers | pure | uses 1-3, 7, 8, 20
 #
 # Bytes between people. Whoever wants an offer says so, again after each interruption; its owner
 # then opens a stream to them and is the SFTP client on it. Who opens one for a shared folder is the
@@ -5019,7 +5058,7 @@ class Streams:
 
 
 # ==================================================================================================
-# Part 21. Invitations by members | pure | uses 1-4, 8, 13
+# Part 22. Invitations by members | pure | uses 1-4, 8, 14
 #
 # Tokens that a person inside makes: the server learns what opens its gate, the room's members what
 # lets the holder through a lock.
@@ -5085,7 +5124,7 @@ class Invitations:
 
 
 # ==================================================================================================
-# Part 22. Client machine | pure | uses 1, 2, 4, 6, 8, 14, 17-21
+# Part 23. Client machine | pure | uses 1, 2, 4, 6, 8, 15, 18-22
 #
 # The client without its socket: the server's bytes in, events (dicts, as JSON lines show them) and
 # bytes for the server out. It outlives connections; time comes in as `now` (seconds, monotonic).
@@ -5253,7 +5292,7 @@ class ClientMachine:
         self.send_frame(LOGIN, self.keys.encoded, invitation, mac)
 
     def _on_welcome(self, number: int) -> None:
-        if self.phase != "login":
+        if self.phase not in ("login", "door"):
             raise RemoteProtocolError("The server's welcome came at the wrong time.")
         self.phase, self.id = "online", number
         if self.lost_at is not None:
@@ -5269,6 +5308,7 @@ class ClientMachine:
     def _on_knocked(self) -> None:
         if self.phase != "login":
             raise RemoteProtocolError("The server asked about us at the wrong time.")
+        self.phase = "door"
         text = "Your host is asked to let you in; wait a moment."
         self.emit("notice", text=text, knocked=True)
 
@@ -5500,7 +5540,7 @@ _CONTENT_HANDLERS: dict = {
 
 
 # ==================================================================================================
-# Part 23. SFTP packets | pure | uses 1, 2, 8
+# Part 24. SFTP packets | pure | uses 1, 2, 8
 #
 # SFTP version 3 (draft-ietf-secsh-filexfer-02) with those of OpenSSH's extensions that people use
 # (its PROTOCOL file, section 4), as tables. A packet is framed as ours are: u32 length, u8 type,
@@ -5692,7 +5732,7 @@ def decode_extensions(data: bytes) -> dict:
 
 
 # ==================================================================================================
-# Part 24. Sealed records | pure | uses 1-3
+# Part 25. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -5870,7 +5910,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 25. Conversations | pure | uses 1, 2, 24
+# Part 26. Conversations | pure | uses 1, 2, 25
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -5988,7 +6028,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 26. Keys and widths | pure | uses 2
+# Part 27. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -6314,7 +6354,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 27. Line editor | pure | uses 2, 26
+# Part 28. Line editor | pure | uses 2, 27
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -6653,7 +6693,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 28. Screen | pure | uses 26
+# Part 29. Screen | pure | uses 27
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -6856,7 +6896,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 29. Settings | pure | uses 1, 2
+# Part 30. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -7047,7 +7087,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 30. Settings and paths | uses 1, 2, 4, 29
+# Part 31. Settings and paths | uses 1, 2, 4, 30
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -7325,7 +7365,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 31. Events and threads | uses 2, 30
+# Part 32. Events and threads | uses 2, 31
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -7439,7 +7479,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 32. Dependencies | uses 1, 30
+# Part 33. Dependencies | uses 1, 31
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -7800,7 +7840,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 33. Vault | uses 1-4, 30
+# Part 34. Vault | uses 1-4, 31
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -8063,7 +8103,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 34. History and outbox | uses 1-3, 24, 30, 31
+# Part 35. History and outbox | uses 1-3, 25, 31, 32
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -8543,7 +8583,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 35. Contacts | uses 1-4, 6, 30
+# Part 36. Contacts | uses 1-4, 6, 31
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -8970,7 +9010,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 36. SOCKS5 | uses 1, 2, 4, 30
+# Part 37. SOCKS5 | uses 1, 2, 4, 31
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -9054,7 +9094,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 37. Network | uses 1-4, 30, 33, 36
+# Part 38. Network | uses 1-4, 31, 34, 37
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -9307,7 +9347,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 38. Port mapping | uses 1-3, 9, 10, 30, 31, 37
+# Part 39. Port mapping | uses 1-3, 9, 10, 31, 32, 38
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -9773,7 +9813,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 39. A mapped port, and addresses | uses 1-4, 9, 10, 30, 31, 37, 38
+# Part 40. A mapped port, and addresses | uses 1-4, 9, 10, 31, 32, 38, 39
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -10132,7 +10172,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 40. Tunnels | uses 1, 2, 30, 31
+# Part 41. Tunnels | uses 1, 2, 31, 32
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -10509,7 +10549,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 41. Tunnels through ngrok | uses 2, 3, 30, 40
+# Part 42. Tunnels through ngrok | uses 2, 3, 31, 41
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -10756,7 +10796,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 42. Tunnels through ssh and tor | uses 1-4, 30, 31, 40, 41
+# Part 43. Tunnels through ssh and tor | uses 1-4, 31, 32, 41, 42
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -11102,7 +11142,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 43. Connections of a server | uses 1
+# Part 44. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -11189,7 +11229,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 44. Relay server | uses 1, 2, 8, 30, 31, 33, 37, 43
+# Part 45. Relay server | uses 1, 2, 8, 31, 32, 34, 38, 44
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -11247,7 +11287,8 @@ class RelayServer:
 
     def waiting_people(self) -> list:
         """The (name, mark) of whoever waits at the door (any thread)."""
-        bundles = [c.knock[0] for c in list(self.machine.knocking.values()) if c.knock]
+        knocks = [client.knock for client in list(self.machine.door.waiting.values())]
+        bundles = [knock.bundle for knock in knocks if knock is not None]
         return sorted((bundle.name, bundle.fingerprint.hex()[:4]) for bundle in bundles)
 
     def _answer(self, name: str, mark: str, accept: bool) -> bool:
@@ -11621,7 +11662,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 45. Where to connect | uses 1, 2, 4, 9, 30, 31, 37
+# Part 46. Where to connect | uses 1, 2, 4, 9, 31, 32, 38
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -11751,7 +11792,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 46. Channels | uses 1, 2, 30
+# Part 47. Channels | uses 1, 2, 31
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -11839,7 +11880,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 47. Connections | uses 1, 3, 30, 31, 37, 44-46
+# Part 48. Connections | uses 1, 3, 31, 32, 38, 45-47
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -12087,7 +12128,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 48. Records of a chat | uses 1, 2, 8, 16, 24, 25, 30, 33-35
+# Part 49. Records of a chat | uses 1, 2, 8, 17, 25, 26, 31, 34-36
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -12468,7 +12509,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 49. Chat client | uses 1, 2, 16, 19, 25, 30, 31, 44, 47, 48
+# Part 50. Chat client | uses 1, 2, 17, 20, 26, 31, 32, 45, 48, 49
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -12808,6 +12849,7 @@ def describe_status(chat: ChatClient) -> dict:
         "title": here.title,
         "server": machine.server_address if len(chat.connections) > 1 else "",
         "online": machine.phase == "online",
+        "at_the_door": machine.phase == "door",
         "queued": len(waiting),
         "others": others,
         "away": machine.directory.away,
@@ -12847,7 +12889,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 50. Commands | uses 1, 2
+# Part 51. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -12996,7 +13038,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 51. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 14, 19, 50
+# Part 52. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 51
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -13318,7 +13360,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 52. Chat commands: people and records | uses 1, 2, 4, 6, 22, 29-31, 34, 39, 45, 50, 51
+# Part 53. Chat commands: people and records | uses 1, 2, 4, 6, 23, 30-32, 35, 40, 46, 51, 52
 #
 # What a person may type in the chat about people they know, other servers, and what is kept here.
 # ==================================================================================================
@@ -13813,7 +13855,7 @@ for _place in (
 
 
 # ==================================================================================================
-# Part 53. Console commands | uses 1, 2, 8, 44, 50
+# Part 54. Console commands | uses 1, 2, 8, 45, 51
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -13933,7 +13975,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 54. Terminal input | uses 30
+# Part 55. Terminal input | uses 31
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -14139,7 +14181,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 55. Terminal | uses 2, 26-28, 30, 54
+# Part 56. Terminal | uses 2, 27-29, 31, 55
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -14501,7 +14543,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 56. Words for events | uses 2, 8, 26, 50, 51
+# Part 57. Words for events | uses 2, 8, 27, 51, 52
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -14678,6 +14720,8 @@ class ChatWords:
         return " · ".join(pieces)
 
     def _readers(self, status: dict) -> list:
+        if status["at_the_door"]:
+            return ["waiting at the door: what you type waits, too"]
         if not status["online"]:
             return ["no connection: what you type waits"]
         if not status["people"]:
@@ -14743,7 +14787,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 57. Faces: terminal and JSON lines | uses 2, 26, 30, 31, 50, 55, 56
+# Part 58. Faces: terminal and JSON lines | uses 2, 27, 31, 32, 51, 56, 57
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -15084,7 +15128,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 58. Activities | uses 1-4, 11, 12, 19, 22, 30, 31, 33, 37, 39, 40, 42, 44, 45, 48-50, 53, 57
+# Part 59. Activities | uses 1-4, 11, 13, 20, 23, 31, 32, 34, 38, 40, 41, 43, 45, 46, 49-51, 54, 58
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -15151,7 +15195,7 @@ class RunningServer:
     """A relay server of one profile, from its files to its console."""
 
     def __init__(
-        self, paths: Paths, options: ServerOptions, ask_passphrase, publish, doorkeeper=None
+        self, paths: Paths, options: ServerOptions, ask_passphrase, publish, is_welcome=None
     ):
         paths.make_folders()
         self._users_path = paths.file("users.json")
@@ -15166,7 +15210,7 @@ class RunningServer:
         self.host, self.port = options.host, listener.getsockname()[1]
         self.public: list = []  # addresses of a tunnel
         machine = RelayMachine(self.fingerprint, self._gatekeeper, time.time, options.limits)
-        machine.doorkeeper = doorkeeper
+        machine.door.is_welcome = is_welcome
         self.server = RelayServer(listener, context, machine, self._save, publish)
         self.server.start()
 
@@ -15581,7 +15625,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 59. Demonstration | uses 1, 3, 4, 8, 11, 12, 22, 33, 37, 44, 45, 49, 50
+# Part 60. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 34, 38, 45, 46, 50, 51
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -15763,7 +15807,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 60. Session | uses 1, 2, 26, 30, 32, 33, 55, 57
+# Part 61. Session | uses 1, 2, 27, 31, 33, 34, 56, 58
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -15860,7 +15904,7 @@ def _end_on_signals() -> None:
 
 
 # ==================================================================================================
-# Part 61. Shell commands | uses 1, 2, 4, 8, 29-31, 33-35, 39, 42, 45, 48, 50, 52, 55, 57-60
+# Part 62. Shell commands | uses 1, 2, 4, 8, 30-32, 34-36, 40, 43, 46, 49, 51, 53, 56, 58-61
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -16353,7 +16397,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 62. Menu and door | uses 1, 2, 4, 29-31, 37, 45, 50, 52, 57, 60, 61
+# Part 63. Menu and door | uses 1, 2, 4, 30-32, 38, 46, 51, 53, 58, 61, 62
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

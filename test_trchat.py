@@ -2262,6 +2262,191 @@ class Part07WireFormat(PureCase):
                 self.assertLess(len(steps), 10)
 
 
+def stream_pair(number=2):
+    """Both ends of one stream."""
+    secret, opener, other = b"s" * 32, b"o" * 32, b"a" * 32
+    return [trchat.Stream(number, secret, opener, other, mine) for mine in (True, False)]
+
+
+class StreamTest(unittest.TestCase):
+    def carry(self, one, other, now=0.0):
+        """Takes frames over until none may go; returns what arrived."""
+        while True:
+            frame = one.next_frame(now)
+            if not frame:
+                break
+            other.receive(frame, now)
+        data = b"".join(other.incoming)
+        other.incoming.clear()
+        return data
+
+    def test_bytes_arrive_both_ways_and_end(self):
+        one, other = stream_pair()
+        one.write(b"to the other side")
+        one.close()
+        self.assertEqual(self.carry(one, other), b"to the other side")
+        self.assertTrue(other.finished)
+        self.assertFalse(one.finished or one.over or other.over)
+        other.use(17)
+        other.write(b"and back")
+        other.close()
+        self.assertEqual(self.carry(other, one), b"and back")
+        one.use(8)
+        self.assertEqual(self.carry(one, other), b"")
+        self.assertTrue(one.over and other.over)
+
+    def test_the_keys_and_nonces_are_those_that_are_written_down(self):
+        """Another implementation, from the words above the class."""
+        one, _ = stream_pair(5)
+        one.write(b"x" * 10)
+        frame = one.next_frame(0.0)
+        salt = hashlib.sha256(
+            (32).to_bytes(4, "big") + b"o" * 32 + (32).to_bytes(4, "big") + b"a" * 32 + b"\0\0\0\5"
+        ).digest()
+        info = b"trchat/1 stream: from its opener"
+        key = expand(b"s" * 32, salt, info, 32)
+        head = frame[:9]
+        self.assertEqual(head.hex(), "00000005" "00" "00000000")
+        cipher = trchat._aead.AESGCM(key)
+        self.assertEqual(cipher.decrypt(bytes(12), frame[9:], head), b"x" * 10)
+
+    def test_a_frame_left_out_repeated_altered_or_turned_back_is_refused(self):
+        for spoil in ("left out", "repeated", "altered", "head", "turned back", "cut"):
+            one, other = stream_pair()
+            for text in (b"first", b"second"):
+                one.write(text)
+            one.write(b"")
+            first = one.next_frame(0.0)
+            one.write(b"third")
+            second = one.next_frame(0.0)
+            with self.subTest(spoil):
+                if spoil != "left out":
+                    other.receive(first, 0.0)
+                bad = {
+                    "repeated": first,
+                    "altered": second[:-1] + bytes([second[-1] ^ 1]),
+                    "head": second[:8] + bytes([second[8] ^ 1]) + second[9:],
+                    "cut": second[:5],
+                }.get(spoil, second)
+                with self.assertRaises(trchat.RemoteProtocolError):
+                    (one if spoil == "turned back" else other).receive(bad, 0.0)
+
+    def test_no_more_is_on_its_way_than_the_window(self):
+        one, other = stream_pair()
+        one.write(b"x" * (3 * trchat.STREAM_WINDOW))
+        got = 0
+        for _ in range(100):  # all is used at once, so more and more is risked
+            size = len(self.carry(one, other))
+            got += size
+            self.assertLessEqual(size, trchat.STREAM_WINDOW)
+            other.use(size)
+            self.carry(other, one)
+        self.assertEqual(got, 3 * trchat.STREAM_WINDOW)
+        one.write(b"x" * (3 * trchat.STREAM_WINDOW))
+        self.assertEqual(len(self.carry(one, other)), trchat.STREAM_WINDOW)
+        self.assertEqual(one.next_frame(0.0), b"")
+        self.assertEqual(one.waiting, 2 * trchat.STREAM_WINDOW)
+
+    def test_less_is_risked_where_bytes_wait_long_and_more_where_they_do_not(self):
+        one, other = stream_pair()
+        one.write(b"x" * (64 << 20))
+        now, sizes = 0.0, []
+        for delay in [0.01] * 12 + [2.0] * 12 + [0.01] * 12:
+            size = len(self.carry(one, other, now))
+            sizes.append(size)
+            now += delay
+            other.use(size)
+            self.carry(other, one, now)
+        self.assertEqual(sizes[11], trchat.STREAM_WINDOW)
+        self.assertLess(sizes[23], trchat.STREAM_WINDOW // 16)
+        self.assertEqual(sizes[35], trchat.STREAM_WINDOW)
+        self.assertGreaterEqual(min(sizes), trchat.STREAM_LEAST)
+
+    def test_a_frame_is_small_where_little_is_risked(self):
+        one, _ = stream_pair()
+        one.write(b"x" * (8 << 20))
+        first = len(one.next_frame(0.0))
+        self.assertLessEqual(first, trchat.STREAM_FIRST // 4 + 64)
+
+    def test_who_sends_more_than_the_window_is_refused(self):
+        class Greedy(trchat.Stream):
+            def _sendable(self):
+                return min(self.waiting, trchat.STREAM_PIECE)
+
+        _, other = stream_pair()
+        greedy = Greedy(2, b"s" * 32, b"o" * 32, b"a" * 32, True)
+        greedy.write(b"x" * (trchat.STREAM_WINDOW + 1))
+        with self.assertRaises(trchat.RemoteProtocolError):
+            self.carry(greedy, other)
+
+    def test_bytes_that_were_never_sent_cannot_have_been_used(self):
+        one, other = stream_pair()
+        one.write(b"1234")
+        self.carry(one, other)
+        other.use(4)
+        other._used = 5
+        with self.assertRaises(trchat.RemoteProtocolError):
+            self.carry(other, one)
+
+    def test_nothing_comes_after_the_end(self):
+        for late in (b"more", b""):
+            one, other = stream_pair()
+            one.close()
+            self.carry(one, other)
+            one._closed = False
+            one.write(late)
+            with self.subTest(late), self.assertRaises(trchat.RemoteProtocolError):
+                self.carry(one, other)
+
+    def test_a_broken_stream_sends_nothing(self):
+        one, _ = stream_pair()
+        one.write(b"x")
+        one.broken = "It is gone."
+        self.assertEqual(one.next_frame(0.0), b"")
+
+    @MANY_EXAMPLES
+    @given(st.data())
+    def test_whatever_the_order_all_arrives_once(self, data):
+        ends = stream_pair()
+        sent, got, used = [b"", b""], [b"", b""], [0, 0]
+        wire = [collections.deque(), collections.deque()]
+        steps = st.tuples(st.sampled_from("write frame deliver use".split()), st.integers(0, 1))
+        for step, side in data.draw(st.lists(steps, max_size=60)):
+            end, other = ends[side], ends[1 - side]
+            if step == "write":
+                piece = data.draw(st.binary(max_size=20)) * data.draw(st.sampled_from([1, 9, 20000]))
+                end.write(piece)
+                sent[side] += piece
+            elif step == "frame":
+                frame = end.next_frame(0.0)
+                if frame:
+                    wire[side].append(frame)
+            elif step == "deliver" and wire[side]:
+                other.receive(wire[side].popleft(), 0.0)
+            elif step == "use":
+                came = b"".join(end.incoming)
+                end.incoming.clear()
+                got[side] += came
+                end.use(len(came))
+        for end in ends:
+            end.close()
+        for _ in range(2000):
+            for side, (end, other) in enumerate(zip(ends, reversed(ends))):
+                frame = end.next_frame(0.0)
+                if frame:
+                    wire[side].append(frame)
+                while wire[side]:
+                    other.receive(wire[side].popleft(), 0.0)
+                came = b"".join(other.incoming)
+                other.incoming.clear()
+                got[1 - side] += came
+                other.use(len(came))
+            if all(end.over for end in ends):
+                break
+        self.assertEqual((got[1], got[0]), (sent[0], sent[1]))
+        self.assertTrue(all(end.over for end in ends))
+
+
 # ==================================================================================================
 # Parts 8 to 13, pure: machines joined in memory
 # ==================================================================================================
@@ -17840,6 +18025,177 @@ class ChatWindowTest(KeptTest):
 # ==================================================================================================
 # Chatting directly
 # ==================================================================================================
+
+
+class StreamingNetwork(Network):
+    """One whose people send what their streams hold when they have nothing else to say."""
+
+    def up(self, person):
+        if not person._output:
+            person.send_bytes(person.streams.next_output())
+        return super().up(person)
+
+
+class StreamsTest(MachineTest):
+    def two(self, **more):
+        network = StreamingNetwork(**more)
+        alice, bob = network.joins("alice bob")
+        return network, alice, bob
+
+    def person(self, machine, name):
+        return machine.directory.find(name)
+
+    def open(self, network, opener, other, purpose=trchat.FOR_OFFER):
+        stream = opener.streams.open(self.person(opener, other.name), purpose, b"n" * 16)
+        network.run()
+        found = [e for e in events(other, "_stream") if e["person"].name == opener.name]
+        return stream, found[-1]["stream"] if found else None
+
+    def test_two_streams_both_ways_beside_the_talk(self):
+        network, alice, bob = self.two()
+        streams = [self.open(network, alice, bob), self.open(network, bob, alice)]
+        for opener, other in streams:
+            opener.write(b"a" * 300_000)
+            other.write(b"b" * 200_000)
+        alice.say("lobby", "meanwhile")
+        for _ in range(20):
+            network.run()
+            for end in [end for pair in streams for end in pair]:
+                end.got = getattr(end, "got", b"") + b"".join(end.incoming)
+                end.use(sum(map(len, end.incoming)))
+                end.incoming.clear()
+        for opener, other in streams:
+            self.assertEqual((other.got, opener.got), (b"a" * 300_000, b"b" * 200_000))
+        self.assert_shown(bob, "alice", ["meanwhile"])
+        self.assertEqual((alarms(alice), alarms(bob)), ([], []))
+
+    def test_a_stream_ends_with_its_person_and_with_the_connection(self):
+        for how in ("gone", "lost"):
+            network, alice, bob = self.two()
+            opener, other = self.open(network, alice, bob)
+            alice.streams.take_news()
+            network.drop(bob if how == "gone" else alice)
+            network.run()
+            with self.subTest(how):
+                self.assertTrue(opener.broken)
+                self.assertEqual(alice.streams.take_news(), [opener], "its thread hears of it")
+                self.assertTrue(other.broken)
+
+    def test_a_reset_reaches_the_other_side_and_late_frames_are_passed_over(self):
+        network, alice, bob = self.two()
+        opener, other = self.open(network, alice, bob)
+        opener.write(b"late")
+        frame = alice.streams.next_output()
+        bob.streams.reset(other, "It is full.")
+        alice.send_bytes(frame)
+        network.run()
+        self.assertEqual(opener.broken, "It is full.")
+        self.assertEqual((alarms(alice), alarms(bob)), ([], []))
+
+    def test_a_server_that_changes_a_frame_ends_the_stream_and_only_that(self):
+        network, alice, bob = self.two()
+        opener, other = self.open(network, alice, bob)
+        opener.write(b"secret")
+        frame = bytearray(alice.streams.next_output())
+        frame[-1] ^= 1
+        alice.send_bytes(bytes(frame))
+        network.run()
+        self.assertEqual(other.incoming, [])
+        self.assertTrue(opener.broken and other.broken)
+        self.assert_refused(bob)
+        alice.say("lobby", "still here")
+        network.run()
+        self.assert_shown(bob, "alice", ["still here"])
+
+    def test_a_stream_under_a_wrong_number_or_for_nothing_known_is_refused(self):
+        network, alice, bob = self.two()
+        there = self.person(alice, "bob")
+        opener, other = self.open(network, alice, bob)
+        for purpose, number in (
+            (trchat.FOR_OFFER, opener.number), (trchat.FOR_OFFER, opener.number + 1), (9, 500),
+        ):  # fmt: skip
+            place = number + (number + opener.number) % 2 if purpose == 9 else number
+            alice.directory.send(there, trchat.STREAM, purpose, bytes(16), place, bytes(32))
+            network.run()
+        self.assertEqual(len(events(bob, "_stream")), 1)
+        self.assert_refused(bob)
+        self.assertEqual(other.broken, "")
+
+    def test_nobody_opens_more_than_a_few(self):
+        network, alice, bob = self.two()
+        streams = [self.open(network, alice, bob)[0] for _ in range(trchat.STREAMS_EACH + 3)]
+        self.assertEqual(len(events(bob, "_stream")), trchat.STREAMS_EACH)
+        self.assertTrue(all(stream.broken for stream in streams[-3:]))
+
+    def test_somebody_blocked_opens_none(self):
+        network, alice, bob = self.two()
+        bob.directory.trust.blocked.add(alice.identity.fingerprint)
+        opener, other = self.open(network, alice, bob)
+        self.assertIsNone(other)
+        self.assertTrue(opener.broken)
+
+    def test_the_server_cannot_make_one(self):
+        """A frame for a stream that nobody opened is passed over; one before the session, refused."""
+        network, alice, bob = self.two()
+        there = self.person(bob, "alice")
+        bob.directory.receive(there, trchat.STREAMED + b"\0\0\0\7" + bytes(40))
+        self.assertEqual(events(bob, "_stream"), [])
+        there.confirmed = False
+        with self.assertRaises(trchat.RemoteProtocolError):
+            bob.directory.receive(there, trchat.STREAMED + b"\0\0\0\7" + bytes(40))
+
+    def test_contents_about_offers_become_events(self):
+        network, alice, bob = self.two()
+        there = self.person(alice, "bob")
+        for kind, values in (
+            (trchat.WANT, ()), (trchat.DONE, (b"d" * 32,)), (trchat.KEPT, (b"d" * 32,)),
+            (trchat.CANCEL, ("no\nroom",)),
+        ):  # fmt: skip
+            alice.directory.send(there, kind, b"n" * 16, *values)
+        network.run()
+        heard = [e for k in ("_want", "_done", "_kept_offer", "_cancel") for e in events(bob, k)]
+        self.assertEqual([e["id"] for e in heard], [b"n" * 16] * 4)
+        self.assertEqual(heard[-1]["why"], "no room")
+
+    def test_an_offer_is_heard_as_one(self):
+        network, alice, bob = self.two()
+        text = trchat.encode_offer(trchat.Offer("photo.jpg", 4_100_000, 0, ""))
+        alice.messages.say("lobby", text, trchat.OFFERED)
+        alice.messages.tell("bob", text, trchat.OFFERED)
+        network.run()
+        wanted = {"name": "photo.jpg", "size": 4_100_000, "files": 0, "from": "alice"}
+        for event, room in zip(events(bob, "offer"), ("lobby", None)):
+            self.assertEqual({**event, **wanted, "room": room}, event)
+            self.assertEqual(event["text"], "offers photo.jpg (4.1 MB)")
+        self.assertEqual(len(events(bob, "offer")), 2)
+        self.assertEqual([e["to"] for e in events(alice, "offer")], [["bob"], ["bob"]])
+        network.wait(1)
+        self.assertEqual(len(events(alice, "delivered")), 2)
+        self.assertEqual(events(bob, "message"), [])
+
+    def test_an_offer_that_is_none_is_refused(self):
+        for text in ("", "a\n1\n0", "a\n-1\n0\n", "a\n1\n0\n\n", "a\n1\u0662\n0\n", "a\n" + "9" * 19 + "\n0\n"):
+            network, alice, bob = self.two()
+            with self.subTest(text):
+                if text:
+                    alice.messages.say("lobby", text, trchat.SAID)
+                    said = alice.messages.delivery.open
+                    next(iter(said.values())).kind = trchat.OFFERED
+                with self.assertRaises(trchat.RemoteProtocolError):
+                    trchat.decode_offer(text)
+
+
+class OfferTest(unittest.TestCase):
+    @given(st.text(), st.integers(0, 10**18 - 1), st.integers(0, 10**6))
+    def test_what_is_encoded_is_decoded(self, name, size, files):
+        offer = trchat.decode_offer(trchat.encode_offer(trchat.Offer(name, size, files, "x")))
+        self.assertEqual((offer.size, offer.files, offer.reference), (size, files, "x"))
+        self.assertEqual(offer.name, trchat.one_line(name)[:255])
+
+    def test_sizes_for_people(self):
+        for size, words in ((0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"),
+                            (4_140_000, "4.1 MB"), (10**13, "10.0 TB")):  # fmt: skip
+            self.assertEqual(trchat.size_words(size), words)
 
 
 class KnockTest(MachineTest):

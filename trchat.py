@@ -1528,7 +1528,7 @@ class Stream:
         self._fastest = min(self._fastest, delay)
         if delay - self._fastest <= STREAM_DELAY:
             self._risked = min(self._risked + count, STREAM_WINDOW)
-        elif now - self._slowed_at > delay:
+        elif now - self._slowed_at >= delay:
             self._risked = max(self._risked * 2 // 3, STREAM_LEAST * 2)
             self._slowed_at = now
 

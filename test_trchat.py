@@ -18149,7 +18149,7 @@ class StreamsTest(MachineTest):
         there = self.person(alice, "bob")
         for kind, values in (
             (trchat.WANT, ()), (trchat.DONE, (b"d" * 32,)), (trchat.KEPT, (b"d" * 32,)),
-            (trchat.CANCEL, ("no\nroom",)),
+            (trchat.CANCEL, (1, "no\nroom")),
         ):  # fmt: skip
             alice.directory.send(there, kind, b"n" * 16, *values)
         network.run()

@@ -1618,7 +1618,7 @@ CONTENT_FIELDS = {
     WANT: "n16",  # an offer that is accepted, or gone on with
     DONE: "n16 n32",  # an offer of which all has gone out, and its SHA-256
     KEPT: "n16 n32",  # an offer that has arrived whole, and its SHA-256
-    CANCEL: "n16 s",  # an offer that is taken back, or given up, and why
+    CANCEL: "n16 u8 s",  # an offer that is over (1), or interrupted (0), and why
 }
 # Acknowledged: all of a stream below the count but those missing; a stream is an epoch id, or
 # zeros for what came through the pairwise session.
@@ -5053,8 +5053,9 @@ class Streams:
     def content_kept(self, person, number: bytes, digest: bytes) -> None:
         self.machine.emit("_kept_offer", person=person, id=number, sha256=digest)
 
-    def content_cancel(self, person, number: bytes, why: str) -> None:
-        self.machine.emit("_cancel", person=person, id=number, why=one_line(why)[:200])
+    def content_cancel(self, person, number: bytes, for_good: int, why: str) -> None:
+        fields = {"for_good": bool(for_good), "why": one_line(why)[:200]}
+        self.machine.emit("_cancel", person=person, id=number, **fields)
 
 
 # ==================================================================================================

@@ -2748,6 +2748,26 @@ def bundle_of(number, name, nonce=bytes(32), server=bytes(range(32))):
 
 
 class Part08GatekeeperTest(MachineTest):
+    def test_nobody_can_use_up_the_places_of_others_invitations(self):
+        keeper = trchat.Gatekeeper()
+        keeper.invite(b"ours....", b"g" * 32, 1, 0, 0.0)
+        for number in range(trchat.MAX_INVITATIONS_EACH + 50):
+            keeper.invite(number.to_bytes(8, "big"), b"g" * 32, 0, 0, 0.0, b"m" * 32)
+        self.assertEqual(len(keeper.invitations), trchat.MAX_INVITATIONS_EACH + 1)
+        self.assertIn(b"ours....", keeper.invitations)
+        self.assertNotIn((49).to_bytes(8, "big"), keeper.invitations, "the oldest made way")
+        self.assertIn((50).to_bytes(8, "big"), keeper.invitations)
+        again = trchat.Gatekeeper()
+        again.load_json(json.loads(json.dumps(keeper.to_json())))
+        self.assertEqual(again.invitations, keeper.invitations)
+
+    def test_a_name_that_cannot_be_shown_is_not_loaded(self):
+        keeper = trchat.Gatekeeper()
+        data = {**keeper.to_json(), "users": [
+            {"fingerprint": "sha256:" + "0" * 64, "names": ["\ud800"], "enrolled": True}]}  # fmt: skip
+        with self.assertRaises(ValueError):
+            keeper.load_json(data)
+
     def admit(self, keeper, number, name, secret=None, now=0.0):
         bundle = bundle_of(number, name)
         invitation, mac = bytes(8), bytes(32)
@@ -12713,6 +12733,7 @@ class Part21RelayServerTest(NetTest):
             paths = trchat.Paths(home)
             options = trchat.ServerOptions("127.0.0.1", 0, "invite", [], None, True)
             running = trchat.RunningServer(paths, options, None, lambda event: None)
+            running.server.start()
             try:
                 token = running.server.call(running.make_token, 1, 0.0)
                 invitation = trchat.derive_invitation(trchat.consume_token(token).secret)
@@ -12727,6 +12748,7 @@ class Part21RelayServerTest(NetTest):
             finally:
                 running.stop()
             again = trchat.RunningServer(paths, options, None, lambda event: None)
+            again.server.start()
             try:
                 self.assertEqual(again.fingerprint, running.fingerprint)
                 self.wire(again).login(0, "alice").ping()
@@ -12759,6 +12781,7 @@ class Part21RelayServerTest(NetTest):
             paths = trchat.Paths(home)
             options = trchat.ServerOptions("127.0.0.1", 0, "open", [], None, False)
             running = trchat.RunningServer(paths, options, None, lambda event: None)
+            running.server.start()
             path, done, faults, reads = paths.file("users.json"), threading.Event(), [], [0]
 
             def read():
@@ -13054,7 +13077,8 @@ class Part22ChatClientTest(NetTest):
 
     def test_whoever_waits_at_the_door_in_vain_is_told(self):
         server = self.serve()
-        server.machine.door.is_welcome = lambda fingerprint: False
+        door = server.machine.door
+        door.host, door.opened, door.is_welcome = b"h" * 32, True, lambda fingerprint: False
         with mock.patch.object(trchat, "KNOCK_SECONDS", 0.05):
             bob = self.person(server, "bob", 0)
             error = bob.wait("error")
@@ -14145,6 +14169,7 @@ class JSONLinesTest(EndToEnd):
         options = trchat.ServerOptions("127.0.0.1", 0, "invite", [], None, True)
         paths = trchat.Paths(os.path.join(self.home, "h"), "p")
         running = trchat.RunningServer(paths, options, None, lambda event: None)
+        running.server.start()
         self.addCleanup(running.stop)
         saved = threading.Event()
 
@@ -18203,7 +18228,9 @@ class KnockTest(MachineTest):
 
     def knocking(self, mode="invite", welcome=()):
         network = Network(mode)
-        network.relay.door.is_welcome = lambda fingerprint: fingerprint in welcome
+        door = network.relay.door
+        door.host, door.opened = b"h" * 32, True
+        door.is_welcome = lambda fingerprint: fingerprint in welcome
         token = server_token(network)
         bob = network.make("bob", token=token)
         network.connect(bob)
@@ -18222,16 +18249,16 @@ class KnockTest(MachineTest):
 
     def test_accepted(self):
         network, bob = self.knocking()
-        self.assertTrue(network.relay.answer_knock("bob", "", True, network.now))
+        self.assertTrue(network.relay.door.answer("bob", "", True, network.now))
         network.wait(1)
         self.assertEqual(members(bob), ["bob"])
         self.assertTrue(network.gatekeeper.users[bob.identity.fingerprint].enrolled)
-        self.assertFalse(network.relay.answer_knock("bob", "", True, network.now), "once")
+        self.assertFalse(network.relay.door.answer("bob", "", True, network.now), "once")
 
     def test_denied(self):
         network, bob = self.knocking()
         uses = [gate[1] for gate in network.gatekeeper.invitations.values()]
-        self.assertTrue(network.relay.answer_knock("bob", "", False, network.now))
+        self.assertTrue(network.relay.door.answer("bob", "", False, network.now))
         network.run()
         self.assertEqual([(e["code"], e["text"]) for e in events(bob, "error")], [("denied", "You were denied.")])
         self.assertEqual((bob.fatal, network.gatekeeper.users), ("denied", {}))
@@ -18264,14 +18291,14 @@ class KnockTest(MachineTest):
         network.connect(other)
         network.run()
         with self.assertRaisesRegex(trchat.ChatError, "Several wait"):
-            network.relay.answer_knock("bob", "", True, network.now)
-        self.assertFalse(network.relay.answer_knock("bob", "zzzz", True, network.now))
+            network.relay.door.answer("bob", "", True, network.now)
+        self.assertFalse(network.relay.door.answer("bob", "zzzz", True, network.now))
         mark = other.identity.fingerprint.hex()[:4]
-        self.assertTrue(network.relay.answer_knock("bob", mark, True, network.now))
+        self.assertTrue(network.relay.door.answer("bob", mark, True, network.now))
         network.wait(1)
         self.assertEqual((members(other), bob.phase), (["bob"], "door"))
         with self.assertRaises(trchat.ChatError) as caught:  # the name is taken by now
-            network.relay.answer_knock("bob", "", True, network.now)
+            network.relay.door.answer("bob", "", True, network.now)
         self.assertEqual(caught.exception.code, "name-taken")
 
     def test_no_more_wait_than_a_token_has_uses(self):
@@ -18289,20 +18316,135 @@ class KnockTest(MachineTest):
         bob.send_frame(trchat.JOIN, "lobby")
         network.up(bob)
         self.assertEqual(network.relay.door.waiting, {})
-        self.assertFalse(network.relay.answer_knock("bob", "", True, network.now))
+        self.assertFalse(network.relay.door.answer("bob", "", True, network.now))
         self.assertEqual(network.gatekeeper.users, {})
 
-    def test_only_so_many_at_a_time_and_nobody_twice(self):
+    def test_only_so_many_at_a_time(self):
         with mock.patch.object(trchat, "KNOCKING_MOST", 2):
             network, bob = self.knocking("open")
-            again = network.make("bob2", number=bob.number)
             others = [network.make(f"p{n}") for n in range(2)]
-            for person in (again, *others):
+            for person in others:
                 network.connect(person)
                 network.run()
-        codes = [e["code"] for p in (again, others[1]) for e in events(p, "error")]
-        self.assertEqual(codes, ["rate-limited", "rate-limited"])
+        self.assertEqual([e["code"] for e in events(others[1], "error")], ["rate-limited"])
         self.assertEqual(len(network.relay.door.waiting), 2)
+
+    def heard(self, network):
+        return [kind for kind, *_ in network.relay.events if kind in ("knocked", "withdrawn")]
+
+    def test_who_knocks_again_takes_the_place_of_the_dead_connection(self):
+        network, bob = self.knocking()
+        again = network.make("bob", number=bob.number, token=bob.token)
+        network.connect(again)
+        network.run()
+        self.assertEqual((again.phase, len(network.relay.door.waiting)), ("door", 1))
+        self.assertEqual(self.heard(network), ["knocked"], "one question, not two")
+        self.assertTrue(network.relay.door.answer("bob", "", True, network.now))
+        network.wait(1)
+        self.assertEqual(members(again), ["bob"])
+
+    def test_who_was_denied_is_not_asked_about_for_a_while(self):
+        network, bob = self.knocking()
+        network.relay.door.answer("bob", "", False, network.now)
+        network.run()
+        for wait, phase in ((1, "offline"), (trchat.DENIED_SECONDS, "door")):
+            network.now += wait
+            again = network.make("robert", number=bob.number, token=bob.token)
+            network.connect(again)
+            network.run()
+            with self.subTest(wait=wait):
+                denied = [e["text"] for e in events(again, "error")]
+                self.assertEqual(denied, ["You were denied."] if phase == "offline" else [])
+                self.assertEqual(len(network.relay.door.waiting), int(phase == "door"))
+        self.assertEqual(self.heard(network), ["knocked", "knocked"])
+
+    def test_who_was_accepted_comes_back_unasked_until_they_are_put_out(self):
+        network, bob = self.knocking()
+        network.relay.door.answer("bob", "", True, network.now)
+        network.wait(1)
+        network.drop(bob)
+        network.come_back(bob)
+        network.wait(1)
+        self.assertEqual((members(bob), bob.phase), (["bob"], "online"))
+        network.relay.door.accepted.discard(bob.identity.fingerprint)
+        network.drop(bob)
+        network.come_back(bob)
+        self.assertEqual(bob.phase, "door")
+
+    def test_nobody_learns_names_at_the_door(self):
+        """Whoever holds a token may not find out by it who is known here."""
+        network, bob = self.knocking()
+        network.relay.door.answer("bob", "", True, network.now)
+        network.wait(1)
+        other = network.make("bob", number=9, token=bob.token)
+        network.connect(other)
+        network.run()
+        self.assertEqual((events(other, "error"), other.phase), ([], "door"))
+        with self.assertRaisesRegex(trchat.ChatError, "cannot come in, and was told so"):
+            network.relay.door.answer("bob", "", True, network.now)
+        network.run()
+        self.assertEqual(events(other, "error")[0]["code"], "name-taken")
+
+    def test_an_invitation_that_ends_while_they_wait_still_counts(self):
+        network, bob = self.knocking()
+        next(iter(network.gatekeeper.invitations.values()))[2] = int(network.wall()) + 10
+        network.now += 20
+        self.assertTrue(network.relay.door.answer("bob", "", True, network.now))
+        network.wait(1)
+        self.assertEqual(members(bob), ["bob"])
+
+    def test_the_host_comes_first_and_the_others_wait_unseen(self):
+        network = Network()
+        door, host = network.relay.door, network.make("host")
+        door.host, door.is_welcome = host.identity.fingerprint, lambda fingerprint: fingerprint == friend
+        contact, stranger, blocked = [network.make(name) for name in ("contact", "stranger", "blocked")]
+        friend = contact.identity.fingerprint
+
+        def is_welcome(fingerprint):
+            if fingerprint == blocked.identity.fingerprint:
+                raise trchat.ChatError("You were denied.", code="denied")
+            return fingerprint == friend
+
+        door.is_welcome = is_welcome
+        for person in (contact, stranger, blocked):
+            network.connect(person)
+            network.run()
+            self.assertEqual((person.phase, events(person, "notice")), ("login", []))
+        network.connect(host)
+        network.run()
+        network.wait(1)
+        self.assertEqual(members(host), ["host", "contact"], "the host founded the room")
+        self.assertEqual(stranger.phase, "door")
+        self.assertEqual(events(blocked, "error")[0]["code"], "denied")
+        self.assertEqual(self.heard(network), ["knocked"])
+
+    def test_a_login_twice_before_the_host(self):
+        network = Network()
+        network.relay.door.host = b"h" * 32
+        bob = network.make("bob")
+        network.connect(bob)
+        network.run()
+        bob.send_frame(trchat.LOGIN, bob.keys.encoded, bytes(8), bytes(32))
+        network.run()
+        self.assertEqual(bob.fatal, "error")
+
+    def test_marks_are_as_long_as_they_must_be(self):
+        marks = ["ae4b0" + "0" * 59, "ae4b1" + "0" * 59]
+        self.assertEqual(trchat._shortest_apart(marks), ["ae4b0", "ae4b1"])
+        self.assertEqual(trchat._shortest_apart(["0" * 64, "1" * 64]), ["0000", "1111"])
+
+    def test_a_server_that_is_silent_before_the_welcome_is_given_up(self):
+        network = Network()
+        for phase, seconds in trchat.ANSWER_SECONDS.items():
+            bob = network.make("bob" + phase)
+            bob.connection_made(network.fingerprint, "relay:1", network.now)
+            bob.phase = phase
+            with self.subTest(phase):
+                self.assertEqual(bob.next_deadline(), network.now + seconds)
+                bob.tick(network.now + seconds - 1)
+                self.assertEqual(bob.broken, "")
+                bob.tick(network.now + seconds)
+                self.assertIn("does not answer", bob.broken)
 
 
 class DirectChatTest(EndToEnd):

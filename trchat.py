@@ -66,17 +66,20 @@ or thread: bytes in, events out) and each uses only parts above itself:
  50. Chat client
  51. Commands
  52. Chat commands: talking and rooms
- 53. Chat commands: people and records
- 54. Console commands
- 55. Terminal input
- 56. Terminal
- 57. Words for events
- 58. Faces: terminal and JSON lines
- 59. Activities
- 60. Demonstration
- 61. Session
- 62. Shell commands
- 63. Menu and door
+ 53. Chat commands: people and servers
+ 54. Chat commands: records
+ 55. Console commands
+ 56. Terminal input
+ 57. Terminal
+ 58. Words for events
+ 59. Faces: terminal and JSON lines
+ 60. Activities
+ 61. Chatting directly
+ 62. Demonstration
+ 63. Session
+ 64. Shell commands
+ 65. Command line
+ 66. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -1612,7 +1615,7 @@ CONTENT_FIELDS = {
     VOUCH: "s n8 n32 u32 u64",  # room, invitation id, proof key, uses, expiry
     TIMER: "u32 u8",  # seconds after which direct messages disappear (0: never), an answer?
     AWAY: "s",  # why the sender is away, "" when back
-    PLACES: "[s] n32",  # addresses where the sender is host, and the key of that server
+    PLACES: "[s] n32 s",  # addresses where the sender is host, the key of that server, the room
     STREAM: "u8 n16 u32 n32",  # what for, which offer, the new stream's number and secret
     RESET: "u32 s",  # a stream that is given up, and why
     WANT: "n16",  # an offer that is accepted, or gone on with
@@ -2386,7 +2389,7 @@ def _explain_ipv6(mine: list, pinhole: bool) -> str:
 # Who may come in to a server, and under which name: what users.json keeps.
 # ==================================================================================================
 
-MAX_NAMES_EACH, MAX_INVITATIONS = 5, 4096
+MAX_NAMES_EACH, MAX_INVITATIONS_EACH = 5, 256
 
 
 class User(Record):
@@ -2403,28 +2406,27 @@ class Gatekeeper:
         self.mode = mode
         self.users: dict = {}  # fingerprint -> User
         self.owners: dict = {}  # name skeleton -> fingerprint
-        self.invitations: dict = {}  # invitation id -> [gate key, uses left or -1, expiry or 0]
+        # invitation id -> [gate key, uses left or -1, expiry or 0, who made it (b"": the server)]
+        self.invitations: dict = {}
         self.banned: set = set()
         self.allowed: set = set()
         self.allowed_now: set = set()  # for this run only, not saved
         self.changed = False
 
-    def check(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float):
+    def check_key(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float):
         """ChatError if the owner of `bundle` may not come in; the uses left of an invitation that
-        is needed for it, else None."""
+        is needed for it, else None. Nothing is told of names."""
         key = bundle.fingerprint
         if key in self.banned:
             raise ChatError("You are banned from this server.", "Ask its operator.", "denied")
-        user = self.users.get(key)
-        uses = None
-        if not self._known(key, user):
-            uses = self._check_stranger(bundle, invitation, mac, now)
-        self._check_name(bundle.name, key, user)
-        return uses
+        if self._known(key, self.users.get(key)):
+            return None
+        return self._check_stranger(bundle, invitation, mac, now)
 
     def admit(self, bundle: Bundle, invitation: bytes, mac: bytes, now: float) -> None:
         """Lets the owner of `bundle` in and remembers key and name; ChatError says why not."""
-        uses = self.check(bundle, invitation, mac, now)
+        uses = self.check_key(bundle, invitation, mac, now)
+        self._check_name(bundle.name, bundle.fingerprint, self.users.get(bundle.fingerprint))
         if uses is not None:
             self._use_up(invitation)
         self._remember(bundle.name, bundle.fingerprint, enrol=uses is not None)
@@ -2472,13 +2474,21 @@ class Gatekeeper:
         if enrol and not user.enrolled:
             user.enrolled = self.changed = True
 
-    def invite(self, invitation: bytes, gate: bytes, uses: int, expires: int, now: float) -> None:
-        """Opens the gate to holders of a token; `uses` and `expires` 0 mean without end."""
+    def invite(
+        self, invitation: bytes, gate: bytes, uses: int, expires: int, now: float, by: bytes = b""
+    ) -> None:
+        """Opens the gate to holders of a token; `uses` and `expires` 0 mean without end.
+
+        Each maker (`by`, an identity) has a number of them; a further one displaces their oldest.
+        """
         spent = [i for i, g in self.invitations.items() if g[1] == 0 or 0 < g[2] < now]
         for old in spent:
             del self.invitations[old]
-        if len(self.invitations) < MAX_INVITATIONS:
-            self.invitations.setdefault(invitation, [gate, uses or -1, expires])
+        same_maker = [i for i, g in self.invitations.items() if g[3] == by]
+        if invitation not in self.invitations:
+            for old in same_maker[: max(0, len(same_maker) - MAX_INVITATIONS_EACH + 1)]:
+                del self.invitations[old]
+            self.invitations[invitation] = [gate, uses or -1, expires, by]
             self.changed = True
 
     def find(self, name: str):
@@ -2500,8 +2510,8 @@ class Gatekeeper:
             for key, user in self.users.items()
         ]
         invitations = [
-            {"id": i.hex(), "gate": gate.hex(), "uses": uses, "expires": expires}
-            for i, (gate, uses, expires) in self.invitations.items()
+            {"id": i.hex(), "gate": gate.hex(), "uses": uses, "expires": expires, "by": by.hex()}
+            for i, (gate, uses, expires, by) in self.invitations.items()
         ]
         return {
             "users": users,
@@ -2514,12 +2524,16 @@ class Gatekeeper:
         """Takes over what to_json gave; KeyError, TypeError or ValueError if it is not that."""
         for entry in data["users"]:
             key = _saved_fingerprint(entry["fingerprint"])
-            self.users[key] = User([str(n) for n in entry["names"]], bool(entry["enrolled"]))
+            names = [str(name) for name in entry["names"]]
+            if any(printable(name) != name for name in names):
+                raise ValueError("not a name")
+            self.users[key] = User(names, bool(entry["enrolled"]))
             self.owners.update({name_skeleton(n): key for n in self.users[key].names})
         for entry in data["invitations"]:
             if type(entry["uses"]) is not int or type(entry["expires"]) is not int:
                 raise ValueError("not a number")
-            gate = [bytes.fromhex(entry["gate"]), entry["uses"], entry["expires"]]
+            maker = bytes.fromhex(entry.get("by", ""))
+            gate = [bytes.fromhex(entry["gate"]), entry["uses"], entry["expires"], maker]
             self.invitations[bytes.fromhex(entry["id"])] = gate
         self.banned.update(map(_saved_fingerprint, data["banned"]))
         self.allowed.update(map(_saved_fingerprint, data["allowed"]))
@@ -2533,62 +2547,150 @@ def _saved_fingerprint(text: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 12. Door | pure | uses 1, 2
+# Part 12. Door | pure | uses 1, 2, 8
 #
 # Where newcomers wait who may come in by the rules, until the host of a direct chat has said yes.
 # ==================================================================================================
 
 KNOCKING_MOST = 16  # people who wait at the door at a time
+DENIED_SECONDS = 300.0  # how long somebody who was denied may not knock again
 
 
 class Knock(Record):
-    """A login that somebody is asked about."""
+    """A login that somebody is asked about; `at` is the wall-clock time when it came."""
 
     bundle: Bundle
     encoded: bytes
     invitation: bytes
     mac: bytes
+    at: float
 
 
 class Door:
-    """Who waits. `is_welcome(fingerprint)` tells whom nobody need be asked about; without it,
-    everybody. It may raise a ChatError for those who are not even to wait.
+    """Who waits, who was accepted or denied in this run.
+
+    `host` is the identity whose door it is, b"" where there is none; until the host is in their
+    room (`opened`), all others wait unseen, in `early`. `is_welcome(fingerprint)` tells whom
+    nobody need be asked about; it raises a ChatError for those who are not even to wait.
     """
 
-    def __init__(self):
+    def __init__(self, machine):
+        self._machine = machine
+        self.host, self.opened = b"", False
         self.is_welcome: Any = None
+        self._early: dict = {}  # connection -> the fields of its login
         self.waiting: dict = {}  # fingerprint -> the connection, whose `knock` says as what
+        self.accepted: set = set()
+        self._denied: dict = {}  # fingerprint -> until when
 
-    def must_ask(self, fingerprint: bytes) -> bool:
-        return self.is_welcome is not None and not self.is_welcome(fingerprint)
+    def is_too_early(self, client, fingerprint: bytes, login: tuple) -> bool:
+        """Whether the host has yet to come in; then the login is looked at again after that."""
+        early = bool(self.host) and not self.opened and fingerprint != self.host
+        if early and client in self._early:
+            raise RemoteProtocolError("The login came twice.")
+        if early:
+            self._early[client] = login
+        return early
 
-    def add(self, client, knock: Knock, uses) -> None:
-        """Lets somebody wait: of one invitation no more than it has `uses` (-1: any number; None:
-        none is needed). ChatError if they may not.
-        """
-        key = knock.bundle.fingerprint
-        same_token = [c for c in self.waiting.values() if c.knock.invitation == knock.invitation]
+    def open(self, now: float) -> None:
+        """The host is in: whoever came before may knock now."""
+        self.opened = True
+        early, self._early = self._early, {}
+        for client, login in early.items():
+            if client.id in self._machine.clients and not client.closing:
+                self._machine.login(client, now, *login)
+
+    def must_ask(self, fingerprint: bytes, now: float) -> bool:
+        if not self.host or fingerprint == self.host:
+            return False
+        welcome = self.is_welcome(fingerprint)
+        if self._denied.get(fingerprint, 0.0) > now and not welcome:
+            raise ChatError("You were denied.", code="denied")
+        return not welcome and fingerprint not in self.accepted
+
+    def ask_about(self, client, knock: Knock) -> None:
+        """Somebody waits from now on, in place of an older connection of theirs."""
+        machine, fingerprint = self._machine, knock.bundle.fingerprint
+        uses = machine.gatekeeper.check_key(knock.bundle, knock.invitation, knock.mac, knock.at)
+        older = self.waiting.get(fingerprint)
+        if older is not None:
+            self._remove(older)
+            machine.close(older, CLOSED, "replaced", "This identity has connected from elsewhere.")
+        self._check_room(knock.invitation, uses)
+        client.knock, self.waiting[fingerprint] = knock, client
+        machine.send(client, encode_frame(KNOCKED))
+        machine.events.append(("waits", client, ""))
+        if older is None:
+            machine.events.append(("knocked", client, knock.bundle))
+
+    def _check_room(self, invitation: bytes, uses) -> None:
+        """Of one invitation no more wait than it has `uses` (-1: any number; None: none needed)."""
+        same_token = [c for c in self.waiting.values() if c.knock.invitation == invitation]
         full = uses is not None and 0 <= uses <= len(same_token)
-        if key in self.waiting or full or len(self.waiting) >= KNOCKING_MOST:
-            text = "Somebody else is being asked about, or you are already."
+        if full or len(self.waiting) >= KNOCKING_MOST:
+            text = "Somebody else is being asked about."
             raise ChatError(text, "Try again in a minute.", "rate-limited")
-        client.knock, self.waiting[key] = knock, client
 
-    def find(self, name: str, mark: str):
+    def answer(self, name: str, mark: str, accept: bool, now: float):
+        """Lets somebody in who waits, or sends them away; their identity, or None if nobody waits
+        under that name. ChatError if several do, or if who was accepted may not enter.
+        """
+        client = self._find(name, mark)
+        if client is None:
+            return None
+        machine, knock = self._machine, self._remove(client)
+        fingerprint = knock.bundle.fingerprint
+        self._decide(fingerprint, accept, now)
+        if not accept:
+            machine.refuse(client, ChatError("You were denied.", code="denied"))
+            return fingerprint
+        try:
+            machine.gatekeeper.admit(knock.bundle, knock.invitation, knock.mac, knock.at)
+        except ChatError as error:
+            machine.refuse(client, error)
+            text = f"{name} cannot come in, and was told so: {error.text}"
+            raise ChatError(text, code=error.code) from None
+        machine.let_in(client, knock.bundle, knock.encoded, now)
+        return fingerprint
+
+    def _find(self, name: str, mark: str):
         """Whoever waits under that name, or None; if several do, their marks decide."""
         found = [c for c in self.waiting.values() if c.knock.bundle.name == name]
-        found = [c for c in found if c.knock.bundle.fingerprint.hex().startswith(mark)]
+        marks = [c.knock.bundle.fingerprint.hex() for c in found]
+        found = [c for c, full in zip(found, marks) if full.startswith(mark)]
         if len(found) > 1:
-            names = ", ".join(f"{name}~{c.knock.bundle.fingerprint.hex()[:4]}" for c in found)
+            names = ", ".join(f"{name}~{short}" for short in _shortest_apart(marks))
             raise ChatError(f"Several wait under this name: {names}.", "Write the mark, too.")
         return found[0] if found else None
 
-    def remove(self, client):
+    def _decide(self, fingerprint: bytes, accept: bool, now: float) -> None:
+        """Keeps in mind what was answered, for this run."""
+        (self.accepted.add if accept else self.accepted.discard)(fingerprint)
+        self._denied.pop(fingerprint, None)
+        if not accept:
+            self._denied[fingerprint] = now + DENIED_SECONDS
+
+    def leave(self, client) -> None:
+        """A connection ends, which may have waited."""
+        self._early.pop(client, None)
+        knock = self._remove(client)
+        if knock is not None:
+            self._machine.events.append(("withdrawn", client, knock.bundle))
+
+    def _remove(self, client):
         """Takes a connection away from the door; what it knocked as, or None."""
         knock, client.knock = client.knock, None
         if knock is not None:
             del self.waiting[knock.bundle.fingerprint]
         return knock
+
+
+def _shortest_apart(marks: list) -> list:
+    """The beginnings of several fingerprints, of at least four digits, that tell them apart."""
+    size = 4
+    while len({mark[:size] for mark in marks}) < len(marks):
+        size += 1
+    return [mark[:size] for mark in marks]
 
 
 # ==================================================================================================
@@ -2662,7 +2764,7 @@ class RelayMachine:
         self.by_name: dict = {}  # name skeleton -> RelayClient, logged in
         self.rooms: dict = {}  # name -> RelayRoom
         self.watchers: dict = {}  # name skeleton -> set of clients
-        self.door = Door()
+        self.door = Door(self)
         self.full: set = set()  # receivers whose queues hold senders up
         self._spent: dict = {}  # fingerprint -> (tokens, when) of keys that were here
         self.dirty: dict = {}  # clients with output; a dict keeps their order
@@ -2670,7 +2772,7 @@ class RelayMachine:
         self.frames = self.bytes = self.deliveries = 0
         self._next_id = 1
         self._handlers: dict = {
-            LOGIN: self._on_login, JOIN: self._on_join, LEAVE: self._on_leave,
+            LOGIN: self.login, JOIN: self._on_join, LEAVE: self._on_leave,
             LIST: self._on_list, LOOKUP: self._on_lookup, PING: self._on_ping,
             INVITE: self._on_invite, BYE: self._on_bye,
         }  # fmt: skip
@@ -2681,7 +2783,7 @@ class RelayMachine:
         client = RelayClient(self._number(), address, random_bytes(32), now)
         self.clients[client.id] = client
         mode = AUTH_MODES.index(self.gatekeeper.mode)
-        self._send(client, encode_frame(GREETING, client.nonce, mode))
+        self.send(client, encode_frame(GREETING, client.nonce, mode))
         return client
 
     def _number(self) -> int:
@@ -2697,7 +2799,7 @@ class RelayMachine:
         for receiver in list(client.waiting_for):
             self._release(receiver, client, now)
         self.full.discard(client)
-        self._leave_door(client)
+        self.door.leave(client)
         if client.bundle is not None:
             self._keep_tokens(client)
             self._forget_person(client)
@@ -2711,7 +2813,7 @@ class RelayMachine:
         gone = encode_frame(GONE, client.id)
         for (other,) in client.routes.values():
             del other.routes[client.id]
-            self._send(other, gone)
+            self.send(other, gone)
         for skeleton in client.watches:
             self.watchers[skeleton].discard(client)
             if not self.watchers[skeleton]:
@@ -2724,8 +2826,8 @@ class RelayMachine:
     def close(self, client: RelayClient, kind: int, code: str, text: str) -> None:
         """Says why (kind CLOSED or REFUSED) and marks the connection to be ended after that."""
         if not client.closing:
-            self._leave_door(client)
-            self._send(client, encode_frame(kind, code, text))
+            self.door.leave(client)
+            self.send(client, encode_frame(kind, code, text))
             client.closing = code
 
     # Bytes in
@@ -2794,13 +2896,13 @@ class RelayMachine:
         return position, count
 
     def _deliver(self, sender: RelayClient, receiver: RelayClient, run: bytes) -> None:
-        self._send(receiver, run)
+        self.send(receiver, run)
         if receiver.queued > QUEUE_HIGH:
             sender.waiting_for.add(receiver)
             receiver.holding.add(sender)
             self.full.add(receiver)
 
-    def _send(self, client: RelayClient, data: bytes) -> None:
+    def send(self, client: RelayClient, data: bytes) -> None:
         client.outbox.append(data)
         client.queued += len(data)
         self.dirty[client] = None
@@ -2888,63 +2990,39 @@ class RelayMachine:
             raise RemoteProtocolError(f"A frame of kind {kind} came at the wrong time.")
         handler(client, now, *decode_frame(kind, body))
 
-    def _on_login(self, client, now, encoded: bytes, invitation: bytes, mac: bytes) -> None:
+    def login(self, client, now, encoded: bytes, invitation: bytes, mac: bytes) -> None:
         try:
             bundle = consume_bundle(encoded, self.fingerprint)
-            if client.knock or bundle.nonce != client.nonce:
+            if client.knock or client.bundle or bundle.nonce != client.nonce:
                 raise RemoteProtocolError("The login was made for another connection.")
             if self.gatekeeper.mode == "certs" and client.tls_fingerprint != bundle.fingerprint:
                 raise RemoteProtocolError("The login is not by the certificate's owner.")
-            if self.door.must_ask(bundle.fingerprint):
-                uses = self.gatekeeper.check(bundle, invitation, mac, self.wall_clock())
-                self.door.add(client, Knock(bundle, encoded, invitation, mac), uses)
-                self._send(client, encode_frame(KNOCKED))
-                self.events.append(("knocked", client, bundle))
+            if self.door.is_too_early(client, bundle.fingerprint, (encoded, invitation, mac)):
                 return
-            if self.door.is_welcome is not None:
+            if self.door.must_ask(bundle.fingerprint, now):
+                self.door.ask_about(
+                    client, Knock(bundle, encoded, invitation, mac, self.wall_clock())
+                )
+                return
+            if self.door.host:
                 self.gatekeeper.allowed_now.add(bundle.fingerprint)
             self.gatekeeper.admit(bundle, invitation, mac, self.wall_clock())
         except ChatError as error:
-            self._refuse(client, error)
+            self.refuse(client, error)
             return
-        self._let_in(client, bundle, encoded, now)
+        self.let_in(client, bundle, encoded, now)
 
-    def _refuse(self, client: RelayClient, error: ChatError) -> None:
+    def refuse(self, client: RelayClient, error: ChatError) -> None:
         self.events.append(("refused", client, f"{error.code}: {error.text}"))
         self.close(client, REFUSED, error.code, str(error))
 
-    def answer_knock(self, name: str, mark: str, accept: bool, now: float) -> bool:
-        """Lets somebody in who waits at the door, or sends them away; False if nobody does.
-
-        ChatError if several fit, or if who was accepted may not enter.
-        """
-        client = self.door.find(name, mark)
-        if client is None:
-            return False
-        knock = self.door.remove(client)
-        if not accept:
-            self._refuse(client, ChatError("You were denied.", code="denied"))
-            return True
-        try:
-            self.gatekeeper.admit(knock.bundle, knock.invitation, knock.mac, self.wall_clock())
-        except ChatError as error:
-            self._refuse(client, error)
-            raise
-        self._let_in(client, knock.bundle, knock.encoded, now)
-        return True
-
-    def _leave_door(self, client: RelayClient) -> None:
-        knock = self.door.remove(client)
-        if knock is not None:
-            self.events.append(("withdrawn", client, knock.bundle))
-
-    def _let_in(self, client: RelayClient, bundle: Bundle, encoded: bytes, now: float) -> None:
+    def let_in(self, client: RelayClient, bundle: Bundle, encoded: bytes, now: float) -> None:
         self._replace(bundle.fingerprint)
         client.bundle, client.encoded = bundle, encoded
         client.tokens, client.refilled = self._spent.pop(bundle.fingerprint, (FRAME_BURST, now))
         self.present[bundle.fingerprint] = client
         self.by_name[name_skeleton(bundle.name)] = client
-        self._send(client, encode_frame(WELCOME, client.id))
+        self.send(client, encode_frame(WELCOME, client.id))
         self.events.append(("joined", client, ""))
         for watcher in self.watchers.pop(name_skeleton(bundle.name), ()):
             watcher.watches.discard(name_skeleton(bundle.name))
@@ -2965,7 +3043,7 @@ class RelayMachine:
             return
         for person, about in ((one, other), (other, one)):
             person.routes[about.id] = (about,)
-            self._send(person, encode_frame(PRESENT, about.id, about.encoded))
+            self.send(person, encode_frame(PRESENT, about.id, about.encoded))
 
     def _on_join(self, client, now, name: str) -> None:
         if check_room(name) != name or len(client.rooms) >= MAX_ROOMS_EACH:
@@ -2978,11 +3056,13 @@ class RelayMachine:
         joined = encode_frame(JOINED, room.id, client.id)
         for member in room.members.values():
             self._introduce(client, member)
-            self._send(member, joined)
+            self.send(member, joined)
         room.members[client.id] = client
         client.rooms[room.id] = room
         client.routes[room.id] = room.members.values()
-        self._send(client, encode_frame(ROOM, room.id, name, list(room.members)))
+        self.send(client, encode_frame(ROOM, room.id, name, list(room.members)))
+        if not self.door.opened and client.bundle.fingerprint == self.door.host:
+            self.door.open(now)
 
     def _on_leave(self, client, now, number: int) -> None:
         room = client.rooms.get(number)
@@ -2993,7 +3073,7 @@ class RelayMachine:
         del room.members[client.id], client.rooms[room.id], client.routes[room.id]
         left = encode_frame(LEFT, room.id, client.id)
         for member in room.members.values():
-            self._send(member, left)
+            self.send(member, left)
         if not room.members:
             del self.rooms[room.name]
 
@@ -3003,22 +3083,23 @@ class RelayMachine:
         if found is not None and found.name == name and not found.closing:
             self._introduce(client, found)
             return
-        self._send(client, encode_frame(ABSENT, name))
+        self.send(client, encode_frame(ABSENT, name))
         if len(client.watches) < MAX_WATCHES_EACH:
             client.watches.add(skeleton)
             self.watchers.setdefault(skeleton, set()).add(client)
 
     def _on_list(self, client, now) -> None:
         rooms = [(room.name, len(room.members)) for room in self.rooms.values()]
-        self._send(client, encode_frame(ROOMS, rooms[:4096]))
+        self.send(client, encode_frame(ROOMS, rooms[:4096]))
 
     def _on_ping(self, client, now) -> None:
-        self._send(client, encode_frame(PONG))
+        self.send(client, encode_frame(PONG))
 
     def _on_invite(self, client, now, invitation: bytes, gate: bytes, uses: int, expires: int):
         if self.gatekeeper.mode == "invite":
-            self.gatekeeper.invite(invitation, gate, uses, expires, self.wall_clock())
-        self._send(client, encode_frame(INVITED, invitation))
+            entry = (invitation, gate, uses, expires, self.wall_clock())
+            self.gatekeeper.invite(*entry, client.bundle.fingerprint)
+        self.send(client, encode_frame(INVITED, invitation))
 
     def _on_bye(self, client, now) -> None:
         client.closing = "BYE"
@@ -4594,7 +4675,7 @@ class Directory:
         self.trust = Trust()
         self.names: dict = {}  # fingerprint -> name
         self.away = ""  # why we are, for all to see
-        self.places: tuple = ()  # (addresses, server's key) where we are host
+        self.places: tuple = ()  # (addresses, server's key, room) where we are host
         self.disconnect()
 
     def meet(self, known: dict) -> None:
@@ -4852,19 +4933,20 @@ class Directory:
         for person in self.people.values():
             self.send(person, AWAY, why)
 
-    def set_places(self, addresses: list, server: bytes) -> None:
+    def set_places(self, addresses: list, server: bytes, room: str) -> None:
         """Tells everybody here, and whoever comes, where we are host."""
-        self.places = (addresses[:PLACES_TOLD], server)
+        self.places = (addresses[:PLACES_TOLD], server, room)
         for person in self.people.values():
             self.send(person, PLACES, *self.places)
 
-    def content_places(self, person: Person, addresses: list, server: bytes) -> None:
+    def content_places(self, person: Person, addresses: list, server: bytes, room: str) -> None:
         try:
             for address in addresses:
                 split_address(address)
+            check_room(room)
         except ChatError:
-            raise RemoteProtocolError("An address is none.") from None
-        fields = {"fingerprint": person.fingerprint, "server": server}
+            raise RemoteProtocolError("An address or a room is none.") from None
+        fields = {"fingerprint": person.fingerprint, "server": server, "room": check_room(room)}
         self.machine.emit("_places", **fields, addresses=addresses[:PLACES_TOLD])
 
     def content_away(self, person: Person, why: str) -> None:
@@ -5134,6 +5216,9 @@ class Invitations:
 
 
 EARLY_FRAMES = (GREETING, KNOCKED, WELCOME, REFUSED, CLOSED)  # what may come before the welcome
+# Before it the server has to answer within so many seconds; at the door, it is a person who does.
+ANSWER_SECONDS = {"greeting": 2 * HANDSHAKE_SECONDS, "login": 2 * HANDSHAKE_SECONDS,
+                  "door": KNOCK_SECONDS + 2 * HANDSHAKE_SECONDS}  # fmt: skip
 
 
 class ClientMachine:
@@ -5264,6 +5349,8 @@ class ClientMachine:
             elif now - self.sent_at >= PING_SECONDS:
                 self.send_frame(PING)
                 self.sent_at = now
+        elif self.phase in ANSWER_SECONDS and now >= self.heard_at + ANSWER_SECONDS[self.phase]:
+            self.broken = "The server does not answer."
         self.settle()
 
     def settle(self) -> None:
@@ -5274,6 +5361,8 @@ class ClientMachine:
 
     def next_deadline(self):
         """When `tick` should be called again, or None."""
+        if self.phase in ANSWER_SECONDS:
+            return self.heard_at + ANSWER_SECONDS[self.phase]
         if self.phase != "online":
             return None
         times = [self.sent_at + PING_SECONDS, self.heard_at + SILENCE_SECONDS]
@@ -7327,7 +7416,8 @@ class ServerList:
 
     def find(self, name: str):
         """The server saved under this name or address, or None."""
-        found = [s for s in self.servers if name in (s["name"], s["address"])]
+        found = [s for s in self.servers if name == s["address"]]
+        found += [s for s in self.servers if name == s["name"]]
         return found[0] if found else None
 
     def find_fingerprint(self, fingerprint: str):
@@ -7340,6 +7430,8 @@ class ServerList:
         if entry is None:
             entry = {"name": self._free_name(address), "fingerprint": fingerprint}
             self.servers.insert(0, entry)
+        elif entry["name"].partition(" (")[0] == entry["address"] != address:
+            entry["name"] = self._free_name(address)  # it was not chosen by anybody
         entry.update(address=address, room=room, nickname=nickname)
         write_json(self._path, self.servers)
 
@@ -8634,7 +8726,8 @@ class Contact(Record):
 
     `key` is the DER SubjectPublicKeyInfo or b""; `addresses` ("host:port") and `servers`
     (fingerprints) tell where they were met, newest first; `seen` is Unix seconds, 0 for never.
-    `saved` is False for somebody who is here only because they are blocked.
+    `saved` is False for somebody who is here only because they are blocked. `place` is where they
+    are host, as they say: {} or {server, room, addresses}.
     """
 
     name: str
@@ -8646,6 +8739,7 @@ class Contact(Record):
     saved: bool
     servers: list
     seen: int
+    place: dict
 
     def to_json(self) -> dict:
         return {
@@ -8655,6 +8749,7 @@ class Contact(Record):
             "saved": self.saved,
             "servers": [fingerprint_text(server) for server in self.servers],
             "seen": self.seen,
+            "place": self.place,
         }
 
     def card(self) -> dict:
@@ -8675,7 +8770,7 @@ DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ChatError)
 def new_contact(name: str, fingerprint: bytes, key: bytes = b"", addresses=()) -> Contact:
     if key and sha256(key) != fingerprint:
         raise LocalProtocolError("a key under another's fingerprint")
-    return Contact(name, fingerprint, key, list(addresses), False, False, True, [], 0)
+    return Contact(name, fingerprint, key, list(addresses), False, False, True, [], 0, {})
 
 
 def _read_card(entry: dict) -> Contact:
@@ -8693,12 +8788,24 @@ def _read_contact(entry: dict) -> Contact:
     contact, flags = _read_card(entry), [entry[k] for k in ("verified", "blocked", "saved")]
     contact.verified, contact.blocked, contact.saved = flags
     contact.servers = [_read_fingerprint(text) for text in _few(entry["servers"])]
-    contact.seen = entry["seen"]
+    contact.seen, contact.place = entry["seen"], _read_place(entry.get("place", {}))
     odd = contact.verified and not contact.saved or not (contact.saved or contact.blocked)
     wrong = any(type(flag) is not bool for flag in flags) or type(contact.seen) is not int
-    if wrong or odd or not 0 <= contact.seen < 1 << 53 or set(entry) != set(Contact._fields):
+    if wrong or odd or not 0 <= contact.seen < 1 << 53 or {*entry, "place"} != set(Contact._fields):
         raise ValueError("not a contact")
     return contact
+
+
+def _read_place(entry: dict) -> dict:
+    """Where somebody is host; an earlier version kept nothing of that."""
+    if entry == {}:
+        return {}
+    for address in _few(entry["addresses"]):
+        split_address(address)
+    _read_fingerprint(entry["server"])
+    if check_room(entry["room"]) != entry["room"] or len(entry) != 3 or not entry["addresses"]:
+        raise ValueError("not a place")
+    return entry
 
 
 def _read_name(name: str) -> str:
@@ -8952,16 +9059,15 @@ class Contacts:
             self._meet(server, name, fingerprint)
             self.save()
 
-    def set_places(self, fingerprint: bytes, server: bytes, addresses: list) -> None:
+    def set_place(self, fingerprint: bytes, server: bytes, room: str, addresses: list) -> None:
         """Where a contact is host, as they say; nothing is kept of others."""
         contact = self._contacts.get(fingerprint)
-        if contact is None or not contact.saved:
+        if contact is None or not contact.saved or not addresses:
             return
-        before = (list(contact.addresses), list(contact.servers))
-        _put_first(contact.servers, server)
-        for address in reversed(addresses):
-            _put_first(contact.addresses, _usual_address(address))
-        if before != (contact.addresses, contact.servers):
+        usual = [_usual_address(address) for address in addresses][:PLACES_MOST]
+        place = {"server": fingerprint_text(server), "room": room, "addresses": usual}
+        if place != contact.place:
+            contact.place = place
             self.save()
 
     def set_timer(self, fingerprint: bytes, seconds: int) -> None:
@@ -11239,6 +11345,7 @@ class AddressLimits:
 READ, WRITE = 1, 2  # selectors.EVENT_READ, EVENT_WRITE
 ACCEPT_MOST = 64  # connections taken in one turn
 CLOSE_SECONDS = 2.0  # how long a refused client may take to read why
+SAVE_AGAIN_SECONDS = 10.0  # after what could not be written
 
 
 class RelayServer:
@@ -11259,6 +11366,7 @@ class RelayServer:
         self._hold_at: float | None = None
         self._accept_at: float | None = None
         self._stopping = ""
+        self._thread: Any = None
         self.started = 0.0
 
     def start(self) -> None:
@@ -11272,29 +11380,43 @@ class RelayServer:
         """Runs a function in the loop thread and returns what it returns."""
         answer = queue.SimpleQueue()
         self.inbox.post(lambda: answer.put(_outcome(function, *args)))
-        value, error = answer.get()
+        while True:
+            try:
+                value, error = answer.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise ChatError("The server has ended.", "Start it again.") from None
         if error is not None:
             raise error
         return value
 
     def stop(self) -> None:
         """Tells everybody, lets what is queued go out for a moment, and ends the loop."""
+        if self._thread is None:
+            self._listener.close()
+            return
         self.inbox.post(self._begin_stop)
         self._thread.join(CLOSE_SECONDS + 1)
 
-    def answer(self, name: str, mark: str, accept: bool) -> bool:
-        """Accepts or denies somebody at the door (any thread); False if nobody waits there."""
+    def answer(self, name: str, mark: str, accept: bool):
+        """Accepts or denies somebody at the door (any thread); their identity, or None if nobody
+        waits there under that name."""
         return self.call(self._answer, name, mark, accept)
 
+    def let_no_more(self, fingerprint: bytes) -> None:
+        """Whoever was accepted in this run is to be asked about again."""
+        self.call(self.machine.door.accepted.discard, fingerprint)
+
     def waiting_people(self) -> list:
-        """The (name, mark) of whoever waits at the door (any thread)."""
+        """The (name, identity) of whoever waits at the door (any thread)."""
         knocks = [client.knock for client in list(self.machine.door.waiting.values())]
         bundles = [knock.bundle for knock in knocks if knock is not None]
-        return sorted((bundle.name, bundle.fingerprint.hex()[:4]) for bundle in bundles)
+        return sorted((bundle.name, bundle.fingerprint) for bundle in bundles)
 
-    def _answer(self, name: str, mark: str, accept: bool) -> bool:
+    def _answer(self, name: str, mark: str, accept: bool):
         try:
-            return self.machine.answer_knock(name, mark, accept, time.monotonic())
+            return self.machine.door.answer(name, mark, accept, time.monotonic())
         finally:
             for conn in [c for c in self._knocking if not c.client.knock]:
                 del self._knocking[conn]
@@ -11316,7 +11438,7 @@ class RelayServer:
         while not (self._stopping and not self._by_client):
             self._turn()
         if self.machine.gatekeeper.changed:
-            self._save(self.machine.gatekeeper)
+            self._save_now()
         self._selector.close()
         self.inbox.close()
 
@@ -11399,18 +11521,41 @@ class RelayServer:
             self._save_at = None
         if not self.machine.gatekeeper.changed or self._save_at is not None:
             return
-        self.machine.gatekeeper.changed = False
+        if self._save_now():
+            took = time.monotonic() - now
+            self._save_at = None if took < 0.02 else now + 20 * took
+        else:
+            self._save_at = now + SAVE_AGAIN_SECONDS
+
+    def _save_now(self) -> bool:
+        gatekeeper, problem = self.machine.gatekeeper, None
+        gatekeeper.changed = False
         try:
-            self._save(self.machine.gatekeeper)
+            self._save(gatekeeper)
         except ChatError as error:
-            self._publish({"event": "error", "code": error.code, "text": str(error)})
-        took = time.monotonic() - now
-        self._save_at = None if took < 0.02 else now + 20 * took
+            problem = error
+        except Exception as error:  # a bug of ours must not end the server
+            problem = ChatError(internal_error(error), code="storage")
+        if problem is not None:
+            gatekeeper.changed = True
+            self._publish({"event": "error", "code": problem.code, "text": str(problem)})
+        return problem is None
 
     def _report(self) -> None:
         events, self.machine.events = self.machine.events, []
         for kind, client, text in events:
-            self._publish(relay_event(kind, client, text))
+            if kind in ("waits", "joined"):
+                self._note_login(client, kind)
+            if kind != "waits":
+                self._publish(relay_event(kind, client, text))
+
+    def _note_login(self, client: RelayClient, kind: str) -> None:
+        """Whoever is in, or may wait at the door, does not give way to strangers any more."""
+        conn = self._by_client.get(client)
+        if conn is not None and self._half_open.pop(conn, None):
+            self._limits.logged_in(conn)
+            if kind == "waits":
+                self._knocking[conn] = time.monotonic() + KNOCK_SECONDS
 
     # Connections
 
@@ -11523,11 +11668,6 @@ class RelayServer:
             self._greet(conn, now)
         client = conn.client
         self.machine.receive(client, plaintext, now)
-        if client.knock and self._half_open.pop(conn, None):
-            self._knocking[conn] = now + KNOCK_SECONDS
-            self._limits.logged_in(conn)  # whoever may knock does not give way to strangers
-        if client.bundle is not None and self._half_open.pop(conn, None):
-            self._limits.logged_in(conn)
         if client.closing:
             self._write(conn, now)
         elif client.waiting_for or client.throttled_until > now:
@@ -11700,8 +11840,8 @@ def resolve_target(options: ConnectOptions, servers: ServerList, contacts: Conta
     target = Target([], pin, None, DEFAULT_ROOM, options.source_port, None)
     if text.startswith(TOKEN_PREFIX):
         _use_token(target, consume_token(text), servers)
-    elif contact is not None and contact.servers and contact.addresses and not servers.find(text):
-        target.addresses, target.pin = list(contact.addresses), pin or contact.servers[0]
+    elif contact is not None and not servers.find(text) and _use_contact(target, contact):
+        target.pin = pin or target.pin
     else:
         saved = servers.find(text)
         target.addresses = [saved["address"] if saved else _full_address(text)]
@@ -11725,6 +11865,16 @@ def _use_token(target: Target, token: Token, servers: ServerList) -> None:
         raise ChatError(text, "Leave --pin out, or ask for a new token.", "pin-mismatch")
     target.addresses, target.pin = token.addresses, token.fingerprint
     target.token, target.room = token, token.room
+
+
+def _use_contact(target: Target, contact: Contact) -> bool:
+    """Where a contact is host, else where they were seen last; whether that is known."""
+    if contact.place:
+        target.addresses = list(contact.place["addresses"])
+        target.pin, target.room = parse_fingerprint(contact.place["server"]), contact.place["room"]
+    elif contact.servers and contact.addresses:
+        target.addresses, target.pin = contact.addresses[:1], contact.servers[0]
+    return bool(target.addresses)
 
 
 def _full_address(text: str) -> str:
@@ -12294,7 +12444,10 @@ class ChatRecords(NoRecords):
 
     def refresh_trust(self) -> None:
         """After a change of the contacts."""
-        trust, everybody = self._chat.trust, self.profile.contacts.all()
+        self.fill_trust(self._chat.trust)
+
+    def fill_trust(self, trust: Trust) -> None:
+        everybody = self.profile.contacts.all()
         saved = [contact for contact in everybody if contact.saved]
         trust.verified.clear()
         trust.verified.update(c.fingerprint for c in everybody if c.verified)
@@ -12343,8 +12496,8 @@ class ChatRecords(NoRecords):
         if event["server"] == machine.server:
             told = [a for a in event["addresses"] if a not in connection.given]
             connection.target.addresses = [*connection.given, *told]
-        places = (event["server"], event["addresses"])
-        self.profile.contacts.set_places(event["fingerprint"], *places)
+        place = (event["server"], event["room"], event["addresses"])
+        self.profile.contacts.set_place(event["fingerprint"], *place)
 
     def _on_timer(self, connection, event: dict) -> None:
         self.profile.contacts.set_timer(event["fingerprint"], event["seconds"])
@@ -12933,6 +13086,12 @@ def command(place: str, name: str, usage: str, help_text: str, run, aliases: tup
     return row
 
 
+def chat_commands(*rows) -> None:
+    """Adds rows for the chat: (name, usage, help, aliases, run)."""
+    for name, usage, help_text, aliases, run in rows:
+        command("chat", name, usage, help_text, run, aliases)
+
+
 def find_command(word: str, place: str):
     """The row for a slash command in `place` ("chat" or "console"), or None."""
     for row in COMMANDS.values():
@@ -13229,7 +13388,13 @@ def _chat_invite(client, rest: str) -> None:
 
 def _at_the_door(client, name: str, accept: bool) -> bool:
     """Answers somebody who waits for the host of a direct chat; False if nobody does."""
-    return client.door is not None and client.door.answer(*split_mark(name), accept)
+    return client.door is not None and client.door.answer(*split_mark(name), accept) is not None
+
+
+def _ask_again(client, fingerprint: bytes) -> None:
+    """Whoever is put out of a direct chat must knock to come back."""
+    if client.door is not None:
+        client.door.let_no_more(fingerprint)
 
 
 def _chat_admit(client, rest: str) -> None:
@@ -13246,14 +13411,15 @@ def _chat_deny(client, rest: str) -> None:
 
 
 def _chat_requests(client, rest: str) -> None:
-    names = sorted(person.name for person in _current_room(client).admission.requests.values())
-    shown = list(names)
+    room = client.machine.rooms.get(client.current[1:])
+    asking = room.admission.requests.values() if room is not None else ()
+    people = [(person.name, person.fingerprint) for person in asking]
     if client.door is not None:
-        people = client.door.waiting_people()
-        names = [*(name for name, _ in people), *names]
-        shown = [*(f"{name}~{mark}" for name, mark in people), *shown]
+        people += client.door.waiting_people()
+    shown = sorted(f"{name}~{fingerprint.hex()[:4]}" for name, fingerprint in people)
+    rows = [{"name": n, "fingerprint": fingerprint_text(f)} for n, f in sorted(people)]
     text = "Waiting to enter: " + (", ".join(shown) or "nobody") + "."
-    client.show_notice(text, names=names)
+    client.show_notice(text, names=[row["name"] for row in rows], requests=rows)
 
 
 def _another_member(client, name: str) -> tuple:
@@ -13268,6 +13434,7 @@ def _another_member(client, name: str) -> tuple:
 def _chat_kick(client, rest: str) -> None:
     room, fingerprint = _another_member(client, _need(rest, "/kick NAME"))
     room.remove(fingerprint, False, time.monotonic())
+    _ask_again(client, fingerprint)
 
 
 def _until(client, words: list) -> int:
@@ -13279,6 +13446,7 @@ def _chat_ban(client, rest: str) -> None:
     words = _words(_need(rest, "/ban NAME [1h]"), 2)
     room, fingerprint = _another_member(client, words[0])
     room.remove(fingerprint, True, time.monotonic(), _until(client, words))
+    _ask_again(client, fingerprint)
 
 
 def _chat_unban(client, rest: str) -> None:
@@ -13330,7 +13498,7 @@ def _chat_quit(client, rest: str) -> None:
     client.begin_leaving("BYE")
 
 
-for _row in (
+chat_commands(
     ("help", "/help [COMMAND|all]", "the commands, and what they do", (), _chat_help),
     ("msg", "/msg NAME [TEXT]", "write to one person; without text, stay with them", ("m",),
      _chat_msg),
@@ -13356,14 +13524,13 @@ for _row in (
     ("mute", "/mute NAME [1h|off]", "nobody shows what they say (admin)", (), _chat_mute),
     ("op", "/op NAME", "make somebody else the admin", (), _chat_op),
     ("rekey", "/rekey", "make a new room key now (admin)", (), _chat_rekey),
-):  # fmt: skip
-    command("chat", *_row[:3], _row[4], _row[3])
+)  # fmt: skip
 
 
 # ==================================================================================================
-# Part 53. Chat commands: people and records | uses 1, 2, 4, 6, 23, 30-32, 35, 40, 46, 51, 52
+# Part 53. Chat commands: people and servers | uses 1, 2, 4, 23, 31, 32, 40, 46, 51, 52
 #
-# What a person may type in the chat about people they know, other servers, and what is kept here.
+# What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
 
 
@@ -13421,7 +13588,13 @@ def _identity_of(client, name: str) -> tuple:
 
 def _chat_block(client, rest: str, on: bool = True) -> None:
     records = client.records
-    fingerprint, name, _ = _identity_of(client, _need(rest, "/block NAME"))
+    name = _need(rest, "/block NAME")
+    turned_away = client.door.answer(*split_mark(name), False) if client.door and on else None
+    if turned_away is not None:
+        fingerprint = turned_away
+    else:
+        fingerprint, name, _ = _identity_of(client, name)
+        _ask_again(client, fingerprint)
     records.require().contacts.block(fingerprint, name, on)
     records.refresh_trust()
     text = f"{name} is blocked: nothing of them is shown, and what they send you alone is refused."
@@ -13639,7 +13812,26 @@ def _chat_disconnect(client, rest: str) -> None:
     client.connection.say_goodbye("BYE")
 
 
-# Outbox
+chat_commands(
+    ("whois", "/whois NAME", "all you know of somebody", (), _chat_whois),
+    ("code", "/code NAME", "the safety number you share with somebody", (), _chat_code),
+    ("verify", "/verify NAME DIGITS", "mark somebody whose number is the same", (), _chat_verify),
+    ("accept-key", "/accept-key NAME", "trust somebody's new key", (), _chat_accept_key),
+    ("contacts", "/contacts [add|rename|remove ...]", "people you know", (), _chat_contacts),
+    ("ignore", "/ignore [NAME]", "do not show somebody; again: show them", (), _chat_ignore),
+    ("block", "/block NAME", "nothing of somebody reaches you any more", (), _chat_block),
+    ("unblock", "/unblock NAME", "take that back", (), _chat_unblock),
+    ("connect", "/connect TARGET", "one more server in this chat", (), _chat_connect),
+    ("ip", "/ip [public]", "your addresses, and what they mean", (), _chat_ip),
+    ("disconnect", "/disconnect", "leave the current one of several servers", (), _chat_disconnect),
+)  # fmt: skip
+
+
+# ==================================================================================================
+# Part 54. Chat commands: records | uses 1, 2, 6, 30, 31, 35, 51, 52
+#
+# What a person may type about what is kept: what waits, what was said, what was chosen.
+# ==================================================================================================
 
 
 def _chat_outbox(client, rest: str) -> None:
@@ -13820,7 +14012,8 @@ def _chat_wipe(client, rest: str) -> None:
         text = f"This destroys keys, contacts and history of the profile {profile.paths.profile!r}"
         client.show_notice(f"{text} on this computer for good. To do it: /wipe {WIPE_WORD}")
         return
-    ProfileLock(profile.paths, "server").release()  # or there is one: ChatError
+    if client.door is None:  # else the server is our own, and ends with the chat
+        ProfileLock(profile.paths, "server").release()  # or there is one: ChatError
     client.wipe = True
     client.begin_leaving("BYE")
 
@@ -13828,18 +14021,7 @@ def _chat_wipe(client, rest: str) -> None:
 WIPE_WORD = "destroy"
 
 
-for _place in (
-    ("whois", "/whois NAME", "all you know of somebody", (), _chat_whois),
-    ("code", "/code NAME", "the safety number you share with somebody", (), _chat_code),
-    ("verify", "/verify NAME DIGITS", "mark somebody whose number is the same", (), _chat_verify),
-    ("accept-key", "/accept-key NAME", "trust somebody's new key", (), _chat_accept_key),
-    ("contacts", "/contacts [add|rename|remove ...]", "people you know", (), _chat_contacts),
-    ("ignore", "/ignore [NAME]", "do not show somebody; again: show them", (), _chat_ignore),
-    ("block", "/block NAME", "nothing of somebody reaches you any more", (), _chat_block),
-    ("unblock", "/unblock NAME", "take that back", (), _chat_unblock),
-    ("connect", "/connect TARGET", "one more server in this chat", (), _chat_connect),
-    ("ip", "/ip [public]", "your addresses, and what they mean", (), _chat_ip),
-    ("disconnect", "/disconnect", "leave the current one of several servers", (), _chat_disconnect),
+chat_commands(
     ("outbox", "/outbox", "what waits for people who are away", (), _chat_outbox),
     ("cancel", "/cancel ID", "take back what waits", (), _chat_cancel),
     ("tail", "/tail [N]", "what was said before", ("history",), _chat_tail),
@@ -13851,12 +14033,11 @@ for _place in (
     ("quiet", "/quiet [on|off]", "do not show joins and leaves", (), _chat_quiet),
     ("wipe", "/wipe", "destroy this profile's keys and files", (), _chat_wipe),
     ("quit", "/quit", "leave, like BYE", ("exit", "q"), _chat_quit),
-):
-    command("chat", *_place[:3], _place[4], _place[3])
+)  # fmt: skip
 
 
 # ==================================================================================================
-# Part 54. Console commands | uses 1, 2, 8, 45, 51
+# Part 55. Console commands | uses 1, 2, 8, 45, 51
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -13976,7 +14157,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 55. Terminal input | uses 31
+# Part 56. Terminal input | uses 31
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -14182,7 +14363,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 56. Terminal | uses 2, 27-29, 31, 55
+# Part 57. Terminal | uses 2, 27-29, 31, 56
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -14544,7 +14725,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 57. Words for events | uses 2, 8, 27, 51, 52
+# Part 58. Words for events | uses 2, 8, 27, 51, 52
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -14666,7 +14847,8 @@ class ChatWords:
         name = event["from"]
         if "room" not in event:
             name = f"{name}~{event['fingerprint'][7:11]}"
-            return f"? {name} is at the door: /accept {name} or /deny {name}"
+            doubt = f"\n! {event['warning']}" if "warning" in event else ""
+            return f"? {name} is at the door: /accept {name} or /deny {name}{doubt}"
         return f"? {name} wants to enter #{event['room']}: /admit {name} or /deny {name}"
 
     def _on_code(self, event: dict, here: bool) -> str:
@@ -14774,11 +14956,14 @@ def complete_chat(client: ChatClient):
         start = before.rfind(" ") + 1
         word = before[start:]
         if start == 0 and word.startswith("/"):
-            names = ["/" + row.name for row in COMMANDS.values() if row.chat]
+            rows = [row for row in COMMANDS.values() if row.chat]
+            names = ["/" + name for row in rows for name in (row.name, *row.aliases)]
         else:
             machine = client.machine
             people = [person.name for person in list(machine.directory.people.values())]
             people += list(client.trust.names)
+            if client.door is not None:
+                people += [f"{name}~{f.hex()[:4]}" for name, f in client.door.waiting_people()]
             rooms = ["#" + room for room in list(machine.rooms)]
             names = [*people, *("@" + p for p in people), *rooms]
         found = {n for n in names if word and n.casefold().startswith(word.casefold())}
@@ -14788,7 +14973,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 58. Faces: terminal and JSON lines | uses 2, 27, 31, 32, 51, 56, 57
+# Part 59. Faces: terminal and JSON lines | uses 2, 27, 31, 32, 51, 57, 58
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -15129,7 +15314,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 59. Activities | uses 1-4, 11, 13, 20, 23, 31, 32, 34, 38, 40, 41, 43, 45, 46, 49-51, 54, 58
+# Part 60. Activities | uses 1-4, 11, 13, 23, 31, 32, 34, 38, 40, 41, 43, 45, 46, 49-51, 55, 59
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -15193,10 +15378,12 @@ class Reach:
 
 
 class RunningServer:
-    """A relay server of one profile, from its files to its console."""
+    """A relay server of one profile, from its files to its console. `server.start` starts it;
+    until then whoever comes waits. `host`: whose door it has, see Door.
+    """
 
     def __init__(
-        self, paths: Paths, options: ServerOptions, ask_passphrase, publish, is_welcome=None
+        self, paths: Paths, options: ServerOptions, ask_passphrase, publish, host: bytes = b""
     ):
         paths.make_folders()
         self._users_path = paths.file("users.json")
@@ -15211,9 +15398,9 @@ class RunningServer:
         self.host, self.port = options.host, listener.getsockname()[1]
         self.public: list = []  # addresses of a tunnel
         machine = RelayMachine(self.fingerprint, self._gatekeeper, time.time, options.limits)
-        machine.door.is_welcome = is_welcome
+        self.door = machine.door
+        self.door.host = host
         self.server = RelayServer(listener, context, machine, self._save, publish)
-        self.server.start()
 
     def _load_gatekeeper(self, options: ServerOptions) -> Gatekeeper:
         gatekeeper = Gatekeeper(options.auth)
@@ -15269,6 +15456,7 @@ def run_server(
     shower = spawn("show", _routine_show, publisher.subscribe(), face, quit_wanted.set)
     try:
         running = RunningServer(paths, options, ask_passphrase, publisher.publish)
+        running.server.start()
         running.public = reach.open(running.port)
         reach.moved = running.set_public
         console = ServerConsole(
@@ -15376,16 +15564,24 @@ def open_chat(paths: Paths, options: ConnectOptions, settings: Settings, ask_pas
     """A ChatClient with one person's records, for a server that is not dialled yet."""
     if options.name:
         check_name(options.name)
-    remove_leftovers(paths)
-    identity, *chain = load_identity(paths, ask_passphrase)
-    profile = Profile(paths, settings, ServerList(paths), identity)
+    profile, identity, chain = open_profile(paths, settings, ask_passphrase)
     target = resolve_target(options, profile.servers, profile.contacts)
     machine = ClientMachine(identity, "", time.time, target.token)
-    return ChatClient(machine, target, ChatRecords(profile), tuple(chain))
+    return ChatClient(machine, target, ChatRecords(profile), chain)
+
+
+def open_profile(paths: Paths, settings: Settings, ask_passphrase) -> tuple:
+    """(Profile, Identity, (private key, certificate)) of a person."""
+    remove_leftovers(paths)
+    identity, *chain = load_identity(paths, ask_passphrase)
+    return Profile(paths, settings, ServerList(paths), identity), identity, tuple(chain)
 
 
 def dial_first(client: ChatClient, options: ConnectOptions, face, ask) -> Link:
-    """Connects to the first server, which must be the right one, and chooses a name for it."""
+    """Connects to the first server, which must be the right one, and chooses a name for it.
+
+    Of `options` it heeds name and trust_new.
+    """
     connection, profile = client.first, client.records.require()
     target, servers = connection.target, profile.servers
     if face.interactive:
@@ -15427,133 +15623,6 @@ def run_connect(
 WIPED = "The profile is destroyed: its keys, contacts and history are gone from this computer.\n"
 
 
-# Chatting directly
-
-
-class HostOptions(Record):
-    name: str | None
-    room: str
-    port: int | None
-    uses: int
-    tunnel: tuple  # kind and the host for ssh
-
-
-def run_host(
-    paths: Paths, options: HostOptions, settings: Settings, make_face, ask_passphrase
-) -> int:
-    """A server and a client in one process: whoever comes is asked about, and all ends with us."""
-    locks = [ProfileLock(paths, role) for role in ("client", "server")]
-    try:
-        identity = load_identity(paths, ask_passphrase)[0]
-        hosting = Hosting(paths, options, settings, identity, ask_passphrase)
-        try:
-            code = hosting.run(make_face)
-        finally:
-            hosting.stop()
-    finally:
-        for lock in locks:
-            lock.release()
-    if hosting.client.wipe:
-        destroy_profile(paths)
-        sys.stderr.write(WIPED)
-    return code
-
-
-class Hosting:
-    """The server of a direct chat, and its owner's client on it."""
-
-    def __init__(self, paths: Paths, options: HostOptions, settings, identity, ask_passphrase):
-        self._paths, self._options, self._own = paths, options, identity.fingerprint
-        self.client: Any = None  # there is none yet when the server starts
-        self._reach = Reach(paths, options.tunnel[0], options.tunnel[1], self._say)
-        self.running = self._start_server(ask_passphrase)
-        here = join_address("127.0.0.1", self.running.port)
-        pin = fingerprint_text(self.running.fingerprint)
-        connect = ConnectOptions(here, options.name, options.room, pin, False, 0)
-        self._connect = connect
-        self.client = open_chat(paths, connect, settings, ask_passphrase)
-        self.client.door = self.running.server
-
-    def _start_server(self, ask_passphrase) -> RunningServer:
-        """On the port given, or the one of last time if it is free, or any."""
-        path = self._paths.file("host.json")
-        try:
-            last = read_json(path, {}).get("port", 0)
-        except ChatError:
-            last = 0  # it is only a convenience
-        last = last if type(last) is int and 0 < last < 65536 else 0
-        wanted = [self._options.port] if self._options.port is not None else [last, 0]
-        running = None
-        for port in wanted:
-            try:
-                running = self._listen(port, ask_passphrase)
-                break
-            except ChatError:
-                if port == wanted[-1]:
-                    raise
-        write_json(path, {"port": running.port})
-        return running
-
-    def _listen(self, port: int, ask_passphrase) -> RunningServer:
-        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
-        own = [fingerprint_text(self._own)]
-        options = ServerOptions(host, port, "invite", own, None, True)
-        return RunningServer(self._paths, options, ask_passphrase, self._publish, self._is_welcome)
-
-    def _is_welcome(self, fingerprint: bytes) -> bool:
-        """In the loop thread: whom nobody has to be asked about."""
-        if fingerprint == self._own:
-            return True
-        trust = self.client.trust if self.client is not None else Trust()
-        if fingerprint in trust.blocked:
-            raise ChatError("You were denied.", code="denied")
-        return fingerprint in trust.contacts
-
-    def _publish(self, event: dict) -> None:
-        """Of the server's events a host sees who waits at the door."""
-        if self.client is not None and (event["event"] == "request" or event.get("withdrawn")):
-            self.client.events.publish(event)
-
-    def run(self, make_face) -> int:
-        face = make_face(self.client)
-        with face:
-            if self._options.tunnel[0] and face.interactive:
-                face.say(f"Opening a way in from outside ({self._options.tunnel[0]}) ...")
-            self.running.public = self._reach.open(self.running.port)
-            self._reach.moved = self._moved
-            link = dial_first(self.client, self._connect, face, None)
-            machine = self.client.first.machine
-            machine.directory.places = (self.running.addresses(), self.running.fingerprint)
-            face.show(self._listening())
-            return run_chat(face, self.client, link, stay=True)
-
-    def _listening(self) -> dict:
-        invitation = (self._options.uses, float(INVITATION_SECONDS), self._options.room, self._own)
-        token = self.running.server.call(self.running.make_token, *invitation)
-        return {
-            "event": "listening",
-            "host": self.running.host,
-            "port": self.running.port,
-            "fingerprint": fingerprint_text(self.running.fingerprint),
-            "token": token,
-            "public": self.running.public[0] if self.running.public else None,
-        }
-
-    def _say(self, text: str) -> None:
-        if self.client is not None:
-            self.client.events.publish(notice(text))
-
-    def _moved(self, addresses: list) -> None:
-        """The tunnel came back elsewhere: those who are here, and come, are told."""
-        self.running.set_public(addresses)
-        places = (self.running.addresses(), self.running.fingerprint)
-        self.client.call(self.client.first.machine.directory.set_places, *places)
-
-    def stop(self) -> None:
-        self._reach.close()
-        self.running.stop()
-
-
 # Scripts
 
 
@@ -15565,6 +15634,7 @@ class Sending:
         self._limit = time.monotonic() + wait
         self._events = client.events.subscribe()
         self._readers: set = set()  # who else is in the room
+        self._at_the_door = False
         self.outcome: dict = {}
 
     def run(self, link: Link, text: str) -> dict:
@@ -15591,10 +15661,15 @@ class Sending:
         event = self._events.get(max(0.0, self._limit - time.monotonic()))
         if event is None and time.monotonic() < self._limit:
             raise ChatError("The connection ended before the message arrived.", code="unreachable")
+        if event is None and self._at_the_door:
+            text = "The host has not let you in yet."
+            raise ChatError(text, "Raise --wait, or ask them to.", "unreachable")
         if event is None:
             raise ChatError(late, "Raise --wait, or try again.", "unreachable")
         if event["event"] == "error" and event["code"] not in ("protocol", "storage"):
             raise ChatError(event["text"], code=event["code"])
+        if event["event"] in ("notice", "ready"):
+            self._at_the_door = bool(event.get("knocked"))
         return event
 
     def _wait_for_company(self) -> None:
@@ -15626,7 +15701,188 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 60. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 34, 38, 45, 46, 50, 51
+# Part 61. Chatting directly | uses 1, 2, 4, 23, 31, 34, 45, 46, 49, 50, 59, 60
+#
+# A server and a client in one process: whoever comes is asked about, and all ends with the host.
+# ==================================================================================================
+
+
+class HostOptions(Record):
+    name: str | None
+    room: str
+    port: int | None
+    uses: int
+    tunnel: tuple  # kind and the host for ssh
+
+
+def run_host(
+    paths: Paths, options: HostOptions, settings: Settings, make_face, ask_passphrase
+) -> int:
+    """Chats directly until the session ends; returns the exit code."""
+    locks = [ProfileLock(paths, role) for role in ("client", "server")]
+    try:
+        hosting = Hosting(paths, options, settings, ask_passphrase)
+        try:
+            code = hosting.run(make_face)
+        finally:
+            hosting.stop()
+    finally:
+        for lock in locks:
+            lock.release()
+    if hosting.client.wipe:
+        destroy_profile(paths)
+        sys.stderr.write(WIPED)
+    return code
+
+
+class Hosting:
+    """The server of a direct chat, and its owner's client on it.
+
+    The client is there first, so that whoever comes is known or asked about from the beginning;
+    the server is bound before the tunnel opens, and answers only after that.
+    """
+
+    def __init__(self, paths: Paths, options: HostOptions, settings: Settings, ask_passphrase):
+        self._paths, self._options = paths, options
+        if options.name:
+            check_name(options.name)
+        profile, identity, chain = open_profile(paths, settings, ask_passphrase)
+        self._own = identity.fingerprint
+        machine = ClientMachine(identity, "", time.time, None)
+        target = Target([], b"", None, options.room, 0, None)
+        records = ChatRecords(profile)
+        self.client = ChatClient(machine, target, records, chain)
+        records.fill_trust(self.client.trust)
+        self._running: RunningServer | None = None
+        self._reach: Reach | None = None
+        self._face: Any = None
+        self._ask_passphrase = ask_passphrase
+
+    def run(self, make_face) -> int:
+        with make_face(self.client) as self._face:
+            try:
+                running = self._running = self._bind()
+                self._open_tunnel(running)
+                link = self._enter(running)
+                self._face.show(self._listening(running))
+            except BaseException:
+                self.client.abandon()
+                raise
+            return run_chat(self._face, self.client, link, stay=True)
+
+    def _bind(self) -> RunningServer:
+        """A server on the port given, or the one of last time if it is free, or any."""
+        path = self._paths.file("host.json")
+        try:
+            last = read_json(path, {}).get("port", 0)
+        except ChatError:
+            last = 0  # it is only a convenience
+        last = last if type(last) is int and 0 < last < 65536 else 0
+        running = self._bind_to([last, 0] if self._options.port is None else [self._options.port])
+        running.door.is_welcome = self._is_welcome
+        self.client.door = running.server
+        try:
+            write_json(path, {"port": running.port})
+        except ChatError:
+            pass  # the next time it is another one
+        return running
+
+    def _bind_to(self, ports: list) -> RunningServer:
+        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        own = [fingerprint_text(self._own)]
+        for port in ports:
+            options = ServerOptions(host, port, "invite", own, None, True)
+            try:
+                return RunningServer(
+                    self._paths, options, self._ask_passphrase, self._publish, self._own
+                )
+            except ChatError as error:
+                if port == ports[-1] or error.code != "unreachable":
+                    raise
+        raise LocalProtocolError("no port was tried")
+
+    def _open_tunnel(self, running: RunningServer) -> None:
+        kind, ssh_host = self._options.tunnel
+        if kind and self._face.interactive:
+            self._face.say(f"Opening a way in from outside ({kind}) ...")
+        self._reach = Reach(self._paths, kind, ssh_host, self._say)
+        running.public = self._reach.open(running.port)
+        self._reach.moved = self._moved
+
+    def _enter(self, running: RunningServer) -> Link:
+        """The owner's own connection, which nobody else can come before."""
+        running.server.start()
+        target = self.client.first.target
+        target.addresses = [join_address("127.0.0.1", running.port)]
+        target.pin = running.fingerprint
+        options = ConnectOptions("", self._options.name, None, None, False, 0)
+        self.client.first.machine.directory.places = self._places(running)
+        return dial_first(self.client, options, self._face, None)
+
+    def _places(self, running: RunningServer) -> tuple:
+        return running.addresses(), running.fingerprint, self._options.room
+
+    def _is_welcome(self, fingerprint: bytes) -> bool:
+        """In the loop thread: whom nobody has to be asked about."""
+        trust = self.client.trust
+        if fingerprint in trust.blocked:
+            raise ChatError("You were denied.", code="denied")
+        return fingerprint in trust.contacts
+
+    def _publish(self, event: dict) -> None:
+        """Of the server's events a host sees who waits at the door and comes in, and errors."""
+        if event["event"] == "request":
+            doubt = self._doubt(event["from"], parse_fingerprint(event["fingerprint"]))
+            self.client.events.publish({**event, **({"warning": doubt} if doubt else {})})
+        own = fingerprint_text(self._own)
+        came = event.get("what") == "joined" and event["fingerprint"] != own
+        if event["event"] == "error" or event.get("withdrawn") or came:
+            self.client.events.publish(event)
+
+    def _doubt(self, name: str, fingerprint: bytes) -> str:
+        """Who knocks under the name of somebody whom we know, is not them, or has a new key."""
+        machine = self.client.first.machine
+        owner = self.client.trust.names.get(name) or machine.directory.known.get(name)
+        like = name if owner not in (None, fingerprint) else ""
+        like = like or self.client.trust.lookalike(name, fingerprint)
+        mark = f"{name}~{fingerprint.hex()[:4]}"
+        return f"{mark} is not the {like} whom you know, or has a new key." if like else ""
+
+    def _listening(self, running: RunningServer) -> dict:
+        invitation = (self._options.uses, float(INVITATION_SECONDS), self._options.room, self._own)
+        token = running.server.call(running.make_token, *invitation)
+        return {
+            "event": "listening",
+            "host": running.host,
+            "port": running.port,
+            "fingerprint": fingerprint_text(running.fingerprint),
+            "token": token,
+            "public": running.public[0] if running.public else None,
+        }
+
+    def _say(self, text: str) -> None:
+        """What a tunnel tells: before the chat has begun, the face alone is there to hear it."""
+        if self.client.settled.is_set():
+            self.client.events.publish(notice(text))
+        else:
+            self._face.show(notice(text))
+
+    def _moved(self, addresses: list) -> None:
+        """The tunnel came back elsewhere: those who are here, and come, are told."""
+        assert self._running is not None
+        self._running.set_public(addresses)
+        set_places = self.client.first.machine.directory.set_places
+        self.client.call(set_places, *self._places(self._running))
+
+    def stop(self) -> None:
+        if self._reach is not None:
+            self._reach.close()
+        if self._running is not None:
+            self._running.stop()
+
+
+# ==================================================================================================
+# Part 62. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 34, 38, 45, 46, 50, 51
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -15808,7 +16064,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 61. Session | uses 1, 2, 27, 31, 33, 34, 56, 58
+# Part 63. Session | uses 1, 2, 27, 31, 33, 34, 57, 59
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -15826,7 +16082,6 @@ class Session:
 
     def prepare(self) -> None:
         """Before the first key is used: `cryptography` with ML-KEM, and TLS 1.3."""
-        _end_on_signals()
         dependencies = self.dependencies()
         dependencies.ensure()
         dependencies.check_mlkem()
@@ -15893,19 +16148,8 @@ def say_error(error: ChatError) -> None:
     say_aside(text)
 
 
-def _end_on_signals() -> None:
-    """SIGTERM and SIGHUP leave as cleanly as Ctrl-C."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
-
-
 # ==================================================================================================
-# Part 62. Shell commands | uses 1, 2, 4, 8, 30-32, 34-36, 40, 43, 46, 49, 51, 53, 56, 58-61
+# Part 64. Shell commands | uses 1, 2, 4, 30-32, 34-36, 40, 43, 46, 49, 53, 57, 59-63
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -15923,12 +16167,17 @@ def _streaming(activity):
     def run(session: Session) -> int:
         try:
             return activity(session)
-        except (ChatError, RuntimeError, OSError, ValueError) as error:
+        except KeyboardInterrupt:
+            if session.json:
+                JSONFace(sys.stdin, sys.stdout).show({"event": "closed", "reason": "interrupted"})
+            raise
+        except Exception as error:
             if not session.json or isinstance(error, BrokenPipeError):
                 raise
-            shown = ChatError(internal_error(error), code="protocol")
             if isinstance(error, ChatError):
                 shown = error
+            else:
+                shown = ChatError(internal_error(error), code="protocol")
             face = JSONFace(sys.stdin, sys.stdout)
             face.show({"event": "error", "code": shown.code, "text": str(shown)})
             face.show({"event": "closed", "reason": "error"})
@@ -16241,6 +16490,13 @@ class UsageError(Exception):
     """Wrong usage: exit code 2."""
 
 
+# ==================================================================================================
+# Part 65. Command line | uses 1, 8, 31, 51, 53, 64
+#
+# The options of each shell command, and the rows of the table that make it known.
+# ==================================================================================================
+
+
 def _server_options(parser) -> None:
     parser.add_argument(
         "--host", help="the address to listen on (0.0.0.0; with a tunnel 127.0.0.1)"
@@ -16279,9 +16535,14 @@ def _host_options(parser) -> None:
     parser.add_argument("--room", help="the room's name (lobby)")
     parser.add_argument("--port", type=_port, help="default: the one of last time, else any")
     _tunnel_options(parser)
-    parser.add_argument(
-        "--uses", type=int, default=1, help="how many people the token lets ask (1)"
-    )
+    text = "how many people the token lets ask (1)"
+    parser.add_argument("--uses", type=_uses, default=1, metavar="N", help=text)
+
+
+def _uses(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 10_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of people (1 to 10000)")
+    return int(text)
 
 
 def _send_options(parser) -> None:
@@ -16398,7 +16659,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 63. Menu and door | uses 1, 2, 4, 30-32, 38, 46, 51, 53, 58, 61, 62
+# Part 66. Menu and door | uses 1, 2, 4, 30-32, 38, 46, 51, 53, 59, 63-65
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -16551,6 +16812,7 @@ def main(words: list | None = None) -> int:
 
 def _guarded_run(words: list) -> int:
     try:
+        _end_on_signals()
         return _run(words)
     except ChatError as error:
         if "--json" in words:
@@ -16568,6 +16830,17 @@ def _guarded_run(words: list) -> int:
     except Exception as error:
         say_aside(f"trchat: {internal_error(error)}")
     return 1
+
+
+def _end_on_signals() -> None:
+    """SIGTERM and SIGHUP leave as cleanly as Ctrl-C."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
 
 
 def _finish_output() -> None:

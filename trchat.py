@@ -4634,7 +4634,7 @@ class Person:
     """Somebody present on the server, as their bundle says."""
 
     __slots__ = (
-        "id", "bundle", "session", "confirmed", "backlog", "invitation", "proof", "away",
+        "id", "bundle", "session", "confirmed", "backlog", "invitation", "proof", "away", "place",
         "key_changed", "told", "texts_sent", "held", "streams", "unacknowledged", "acked_at",
     )  # fmt: skip
 
@@ -4646,6 +4646,7 @@ class Person:
         self.invitation, self.proof = bytes(8), bytes(32)
         self.key_changed = False
         self.away = ""  # why they are, as they say
+        self.place: tuple = ()  # (server, room, addresses) where they are host, as they say
         self.told: list = []  # the rooms in our last HELLO
         self.texts_sent = 0
         self.held: list = []  # texts for a room whose members we do not know yet
@@ -4946,8 +4947,8 @@ class Directory:
             check_room(room)
         except ChatError:
             raise RemoteProtocolError("An address or a room is none.") from None
-        fields = {"fingerprint": person.fingerprint, "server": server, "room": check_room(room)}
-        self.machine.emit("_places", **fields, addresses=addresses[:PLACES_TOLD])
+        person.place = (server, check_room(room), addresses[:PLACES_TOLD])
+        self.machine.emit("_places", fingerprint=person.fingerprint, place=person.place)
 
     def content_away(self, person: Person, why: str) -> None:
         why, before = one_line(why)[:AWAY_MOST], person.away
@@ -11577,7 +11578,9 @@ class RelayServer:
             except OSError:  # macOS: it was reset already
                 sock.close()
                 continue
-            self._admit(RelaySocket(sock, address[0]), now)
+            host = address[0]
+            host = host[7:] if host.startswith("::ffff:") else host  # IPv4 on a socket for both
+            self._admit(RelaySocket(sock, host), now)
 
     def _admit(self, conn: RelaySocket, now: float) -> None:
         may_begin, victim = True, None
@@ -12493,11 +12496,11 @@ class ChatRecords(NoRecords):
         trusted = sender in self._chat.trust.contacts or sender == inviter
         if not trusted or sender in self._chat.trust.blocked:
             return
-        if event["server"] == machine.server:
-            told = [a for a in event["addresses"] if a not in connection.given]
+        server, _, addresses = event["place"]
+        if server == machine.server:
+            told = [a for a in addresses if a not in connection.given]
             connection.target.addresses = [*connection.given, *told]
-        place = (event["server"], event["room"], event["addresses"])
-        self.profile.contacts.set_place(event["fingerprint"], *place)
+        self.profile.contacts.set_place(sender, *event["place"])
 
     def _on_timer(self, connection, event: dict) -> None:
         self.profile.contacts.set_timer(event["fingerprint"], event["seconds"])
@@ -13716,6 +13719,9 @@ def _chat_contacts(client, rest: str) -> None:
         contact = contacts.add(words[-1] if len(words) == 3 else name, fingerprint, key, *where)
         if _presence(client, fingerprint):
             contacts.seen(fingerprint, where[1], where[0], time.time())
+        person = connection.machine.directory.find(words[1])
+        if person is not None and person.place:
+            contacts.set_place(fingerprint, *person.place)
         text = f"{contact.name} is a contact now: what you write waits until they are here."
         client.show_notice(text, name=contact.name)
     elif words[:1] == ["export"] and len(words) == 2:

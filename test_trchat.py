@@ -15348,6 +15348,300 @@ class SealedRecordsTest(SealedCase):
             self.refused(trchat.open_box, LOG_KEY, b"contacts", wrong)
 
 
+# --------------------------------------------------------------------------------------------------
+# Sealed files
+# --------------------------------------------------------------------------------------------------
+
+FILE_KEY = bytes(range(100, 132))
+SMALL_CHUNK = 512  # so that padding alone takes several
+
+
+def sealed_object(content: bytes, key=FILE_KEY) -> bytes:
+    sealer = trchat.Sealer(key)
+    return sealer.seal(content) + b"".join(sealer.finish())
+
+
+def opened_object(data: bytes, key=FILE_KEY) -> bytes:
+    opener = trchat.Opener(key)
+    return opener.open(data) + opener.finish()
+
+
+def stream_encrypt(salt: bytes, chunks: list, key=FILE_KEY) -> bytes:
+    """STREAM once more, from its definition: chunk i of n under the nonce (i, whether i is n)."""
+    header = b"trchatF\x01" + salt
+    cipher = trchat._aead.AESGCM(expand(key, salt, b"trchat/1 sealed file", 32))
+    nonces = [struct.pack(">IIHBB", 0, 0, i >> 8, i & 255, i == len(chunks) - 1) for i in range(len(chunks))]
+    return header + b"".join(cipher.encrypt(n, c, header) for n, c in zip(nonces, chunks))
+
+
+def body_chunks(content: bytes, size: int) -> list:
+    """What is in the chunks of a file, by the words of the banner."""
+    body = content.ljust(trchat.padded_size(len(content)), b"\0")
+    starts = range(0, len(body), size)
+    counts = [min(max(len(content) - start, 0), size) for start in starts]
+    return [struct.pack(">I", n) + body[i : i + size] for i, n in zip(starts, counts)]
+
+
+class SealedFilesTest(PureCase):
+    def small_chunks(self):
+        for name, size in (("CHUNK", SMALL_CHUNK), ("SEALED_CHUNK", SMALL_CHUNK + 20)):
+            patch = mock.patch.object(trchat, name, size)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_agrees_with_another_stream(self):
+        chunk = trchat.CHUNK
+        for size in (0, 1, 255, 256, 257, chunk - 1, chunk, chunk + 1, 2 * chunk, 5 * chunk + 7):
+            with self.subTest(size=size):
+                content = random.Random(size).randbytes(size)
+                data = sealed_object(content)
+                self.assertEqual(len(data), trchat.sealed_size(size))
+                self.assertEqual(data, stream_encrypt(data[8:40], body_chunks(content, chunk)))
+                self.assertEqual(opened_object(data), content)
+
+    def test_a_known_object(self):
+        """Would change with the format, whatever both sides agree on."""
+        with mock.patch.object(trchat, "random_bytes", lambda count: bytes(range(count))):
+            data = sealed_object(b"text")
+        self.assertEqual(data[:40], b"trchatF\x01" + bytes(range(32)))
+        digest = "19d601ebb23c42db8296042b77798813ee448ec670a686d10e0069556f760209"
+        self.assertEqual(hashlib.sha256(data).hexdigest(), digest)
+
+    def test_two_sealings_differ(self):
+        one, other = sealed_object(b"text"), sealed_object(b"text")
+        self.assertNotEqual(one[8:], other[8:])
+        self.assertNotEqual(one[40:], other[40:])
+
+    def test_sizes_tell_little(self):
+        sizes = {trchat.sealed_size(size) for size in range(0, 1 << 20, 997)}
+        self.assertLess(len(sizes), 180)
+        self.assertEqual(trchat.sealed_size(0), trchat.sealed_size(256))
+
+    def test_every_split(self):
+        self.small_chunks()
+        content = bytes(range(256)) * 7
+        data = sealed_object(content)
+        for split in range(len(data) + 1):
+            opener = trchat.Opener(FILE_KEY)
+            got = opener.open(data[:split]) + opener.open(data[split:]) + opener.finish()
+            self.assertEqual(got, content)
+
+    @EXAMPLES
+    @given(st.binary(max_size=4000), st.lists(st.integers(1, 900), max_size=12))
+    def test_pieces_of_any_size(self, content, cuts):
+        with mock.patch.multiple(trchat, CHUNK=SMALL_CHUNK, SEALED_CHUNK=SMALL_CHUNK + 20):
+            sealer, opener = trchat.Sealer(FILE_KEY), trchat.Opener(FILE_KEY)
+            data = b"".join([*map(sealer.seal, pieces(content, cuts)), *sealer.finish()])
+            self.assertEqual(data, stream_encrypt(data[8:40], body_chunks(content, SMALL_CHUNK)))
+            got = b"".join(map(opener.open, pieces(data, cuts))) + opener.finish()
+        self.assertEqual(got, content)
+
+    def test_flips_and_cuts(self):
+        self.small_chunks()
+        data = sealed_object(bytes(700))
+        self.refused_all(opened_object, every_flip(data, 11))
+        self.refused_all(opened_object, every_cut(data))
+        for more in (b"\0", data, data[40:]):
+            self.refused(opened_object, data + more)
+
+    def test_the_wrong_key(self):
+        self.refused(opened_object, sealed_object(b"text"), bytes(32))
+
+    def test_another_version(self):
+        data = sealed_object(b"text")
+        error = self.refused(opened_object, data[:7] + b"\x02" + data[8:])
+        self.assertIn("another version", str(error))
+        self.refused(trchat.Opener(FILE_KEY).open, b"trx")  # at once, not at the end
+
+    @EXAMPLES
+    @given(st.lists(st.integers(0, 9), max_size=8))
+    def test_chunks_in_no_other_order(self, order):
+        """Reordered, doubled, left out, or of another file under the same key."""
+        with mock.patch.multiple(trchat, CHUNK=SMALL_CHUNK, SEALED_CHUNK=SMALL_CHUNK + 20):
+            one, other = sealed_object(bytes(5 * SMALL_CHUNK)), sealed_object(bytes(5 * SMALL_CHUNK))
+            size = SMALL_CHUNK + 20
+            chunks = [d[i : i + size] for d in (one, other) for i in range(40, len(d), size)]
+            right = list(range(len(chunks) // 2))
+            if order == right:
+                return
+            self.refused(opened_object, one[:40] + b"".join(chunks[i % len(chunks)] for i in order))
+            self.assertEqual(opened_object(one[:40] + b"".join(chunks[: len(right)])), bytes(5 * SMALL_CHUNK))
+
+    def test_what_its_own_sealer_would_not_make(self):
+        """By somebody who has the key: content behind padding, padding that is none, too much."""
+        self.small_chunks()
+        full, size = bytes(SMALL_CHUNK), lambda n: struct.pack(">I", n)
+        wrong = {
+            "content after padding": [size(500) + full, size(512) + full],
+            "more than the chunk": [size(SMALL_CHUNK + 1) + full],
+            "absurd": [size(0xFFFFFFFF) + full],
+            "not zero": [size(3) + b"abcd" + bytes(252)],
+            "too much padding": [size(3) + full],
+            "an empty last chunk": [size(SMALL_CHUNK) + full, size(0)],
+            "too little padding": [size(3) + b"abc"],
+            "no size": [b"abc"],
+        }
+        for name, chunks in wrong.items():
+            with self.subTest(name=name):
+                self.refused(opened_object, stream_encrypt(bytes(32), chunks))
+        self.assertEqual(opened_object(stream_encrypt(bytes(32), [size(3) + b"abc" + bytes(253)])), b"abc")
+
+    def test_memory_stays_flat(self):
+        sealer, opener, most = trchat.Sealer(FILE_KEY), trchat.Opener(FILE_KEY), 0
+        block, size = bytes(1 << 20), 0
+        for _ in range(17):
+            size += len(opener.open(sealer.seal(block)))
+            most = max(most, len(sealer._waiting), len(opener._waiting))
+        for piece in sealer.finish():
+            most = max(most, len(piece))
+            size += len(opener.open(piece))
+        self.assertEqual(size + len(opener.finish()), 17 << 20)
+        self.assertLessEqual(most, trchat.SEALED_CHUNK)
+
+
+def pieces(data: bytes, cuts: list) -> list:
+    """`data` in pieces of these sizes, and the rest."""
+    ends = [0, *itertools.accumulate(cuts)]
+    return [data[a:b] for a, b in zip(ends, ends[1:])] + [data[ends[-1] :]]
+
+
+class SftpPlaceTest(PureCase):
+    GOOD = {  # -> user, host, port, folder, usual form ("": the same)
+        "sftp://bob@example.org:2222/srv/drop": ("bob", "example.org", 2222, "/srv/drop", ""),
+        "sftp://example.org/": ("", "example.org", 0, "/", ""),
+        "sftp://example.org": ("", "example.org", 0, "", "sftp://example.org/~"),
+        "sftp://h/~/in/": ("", "h", 0, "in", "sftp://h/~/in"),
+        "sftp://h/~bob/in": ("", "h", 0, "/~bob/in", "sftp://h/%7Ebob/in"),
+        "SFTP://Bob@HOST:22/a//b/": ("Bob", "host", 22, "/a//b", "sftp://Bob@host:22/a//b"),
+        "sftp://bob@[::1]:22/x": ("bob", "::1", 22, "/x", ""),
+        "sftp://[2001:DB8:0::1]/x": ("", "2001:db8::1", 0, "/x", "sftp://[2001:db8::1]/x"),
+        "sftp://a%40b.c@h/x": ("a@b.c", "h", 0, "/x", ""),
+        "sftp://a@b.c@h/x": ("a@b.c", "h", 0, "/x", "sftp://a%40b.c@h/x"),
+        "sftp://h/a%20b/%22q%22/%5B%2A%3F%5D/%5C/%23": ("", "h", 0, '/a b/"q"/[*?]/\\/#', ""),
+        "sftp://h/\u00fcn\u4e2d": ("", "h", 0, "/\u00fcn\u4e2d", "sftp://h/%C3%BCn%E4%B8%AD"),
+    }
+    BAD = (
+        "", "sftp:", "sftp://", "sftp:///x", "ftp://h/x", "ssh://h/x", "h:/x", "sftp://@h/x",
+        "sftp://-oProxyCommand=x/x", "sftp://-h/x", "sftp://-l@h/x", "sftp://%2DoProxyCommand=x@h/",
+        "sftp://bob;fingerprint=x@h/", "sftp://$(x)@h/", "sftp://`x`@h/", "sftp://a b@h/", "sftp://%r@h/",
+        "sftp://a%0Ab@h/", "sftp://a'@h/", 'sftp://a"@h/', "sftp://a\\b@h/", "sftp://\u00fc@h/",
+        "sftp://h h/", "sftp://h\n/x", "sftp://h$(x)/", "sftp://h%2Fx/", "sftp://h*/", "sftp://h\u00fc/",
+        "sftp://" + "h" * 254 + "/", "sftp://[::1/x", "sftp://::1/x", "sftp://[::1]x/", "sftp://[fe80::1%25eth0]/x",
+        "sftp://[fe80::1%1]/x", "sftp://[]/x", "sftp://[h]/x", "sftp://[::ffff:1.2.3.4]/x",
+        "sftp://h:/x", "sftp://h:0/x", "sftp://h:65536/x", "sftp://h:-1/x", "sftp://h:+22/x",
+        "sftp://h: 22/x", "sftp://h:022222/x", "sftp://h:\u0662\u0662/x", "sftp://h:22:22/x",
+        "sftp://h/a%0Ab", "sftp://h/a\nb", "sftp://h/a%0Db", "sftp://h/%00", "sftp://h/a%1B[2J", "sftp://h/%7F",
+        "sftp://h/a%09b", "sftp://h/%E2%80%AEx", "sftp://h/%FF", "sftp://h/%zz", "sftp://h/%", "sftp://h/a?b",
+        "sftp://h/a#b", "sftp://h/\udcff", "sftp://h/" + "x" * 1024,
+    )  # fmt: skip
+
+    def test_good_ones(self):
+        for url, (user, host, port, folder, usual) in self.GOOD.items():
+            with self.subTest(url=url):
+                place = trchat.SftpPlace.parse(url)
+                self.assertEqual(place, trchat.SftpPlace(user, host, port, folder))
+                self.assertEqual(place.url(), usual or url)
+                self.assertEqual(trchat.SftpPlace.parse(place.url()), place)
+
+    def test_bad_ones(self):
+        for url in self.BAD:
+            with self.subTest(url=url):
+                error = self.refused(trchat.SftpPlace.parse, url, kind=trchat.ChatError)
+                self.assertTrue(error.hint)
+                self.assertEqual(str(error), trchat.one_line(str(error)))
+
+    def test_no_password(self):
+        for url in ("sftp://bob:secret@h/x", "sftp://bob:@h/x", "sftp://:secret@h/x"):
+            error = self.refused(trchat.SftpPlace.parse, url, kind=trchat.ChatError)
+            self.assertIn("password", error.text)
+            self.assertNotIn("secret", str(error))
+
+    @EXAMPLES
+    @given(st.one_of(HOSTILE_TEXT, st.text("sftp:/@%[]-~.o=0129\n \"'")))
+    def test_whatever_comes_it_is_safe_or_refused(self, text):
+        for url in (text, f"sftp://{text}", f"sftp://{text}@h/x", f"sftp://h/{text}"):
+            try:
+                place = trchat.SftpPlace.parse(url)
+            except trchat.ChatError:
+                continue
+            self.assertRegex(place.user, r"\A([\w@+.-]*)\Z")
+            self.assertRegex(place.host, r"\A[\w:][\w:.-]*\Z")
+            self.assertFalse(place.user.startswith("-"))
+            self.assertTrue(0 <= place.port < 65536)
+            self.assertEqual(place.folder, trchat.one_line(place.folder))
+            self.assertEqual(trchat.SftpPlace.parse(place.url()), place)
+
+
+def reference_with(**changes):
+    fields = {"url": "sftp://bob@h:22/x", "name": "ab" * 16 + ".trchat", "key": bytes(32), "size": 5,
+              "sha256": bytes(range(32)), "file_name": "report.pdf"}  # fmt: skip
+    return trchat.SealedReference(**{**fields, **changes})
+
+
+class SealedReferenceTest(PureCase):
+    def text_with(self, version=1, **changes) -> str:
+        """Encoded without a look at whether it can be."""
+        r = reference_with(**changes)
+        digits = bytes.fromhex(r.name[:32])
+        return "trchat-file:" + trchat.base64url(
+            trchat.u8(version) + trchat.text_block(r.url) + digits + r.key + trchat.u64(r.size)
+            + r.sha256 + trchat.text_block(r.file_name)
+        )  # fmt: skip
+
+    def test_round_trip(self):
+        for changes in ({}, {"size": 0}, {"size": (1 << 63) - 1}, {"file_name": "\u4e2d \u00fc.txt"},
+                        {"url": "sftp://[::1]/~/a%20b"}, {"file_name": "x" * 255}):  # fmt: skip
+            with self.subTest(changes=changes):
+                reference = reference_with(**changes)
+                text = reference.encode()
+                self.assertEqual(text, self.text_with(**changes))
+                self.assertEqual(text, trchat.one_line(text))
+                self.assertEqual(trchat.SealedReference.decode(text), reference)
+
+    def test_hostile_ones(self):
+        for changes in (
+            {"url": "sftp://-oProxyCommand=touch%20x/x"}, {"url": "sftp://-oProxyCommand=x@h/x"},
+            {"url": "sftp://a:b@h/x"}, {"url": "sftp://h:70000/x"}, {"url": "sftp://h/x%0A!touch%20y"},
+            {"url": "file:///etc/passwd"}, {"url": "h"}, {"url": ""}, {"url": "sftp://H/x"},
+            {"url": "sftp://h/x/"}, {"url": "sftp://h/%41"}, {"url": "sftp://h"}, {"url": "sftp://h/" + "x" * 1020},
+            {"file_name": ""}, {"file_name": ".."}, {"file_name": "."}, {"file_name": "a/b"},
+            {"file_name": "a\\b"}, {"file_name": "a\nb"}, {"file_name": "\x1b[2J"}, {"file_name": " a"},
+            {"file_name": "\u202ex"}, {"file_name": "x" * 256}, {"size": 1 << 63}, {"version": 2}, {"version": 0},
+        ):  # fmt: skip
+            with self.subTest(changes=changes):
+                self.refused(trchat.SealedReference.decode, self.text_with(**changes))
+
+    def test_damaged_ones(self):
+        text = reference_with().encode()
+        for wrong in ("", "trchat-file:", "trchat:" + text[12:], text + "A", text + "=", " " + text, text[12:],
+                      text.upper(), text + "\u00fc", text[:-1], text + "AAAA"):  # fmt: skip
+            self.refused(trchat.SealedReference.decode, wrong)
+        self.refused_all(trchat.SealedReference.decode, [text[:n] for n in range(len(text))])
+
+    def test_names_are_made_plain(self):
+        for name, plain in (("a/b\\c", "a_b_c"), ("..", "file"), ("", "file"), ("a\nb\x07", "a b"),
+                            ("\udcff", "?"), (" a ", "a"), ("x" * 300, "x" * 255)):  # fmt: skip
+            self.assertEqual(trchat.plain_file_name(name), plain)
+            reference_with(file_name=plain).encode()
+
+    @EXAMPLES
+    @given(HOSTILE_TEXT)
+    def test_any_name_can_be_sent(self, name):
+        reference = reference_with(file_name=trchat.plain_file_name(name))
+        self.assertEqual(trchat.SealedReference.decode(reference.encode()), reference)
+
+    def test_the_question_names_the_host_and_the_file(self):
+        question = reference_with(size=1234567).question()
+        for words in ("report.pdf", "1,234,567 bytes", "bob@h:22"):
+            self.assertIn(words, question)
+
+    def test_object_names_are_random(self):
+        names = {trchat.new_object_name() for _ in range(50)}
+        self.assertEqual(len(names), 50)
+        for name in names:
+            self.assertRegex(name, r"\A[0-9a-f]{32}\.trchat\Z")
+
+
 def entry_of(number: int, text: str = "", **changes) -> dict:
     """An entry of the history."""
     entry = {
@@ -19459,8 +19753,11 @@ class TunnelLeaseTest(TunnelCase):
 SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
-@unittest.skipUnless(SSHD and shutil.which("ssh"), "needs OpenSSH's server and client")
-class SSHTunnelTest(TunnelCase):
+class SSHDCase(TunnelCase):
+    """With a real sshd of one's own, its keys, and programs that know no others."""
+
+    PROGRAMS = ("ssh",)
+
     def setUp(self):
         super().setUp()
         self.keys = os.path.join(self.folder, "keys")
@@ -19484,8 +19781,9 @@ class SSHTunnelTest(TunnelCase):
                 "Host alias", "HostName 127.0.0.1", f"Port {self.port}")  # fmt: skip
         with open(path, "w", encoding="utf-8") as file:
             file.write("\n".join(rows) + "\n")
-        real = shutil.which("ssh", path=os.environ["PATH"].partition(os.pathsep)[2])
-        self.program("ssh", f'#!/bin/sh\nexec {real} -F {path} "$@"\n')
+        for name in self.PROGRAMS:
+            real = shutil.which(name, path=os.environ["PATH"].partition(os.pathsep)[2])
+            self.program(name, f'#!/bin/sh\nexec {real} -F {path} "$@"\n')
 
     def sshd(self, *rows, host="127.0.0.1", key="host"):
         """Starts sshd; its process."""
@@ -19510,6 +19808,9 @@ class SSHTunnelTest(TunnelCase):
     def host(self, host="127.0.0.1"):
         return f"{self.user}@{host}:{self.port}"
 
+
+@unittest.skipUnless(SSHD and shutil.which("ssh"), "needs OpenSSH's server and client")
+class SSHTunnelTest(SSHDCase):
     def test_data_flows_and_nothing_is_left(self):
         self.sshd()
         tunnel = self.tunnel("ssh", ssh_host=self.host())
@@ -19650,6 +19951,666 @@ class SSHTunnelTest(TunnelCase):
                 self.assertIn("BatchMode=yes", command)
                 self.assertNotIn(" -N ", command)
                 self.assertNotIn("a secret", command)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files on SFTP servers: the system's sftp and a real sshd
+# --------------------------------------------------------------------------------------------------
+
+SFTP_SERVERS = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/libexec", "/usr/lib/ssh")
+SFTP_SERVER = shutil.which("sftp-server", path=os.pathsep.join(SFTP_SERVERS))
+SFTP_PROGRAMS = all(map(shutil.which, ("ssh", "sftp", "ssh-keyscan", "ssh-keygen")))
+
+
+class RecordedSession(trchat.SftpSession):
+    """An SftpSession whose commands and process can be looked at."""
+
+    def __init__(self, *words):
+        super().__init__(*words)
+        RECORDED.append(self)
+        self.commands = []
+        self.pid = self._child.pid
+
+    def run(self, command, watch):
+        self.commands.append(command.partition(" ")[0])
+        return super().run(command, watch)
+
+
+RECORDED: list = []
+
+
+class Cancelled(Exception):
+    pass
+
+
+def first_children(pid):
+    command = ["ps", "-o", "pid=", "--ppid", str(pid)]
+    return list(map(int, subprocess.run(command, stdout=subprocess.PIPE).stdout.split()))
+
+
+@unittest.skipUnless(SSHD and SFTP_PROGRAMS, "needs OpenSSH's server and client")
+class SftpCase(SSHDCase):
+    """A profile whose path needs quoting, and a folder that an sshd offers."""
+
+    PROGRAMS = ("ssh", "sftp")
+
+    def setUp(self):
+        super().setUp()
+        home = os.path.join(self.folder, "a 'home' [1] ü")
+        self.paths = trchat.Paths(home)
+        self.paths.make_folders()
+        self.drop = os.path.join(self.folder, "drop")
+        os.mkdir(self.drop)
+        self.source, self.out = os.path.join(self.folder, "in"), os.path.join(self.folder, "out")
+        self.key, self.seen = os.urandom(32), []
+        self.patch(mock.patch.object(trchat, "LOST_PAUSES", (0.05, 0.1, 0.2)))
+        self.patch(mock.patch.object(trchat, "SftpSession", RecordedSession))
+        RECORDED.clear()
+        self.addCleanup(self.assert_no_child)
+
+    def assert_no_child(self):
+        for session in RECORDED:
+            self.assertIsNotNone(session._child._process.poll())
+
+    def serve(self, *rows, server="internal-sftp", known=True, key="host"):
+        child = self.sshd(*rows, *([f"Subsystem sftp {server}"] * bool(server)), key=key)
+        if known:
+            self.know(key)
+        return child
+
+    def know(self, key):
+        with open(os.path.join(self.keys, f"{key}.pub"), encoding="utf-8") as file:
+            line = " ".join(file.read().split()[:2])
+        write(os.path.join(self.keys, "known"), f"[127.0.0.1]:{self.port} {line}\n")
+
+    def fingerprint(self, key="host"):
+        command = ["ssh-keygen", "-lf", os.path.join(self.keys, f"{key}.pub")]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode().split()[1]
+
+    def place(self, folder=None):
+        path = trchat.url_parse.quote(self.drop if folder is None else folder)
+        return trchat.SftpPlace.parse(f"sftp://{self.user}@127.0.0.1:{self.port}{path}")
+
+    def upload(self, content=b"content", place=None, progress=None, **more):
+        write_bytes(self.source, content)
+        told = progress or (lambda done, total: self.seen.append((done, total)))
+        place = place or self.place()
+        return trchat.upload_sealed(self.paths, place, self.source, self.key, told, **more)
+
+    def download(self, reference, progress=None, **more):
+        told = progress or (lambda done, total: self.seen.append((done, total)))
+        trchat.download_sealed(self.paths, reference, self.out, told, **more)
+        with open(self.out, "rb") as file:
+            return file.read()
+
+    def stored(self, reference):
+        return os.path.join(self.drop, reference.name)
+
+    def error_of(self, code, *texts, call=None, kind=trchat.ChatError):
+        """A call fails with one sentence and advice, and leaves nothing of a content here."""
+        with self.assertRaises(kind) as caught:
+            (call or self.upload)()
+        error = caught.exception
+        self.assertEqual(error.code, code, str(error))
+        self.assertEqual(str(error), trchat.one_line(str(error)))
+        self.assertRegex(error.text, r"\.$")
+        for text in texts:
+            self.assertIn(text, str(error))
+        self.assertFalse(os.path.exists(self.out))
+        return error
+
+    def kept(self):
+        """What lies in the profile's folder of sealed files."""
+        return os.listdir(self.paths.file("sftp"))
+
+    def slow(self, kilobits):
+        """From now on sftp is limited to this speed."""
+        path = os.path.join(self.keys, "config")
+        real = shutil.which("sftp", path=os.environ["PATH"].partition(os.pathsep)[2])
+        self.program("sftp", f'#!/bin/sh\nexec {real} -l {kilobits} -F {path} "$@"\n')
+
+
+class SftpTransferTest(SftpCase):
+    def test_round_trips(self):
+        self.serve()
+        chunk = trchat.CHUNK
+        for size in (0, 1, chunk - 1, chunk, chunk + 1, 20 << 20):
+            with self.subTest(size=size):
+                content, self.seen = random.Random(size).randbytes(size), []
+                reference = self.upload(content)
+                total = trchat.sealed_size(size)
+                self.assertEqual(self.seen[-1], (total, total))
+                self.assertEqual([d for d, _ in self.seen], sorted(d for d, _ in self.seen))
+                self.assertEqual(os.listdir(self.drop), [reference.name])
+                self.assertEqual(os.path.getsize(self.stored(reference)), total)
+                self.assertEqual((reference.size, reference.file_name), (size, "in"))
+                self.assertEqual(reference.sha256, hashlib.sha256(content).digest())
+                self.assertEqual(self.kept(), [])
+                text, self.seen = reference.encode(), []
+                self.assertEqual(self.download(trchat.SealedReference.decode(text)), content)
+                self.assertEqual(self.seen[-1], (total, total))
+                self.assertEqual(stat.S_IMODE(os.stat(self.out).st_mode), 0o600)
+                self.assertEqual(self.kept(), [])
+                os.unlink(self.stored(reference))
+                os.unlink(self.out)
+
+    def test_progress_of_a_large_one(self):
+        self.serve()
+        self.upload(os.urandom(20 << 20))
+        self.assertGreater(len({done for done, _ in self.seen}), 4)
+
+    def test_what_lies_there_says_nothing_and_others_may_read_it(self):
+        self.serve()
+        reference = self.upload(b"plain words " * 1000)
+        with open(self.stored(reference), "rb") as file:
+            self.assertNotIn(b"plain words", file.read())
+        self.assertEqual(stat.S_IMODE(os.stat(self.stored(reference)).st_mode) & 0o044, 0o044)
+
+    def test_folders_whose_names_need_care(self):
+        self.serve()
+        names = ("a b", "q\"uo'te", "st*r", "qu?x", "br[ack]et", "back\\slash", "tail\\", "ünï 中文",
+                 "-dash", "#hash", "~tilde", "$(x)`y`", "{a,b}", "!shell", "%41", " lead", "a;b|c&d")  # fmt: skip
+        for name in names:
+            with self.subTest(name=name):
+                folder = os.path.join(self.drop, name)
+                os.mkdir(folder)
+                reference = self.upload(name.encode(), self.place(folder))
+                self.assertEqual(os.listdir(folder), [reference.name])
+                reference = trchat.SealedReference.decode(reference.encode())
+                self.assertEqual(self.download(reference), name.encode())
+        self.assertEqual(sorted(os.listdir(self.drop)), sorted(names))
+
+    def test_from_where_the_account_arrives(self):
+        home = os.path.join(self.folder, "account")
+        os.makedirs(os.path.join(home, "-in"))
+        self.serve(server=f"internal-sftp -d {home}")
+        reference = self.upload(place=self.place("/~/-in"))
+        self.assertEqual(os.listdir(os.path.join(home, "-in")), [reference.name])
+        self.assertEqual(self.download(reference), b"content")
+        reference = self.upload(place=self.place("/~"))
+        self.assertIn(reference.name, os.listdir(home))
+
+    def test_a_host_of_the_configuration(self):
+        """Its receiver's ~/.ssh/config knows no such name."""
+        self.serve()
+        place = trchat.SftpPlace.parse(f"sftp://alias{self.drop}")
+        reference = self.upload(place=place)
+        self.assertEqual(reference.url, self.place().url())
+        self.assertEqual(self.download(reference), b"content")
+
+    def test_removing(self):
+        self.serve()
+        reference = self.upload()
+        for name in ("../x", "x", reference.name + "x", "*", "", reference.name + "\n"):
+            with self.assertRaises(trchat.ChatError):
+                trchat.remove_remote(self.paths, self.place(), name)
+        trchat.remove_remote(self.paths, reference.place(), reference.name)
+        self.assertEqual(os.listdir(self.drop), [])
+        gone = lambda: trchat.remove_remote(self.paths, self.place(), reference.name)  # noqa: E731
+        self.error_of("storage", "did not do 'rm'", call=gone)
+        self.error_of("storage", "no longer on", call=lambda: self.download(reference))
+
+
+class SftpAuthenticityTest(SftpCase):
+    """What a server, or whoever can write there, may do to an object: nothing unnoticed."""
+
+    def setUp(self):
+        super().setUp()
+        self.serve()
+        self.content = os.urandom(300_000)
+        self.reference = self.upload(self.content)
+        with open(self.stored(self.reference), "rb") as file:
+            self.object = file.read()
+
+    def refused(self, *texts, reference=None):
+        call = lambda: self.download(reference or self.reference)  # noqa: E731
+        self.error_of("protocol", *texts, call=call, kind=trchat.RemoteProtocolError)
+        self.assertEqual(self.kept(), [])
+
+    def test_the_wrong_key(self):
+        self.refused("damaged, or its key", reference=self.changed(key=bytes(32)))
+
+    def changed(self, **changes):
+        return trchat.SealedReference(**{**vars(self.reference), **changes})
+
+    def test_another_content_than_announced(self):
+        self.refused("not the one", reference=self.changed(sha256=bytes(32)))
+        self.refused(reference=self.changed(size=len(self.content) - 50_000))
+        self.refused("shorter", reference=self.changed(size=len(self.content) + 50_000))
+
+    def test_altered(self):
+        for position in (0, 20, 45, 150_000, len(self.object) - 1):
+            with self.subTest(position=position):
+                write_bytes(self.stored(self.reference), flipped(self.object, position))
+                self.refused()
+        write_bytes(self.stored(self.reference), self.object)
+        self.assertEqual(self.download(self.reference), self.content)
+
+    def test_truncated(self):
+        for size in (0, 30, 100_000, len(self.object) - 1):
+            with self.subTest(size=size):
+                write_bytes(self.stored(self.reference), self.object[:size])
+                self.refused("shorter")
+
+    def test_longer(self):
+        write_bytes(self.stored(self.reference), self.object + b"\0")
+        self.refused("longer")
+
+    def test_without_an_end(self):
+        with open(self.stored(self.reference), "ab") as file:
+            file.truncate(40 << 30)
+        self.patch(mock.patch.object(trchat, "POLL_SECONDS", 0.02))
+        self.refused("longer")
+
+    def test_another_object_under_the_name(self):
+        other = self.upload(self.content)
+        os.replace(self.stored(other), self.stored(self.reference))
+        self.assertEqual(self.download(self.reference), self.content)  # the same, sealed anew
+        other = self.upload(self.content[::-1])
+        os.replace(self.stored(other), self.stored(self.reference))
+        os.unlink(self.out)
+        self.refused("not the one")
+
+
+class SftpHostKeyTest(SftpCase):
+    def test_an_unknown_host(self):
+        self.serve(known=False)
+        self.error_of("unknown-server", self.fingerprint(), "ssh-ed25519", "--accept-key")
+        self.assertFalse(os.path.exists(os.path.join(self.keys, "known")))
+        self.assertFalse(os.path.exists(self.paths.file("known_hosts")))
+        self.assertEqual(os.listdir(self.drop), [])
+
+    def test_accepting_it(self):
+        self.serve(known=False)
+        reference = self.upload(accept_key=self.fingerprint())
+        self.assertEqual(self.download(reference), b"content")
+        self.upload(accept_key=f" {self.fingerprint()}= ")  # again: no second line
+        with open(self.paths.file("known_hosts"), encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        with open(os.path.join(self.keys, "host.pub"), encoding="utf-8") as file:
+            key = " ".join(file.read().split()[:2])
+        self.assertEqual(lines, [f"[127.0.0.1]:{self.port} {key}"])
+        self.assertFalse(os.path.exists(os.path.join(self.keys, "known")))
+
+    def test_accepting_another_key(self):
+        self.serve(known=False)
+        wrong = lambda: self.upload(accept_key=self.fingerprint("other"))  # noqa: E731
+        self.error_of("pin-mismatch", self.fingerprint(), call=wrong)
+        for text in ("SHA256:", "MD5:00", self.fingerprint()[:-1], self.fingerprint() + "\nx", "yes"):
+            self.error_of("usage", "fingerprint", call=lambda: self.upload(accept_key=text))
+        self.assertFalse(os.path.exists(self.paths.file("known_hosts")))
+        self.error_of("unknown-server")
+
+    def test_accepting_beside_others(self):
+        self.serve(known=False)
+        write(self.paths.file("known_hosts"), "example.org ssh-ed25519 AAAA\n")
+        self.upload(accept_key=self.fingerprint())
+        with open(self.paths.file("known_hosts"), encoding="utf-8") as file:
+            self.assertEqual(len(file.read().splitlines()), 2)
+
+    def test_the_name_that_the_configuration_gives_a_key(self):
+        self.serve(known=False)
+        with open(os.path.join(self.keys, "config"), "a", encoding="utf-8") as file:
+            file.write("HostKeyAlias somewhere\n")
+        place = trchat.SftpPlace.parse(f"sftp://{self.user}@alias{self.drop}")
+        self.upload(place=place, accept_key=self.fingerprint())
+        with open(self.paths.file("known_hosts"), encoding="utf-8") as file:
+            self.assertTrue(file.read().startswith("somewhere ssh-ed25519 "))
+
+    def test_a_changed_key(self):
+        self.serve(known=False)
+        self.know("other")
+        self.error_of("key-changed", "another key than before", "ssh-keygen -R")
+        self.assertEqual(os.listdir(self.drop), [])
+
+    def test_a_changed_key_of_the_profile(self):
+        server = self.serve(known=False)
+        self.upload(accept_key=self.fingerprint())
+        server.terminate()
+        server.wait()
+        self.serve(known=False, key="other")
+        self.error_of("key-changed", "another key than before")
+
+    def test_where_keys_cannot_be_looked_up(self):
+        self.serve(known=False)
+        self.program("ssh-keyscan", "#!/bin/sh\nexit 1\n")
+        self.error_of("unknown-server", f"sftp -P {self.port} {self.user}@127.0.0.1")
+        fingerprint = self.fingerprint()
+        call = lambda: self.upload(accept_key=fingerprint)  # noqa: E731
+        self.error_of("unknown-server", "by hand", call=call)
+
+    def test_what_a_scan_says_is_no_more_than_keys(self):
+        rows = ("# a remark", "h ssh-ed25519", "h ssh-ed25519 not*base64", "h", "", "h kind\x1b[2J AAAA")
+        says = "".join(f"printf '%s\\n' '{row}'\n" for row in rows)
+        self.program("ssh-keyscan", f"#!/bin/sh\n{says}")
+        keys = trchat.scan_host_keys(self.place())
+        self.assertEqual([key.kind for key in keys], ["kind[2J"])
+
+
+class SftpErrorTest(SftpCase):
+    def test_a_refused_account(self):
+        self.serve()
+        self.ssh_config("other")
+        self.error_of("unreachable", "without a password", "ssh-copy-id")
+
+    def test_a_missing_folder(self):
+        self.serve()
+        place = self.place(self.drop + "/no [such] one")
+        error = self.error_of("storage", "no folder", call=lambda: self.upload(place=place))
+        self.assertIn(f"{self.drop}/no [such] one", error.text)
+        write_bytes(os.path.join(self.drop, "file"), b"")
+        place = self.place(self.drop + "/file")
+        self.error_of("storage", "no folder", call=lambda: self.upload(place=place))
+        self.assertEqual(self.kept(), [])
+
+    @unittest.skipUnless(SFTP_SERVER, "needs OpenSSH's sftp-server")
+    def test_no_permission(self):
+        os.chmod(self.drop, 0o555)
+        os.chmod(self.folder, 0o755)
+        server = SFTP_SERVER
+        if os.getuid() == 0:  # whom nothing is forbidden
+            if not shutil.which("setpriv"):
+                self.skipTest("needs setpriv")
+            words = "--reuid 65534 --regid 65534 --clear-groups"
+            server = self.program("sftp-server", f"#!/bin/sh\nexec setpriv {words} {SFTP_SERVER}\n")
+        self.serve(server=server)
+        self.error_of("storage", "does not permit", self.drop)
+        self.assertEqual(self.kept(), [])
+
+    @unittest.skipUnless(SFTP_SERVER, "needs OpenSSH's sftp-server")
+    def test_a_full_disk(self):
+        """A limit of the size of files stands in for it: in the first piece and in a later one."""
+        limited = f"#!/bin/sh\ntrap '' XFSZ\nulimit -f 8000\nexec {SFTP_SERVER}\n"
+        self.serve(server=self.program("sftp-server", limited))
+        for first in (1 << 20, 64 << 20):
+            with mock.patch.object(trchat, "FIRST_PIECE", first):
+                self.error_of("storage", "full", call=lambda: self.upload(os.urandom(9 << 20)))
+            self.assertEqual((os.listdir(self.drop), self.kept()), ([], []))
+        self.upload(os.urandom(3 << 20))
+
+    def test_no_sftp_there(self):
+        self.serve(server="")
+        self.error_of("unreachable", "no SFTP", "Subsystem")
+
+    def test_a_server_that_says_something_else(self):
+        self.serve(server=self.program("odd", "#!/bin/sh\necho Welcome to this machine, dear friend\n"))
+        self.error_of("unreachable", "no SFTP connection", "by hand")
+
+    def test_nobody_there(self):
+        self.error_of("unreachable", "cannot be reached", f"127.0.0.1:{self.port}")
+
+    def test_a_name_that_is_not_known(self):
+        place = trchat.SftpPlace.parse("sftp://me@host.invalid/x")
+        self.error_of("unreachable", "me@host.invalid is not known", call=lambda: self.upload(place=place))
+
+    def test_a_host_that_never_answers(self):
+        self.patch(mock.patch.object(trchat, "LOGIN_SECONDS", 0.5))
+        with socket.create_server(("127.0.0.1", self.port)):
+            self.error_of("unreachable", "in time")
+
+    def test_without_the_program(self):
+        os.environ["PATH"] = os.path.join(self.folder, "nothing")
+        self.error_of("unreachable", "no program sftp", "OpenSSH")
+        self.assertEqual(self.kept(), [])
+
+    def test_what_cannot_be_sent(self):
+        pipe = os.path.join(self.folder, "pipe")
+        os.mkfifo(pipe)
+        for path in (os.path.join(self.folder, "none"), self.folder, pipe):
+            call = lambda: trchat.upload_sealed(self.paths, self.place(), path, self.key, print)  # noqa: E731
+            self.error_of("storage", path, call=call)
+
+    def test_too_little_space_here(self):
+        self.serve()
+        reference = self.upload(bytes(1 << 20))
+        usage = mock.Mock(free=trchat.DISK_MARGIN + trchat.sealed_size(1 << 20) - 1)
+        with mock.patch.object(trchat.shutil, "disk_usage", return_value=usage):
+            self.error_of("storage", "too little space", call=lambda: self.upload(bytes(1 << 20)))
+            self.error_of("storage", "too little space", call=lambda: self.download(reference))
+            usage.free += 1
+            self.upload(bytes(1 << 20))
+            call = lambda: self.download(reference)  # noqa: E731  (both on one disk)
+            self.error_of("storage", "too little space", call=call)
+            usage.free += 1 << 20
+            self.download(reference)
+
+    def test_an_absurd_size_is_not_fetched(self):
+        reference = reference_with(url=self.place().url(), size=(1 << 63) - 1)
+        self.error_of("storage", "too little space", call=lambda: self.download(reference))
+        self.assertEqual(RECORDED, [])
+
+    def test_an_output_that_cannot_be_written(self):
+        self.serve()
+        reference = self.upload()
+        link = os.path.join(self.folder, "link")
+        os.symlink(self.source, link)
+        call = lambda: trchat.download_sealed(self.paths, reference, link, lambda *_: None)  # noqa: E731
+        self.error_of("storage", call=call)
+        with open(self.source, "rb") as file:
+            self.assertEqual(file.read(), b"content")
+        self.assertEqual(self.download(reference), b"content")
+
+    def test_old_leftovers_are_removed(self):
+        self.serve()
+        folder = trchat.sealed_folder(self.paths)
+        for name, age in (("old", 8), ("new", 6)):
+            write_bytes(os.path.join(folder, name), b"")
+            os.utime(os.path.join(folder, name), (0, time.time() - age * 86400))
+        self.upload()
+        self.assertEqual(self.kept(), ["new"])
+
+
+class SftpCommandTest(SftpCase):
+    """What sftp is told, by a program that stands in for it."""
+
+    def setUp(self):
+        super().setUp()
+        self.words = os.path.join(self.folder, "words")
+        self.program("sftp", f'#!/bin/sh\nfor w in "$@"; do printf "%s\\n" "$w"; done > "{self.words}"\n'
+                             f'pwd >> "{self.words}"\ncat > "{self.words}.in" & wait\nexit 255\n')  # fmt: skip
+
+    def told(self, url):
+        reference = reference_with(url=url)
+        with self.assertRaises(trchat.ChatError):
+            self.download(trchat.SealedReference.decode(reference.encode()))
+        with open(self.words, encoding="utf-8") as file:
+            return file.read().splitlines()
+
+    def test_options_come_first_and_the_host_is_no_option(self):
+        with mock.patch.object(trchat, "LOGIN_SECONDS", 0.3):
+            words = self.told("sftp://bob@[::1]:2200/x")
+            self.assertEqual(words[-7:-1], ["-P", "2200", "-b", "-", "--", "bob@[::1]"])
+            self.assertEqual(words[-1], os.path.realpath(self.paths.file("sftp")))
+            for option in ("BatchMode=yes", "StrictHostKeyChecking=yes", "ForwardAgent=no",
+                           "ServerAliveInterval=15", "ServerAliveCountMax=3", "ConnectTimeout=10"):  # fmt: skip
+                self.assertEqual(words[words.index(option) - 1], "-o")
+            self.assertNotIn("accept-new", " ".join(words))
+            self.assertEqual(self.told("sftp://h/~")[-4:-1], ["-", "--", "h"])
+
+    def test_nothing_of_a_hostile_reference_gets_that_far(self):
+        for url in ("sftp://-oProxyCommand=x@h/x", "sftp://-oProxyCommand=x/", "sftp://h:99999/x",
+                    "sftp://h/x%0A!touch%20x", "sftp://h/\n!touch x"):  # fmt: skip
+            text = reference_with(url=url).encode()
+            with self.assertRaises(trchat.RemoteProtocolError):
+                self.download(trchat.SealedReference.decode(text))
+        self.assertFalse(os.path.exists(self.words))
+
+    def test_remote_paths_are_quoted(self):
+        for path, quoted in (("/a b", '"/a b"'), ("-x", '"./-x"'), ("", '"./"'), ('/"\\', '"/\\"\\\\"')):
+            self.assertEqual(trchat.sftp_quoted(path), quoted)
+
+
+class SftpResumeTest(SftpCase):
+    SIZE = 20 << 20
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.object(trchat, "POLL_SECONDS", 0.02))
+        self.content = random.Random(7).randbytes(self.SIZE)
+        self.killed = []
+
+    def killer(self, at, which, then=lambda: None, signal_number=signal.SIGKILL):
+        """A progress that ends the running sftp, or its ssh, once so much is done."""
+
+        def progress(done, total):
+            self.seen.append((done, total))
+            if done >= at and not self.killed:
+                session = RECORDED[-1]
+                pids = [session.pid] if which == "sftp" else first_children(session.pid)
+                self.killed.append(done)
+                for pid in pids:
+                    os.kill(pid, signal_number)
+                then()
+
+        return progress
+
+    def commands(self):
+        return [command for session in RECORDED for command in session.commands]
+
+    def test_a_killed_upload_goes_on(self):
+        self.serve()
+        for which in ("sftp", "ssh"):
+            with self.subTest(which=which):
+                RECORDED.clear()
+                self.killed.clear()
+                reference = self.upload(self.content, progress=self.killer(3 << 20, which))
+                self.assertGreaterEqual(len(RECORDED), 2)
+                self.assertEqual(self.commands().count("put"), 1)
+                self.assertEqual(RECORDED[-1].commands[:3], ["cd", "-ls", "reput"])
+                self.assertEqual(os.listdir(self.drop), [reference.name])
+                self.assertEqual(self.kept(), [])
+                self.assertEqual(self.download(reference), self.content)
+                os.unlink(self.stored(reference))
+
+    def test_what_the_server_lost_is_sent_again(self):
+        self.serve()
+        wipe = lambda: [os.unlink(e.path) for e in os.scandir(self.drop)]  # noqa: E731
+        reference = self.upload(self.content, progress=self.killer(3 << 20, "sftp", wipe))
+        self.assertEqual(self.commands().count("put"), 2)
+        self.assertEqual(self.download(reference), self.content)
+
+    def test_what_the_server_has_too_much_of_is_sent_again(self):
+        self.serve()
+
+        def swell():
+            for entry in os.scandir(self.drop):
+                os.truncate(entry.path, 64 << 20)
+
+        reference = self.upload(self.content, progress=self.killer(3 << 20, "sftp", swell))
+        self.assertEqual(self.commands().count("put"), 2)
+        self.assertEqual(self.download(reference), self.content)
+
+    def test_what_comes_late_is_noticed(self):
+        """Bytes of the old connection that are appended behind those of the new one."""
+        self.serve()
+        run, late = RecordedSession.run, []
+
+        def running(session, command, watch):
+            lines = run(session, command, watch)
+            if command.startswith("reput") and session is not RECORDED[0] and not late:
+                late.append(command)
+                with open(os.path.join(self.drop, command.split()[2]), "ab") as file:
+                    file.write(b"late")
+            return lines
+
+        with mock.patch.object(RecordedSession, "run", running):
+            with mock.patch.object(trchat, "FIRST_PIECE", 11 << 20):
+                reference = self.upload(self.content, progress=self.killer(3 << 20, "sftp"))
+        self.assertEqual(self.download(reference), self.content)
+
+    def test_a_server_that_lets_nothing_be_continued(self):
+        """ProFTPD as it comes, say: told by a command that fails in place of `reput`."""
+        self.serve()
+        run, said = RecordedSession.run, []
+
+        def running(session, command, watch):
+            said.append(command.split()[0])
+            return run(session, "cd nowhere" if said[-1] == "reput" else command, watch)
+
+        with mock.patch.object(RecordedSession, "run", running):
+            reference = self.upload(self.content)
+        self.assertEqual(said, ["cd", "put", "reput", "cd", "rm", "cd", "put", "rename"])
+        self.assertEqual(os.listdir(self.drop), [reference.name])
+        self.assertEqual(self.download(reference), self.content)
+        self.assertEqual(self.kept(), [])
+
+    def test_a_killed_download_goes_on(self):
+        self.serve()
+        reference = self.upload(self.content)
+        self.slow(100_000)
+        for which in ("sftp", "ssh"):
+            with self.subTest(which=which):
+                RECORDED.clear()
+                self.killed.clear()
+                got = self.download(reference, progress=self.killer(3 << 20, which))
+                self.assertEqual(got, self.content)
+                self.assertEqual([s.commands for s in RECORDED], [["cd", "get"], ["cd", "reget"]])
+                self.assertLess(self.killed[0], self.SIZE)
+                os.unlink(self.out)
+
+    def test_a_cancelled_download_goes_on_at_the_next_call(self):
+        self.serve()
+        reference = self.upload(self.content)
+        self.slow(100_000)
+
+        def progress(done, total):
+            if done >= 3 << 20:
+                raise Cancelled
+
+        with self.assertRaises(Cancelled):
+            self.download(reference, progress=progress)
+        self.assert_no_child()
+        self.assertFalse(os.path.exists(self.out))
+        self.assertEqual(self.kept(), [reference.name])
+        RECORDED.clear()
+        self.assertEqual(self.download(reference), self.content)
+        self.assertEqual(self.commands(), ["cd", "reget"])
+        self.assertEqual(self.kept(), [])
+
+    def test_a_download_that_was_whole_needs_no_server(self):
+        server = self.serve()
+        reference = self.upload(self.content)
+        shutil.copy(self.stored(reference), os.path.join(self.paths.file("sftp"), reference.name))
+        server.terminate()
+        server.wait()
+        self.assertEqual(self.download(reference), self.content)
+
+    def test_a_wrong_beginning_is_noticed_and_forgotten(self):
+        self.serve()
+        reference = self.upload(self.content)
+        write_bytes(os.path.join(self.paths.file("sftp"), reference.name), bytes(1 << 20))
+        with self.assertRaises(trchat.RemoteProtocolError):
+            self.download(reference)
+        self.assertEqual(self.kept(), [])
+        self.assertEqual(self.download(reference), self.content)
+
+    def test_a_cancelled_upload_leaves_nothing(self):
+        self.serve()
+
+        def progress(done, total):
+            if done >= 3 << 20:
+                raise trchat.ChatError("Cancelled.")
+
+        with self.assertRaises(trchat.ChatError):
+            self.upload(self.content, progress=progress)
+        self.assert_no_child()
+        self.assertEqual((os.listdir(self.drop), self.kept()), ([], []))
+
+    def test_a_server_that_does_not_come_back(self):
+        server = self.serve()
+
+        def gone():
+            serving = [pid for child in first_children(server.pid) for pid in (child, *first_children(child))]
+            server.terminate()
+            server.wait()
+            for pid in serving:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+        upload = lambda: self.upload(self.content, progress=self.killer(3 << 20, "ssh", gone))  # noqa: E731
+        self.error_of("unreachable", "cannot be reached", call=upload)
+        self.assertEqual(self.kept(), [])
+        self.assertEqual(len(RECORDED), 1 + len(trchat.LOST_PAUSES))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,47 +39,50 @@ or thread: bytes in, events out) and each uses only parts above itself:
  23. Client machine *
  24. SFTP packets *
  25. Sealed records *
- 26. Conversations *
- 27. Keys and widths *
- 28. Line editor *
- 29. Screen *
- 30. Settings *
- 31. Settings and paths
- 32. Events and threads
- 33. Dependencies
- 34. Vault
- 35. History and outbox
- 36. Contacts
- 37. SOCKS5
- 38. Network
- 39. Port mapping
- 40. A mapped port, and addresses
- 41. Tunnels
- 42. Tunnels through ngrok
- 43. Tunnels through ssh and tor
- 44. Connections of a server
- 45. Relay server
- 46. Where to connect
- 47. Channels
- 48. Connections
- 49. Records of a chat
- 50. Chat client
- 51. Commands
- 52. Chat commands: talking and rooms
- 53. Chat commands: people and servers
- 54. Chat commands: records
- 55. Console commands
- 56. Terminal input
- 57. Terminal
- 58. Words for events
- 59. Faces: terminal and JSON lines
- 60. Activities
- 61. Chatting directly
- 62. Demonstration
- 63. Session
- 64. Shell commands
- 65. Command line
- 66. Menu and door
+ 26. Sealed files *
+ 27. Conversations *
+ 28. Keys and widths *
+ 29. Line editor *
+ 30. Screen *
+ 31. Settings *
+ 32. Settings and paths
+ 33. Events and threads
+ 34. Dependencies
+ 35. Vault
+ 36. History and outbox
+ 37. Contacts
+ 38. SOCKS5
+ 39. Network
+ 40. Port mapping
+ 41. A mapped port, and addresses
+ 42. Tunnels
+ 43. Tunnels through ngrok
+ 44. Tunnels through ssh and tor
+ 45. Runs of sftp
+ 46. Files on SFTP servers
+ 47. Connections of a server
+ 48. Relay server
+ 49. Where to connect
+ 50. Channels
+ 51. Connections
+ 52. Records of a chat
+ 53. Chat client
+ 54. Commands
+ 55. Chat commands: talking and rooms
+ 56. Chat commands: people and servers
+ 57. Chat commands: records
+ 58. Console commands
+ 59. Terminal input
+ 60. Terminal
+ 61. Words for events
+ 62. Faces: terminal and JSON lines
+ 63. Activities
+ 64. Chatting directly
+ 65. Demonstration
+ 66. Session
+ 67. Shell commands
+ 68. Command line
+ 69. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -6001,7 +6004,324 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 26. Conversations | pure | uses 1, 2, 25
+# Part 26. Sealed files | pure | uses 1-3, 8, 9
+#
+# A file for somebody who fetches it later, from a server that nobody needs to trust. It is sealed
+# chunk by chunk with STREAM (Hoang, Reyhanitabar, Rogaway, Vizár: "Online Authenticated-Encryption
+# and its Nonce-Reuse Misuse-Resistance", CRYPTO 2015), as in the age format, with AES-256-GCM:
+#
+#   8 magic and version, 32 random salt, then the chunks; their key is HKDF-SHA256(key of the file,
+#   salt, "trchat/1 sealed file")
+#   chunk: nonce u88 number from 0, u8 1 for the last or 0; associated data: the first 40 bytes;
+#   plaintext u32 size of the content in it, content, zeros
+#
+# Behind its u32 every chunk but the last has CHUNK bytes; content fills them in order, and zeros
+# follow up to padded_size, so that the server sees one of few sizes.
+# ==================================================================================================
+
+CHUNK = 64 << 10  # bytes of content in one chunk, as in age
+CHUNK_EXTRA = 4 + 16  # size field and tag
+SEALED_CHUNK = CHUNK + CHUNK_EXTRA
+SEALED_FILE_MAGIC = b"trchatF\x01"  # the last byte is the version
+SEALED_FILE_HEADER = len(SEALED_FILE_MAGIC) + 32
+SEALED_FILE_LABEL = PROTOCOL + b" sealed file"
+
+
+def sealed_size(size: int) -> int:
+    """Bytes of the object that `size` bytes of content are sealed into."""
+    body = padded_size(size)
+    return SEALED_FILE_HEADER + body + -(-body // CHUNK) * CHUNK_EXTRA
+
+
+class ChunkCipher:
+    """Seals or opens the chunks of one file, each under its own nonce."""
+
+    def __init__(self, key: bytes, header: bytes):
+        salt = header[len(SEALED_FILE_MAGIC) :]
+        self._cipher = _aead.AESGCM(hkdf(key, salt, SEALED_FILE_LABEL))
+        self._header, self._number = header, 0
+
+    def _nonce(self, last: bool) -> bytes:
+        self._number += 1
+        return (self._number - 1).to_bytes(11, "big") + u8(last)
+
+    def encrypt(self, plaintext: bytes, last: bool) -> bytes:
+        return self._cipher.encrypt(self._nonce(last), plaintext, self._header)
+
+    def decrypt(self, chunk: bytes | memoryview, last: bool) -> bytes:
+        try:
+            return self._cipher.decrypt(self._nonce(last), chunk, self._header)
+        except _exceptions.InvalidTag:
+            raise RemoteProtocolError("A sealed file is damaged, or its key is another.") from None
+
+
+class Sealer:
+    """Seals one file: `seal` takes its content in pieces of any size, `finish` ends it."""
+
+    def __init__(self, key: bytes):
+        self._header = SEALED_FILE_MAGIC + random_bytes(32)
+        self._cipher = ChunkCipher(key, self._header)
+        self._waiting = bytearray()  # content that is not sealed yet: the last chunk is special
+        self._size, self._begun = 0, False
+
+    def seal(self, content: bytes) -> bytes:
+        """The next bytes of the object, if there are any yet."""
+        self._size += len(content)
+        self._waiting += content
+        sealed = [self._begin()]
+        while len(self._waiting) > CHUNK:
+            sealed.append(self._chunk(CHUNK, False))
+        return b"".join(sealed)
+
+    def finish(self):
+        """Yields the rest of the object in pieces of at most one chunk: much of it is padding."""
+        left = padded_size(self._size) - self._size + len(self._waiting)
+        yield self._begin()
+        while left > CHUNK:
+            yield self._chunk(CHUNK, False)
+            left -= CHUNK
+        yield self._chunk(left, True)
+
+    def _begin(self) -> bytes:
+        header, self._begun = b"" if self._begun else self._header, True
+        return header
+
+    def _chunk(self, room: int, last: bool) -> bytes:
+        with memoryview(self._waiting)[:room] as content:
+            count = len(content)
+            plaintext = b"".join((u32(count), content, bytes(room - count)))
+        del self._waiting[:count]
+        return self._cipher.encrypt(plaintext, last)
+
+
+class Opener:
+    """Opens what a Sealer sealed: `open` takes it in pieces of any size, `finish` at its end.
+
+    RemoteProtocolError for anything that is not the whole object, in order, under this key. What
+    was given out before is genuine, but only `finish` says that it is all.
+    """
+
+    def __init__(self, key: bytes):
+        self._key = key
+        self._cipher: ChunkCipher | None = None  # until the header is there
+        self._waiting = bytearray()
+        self._size, self._body = 0, 0  # content so far, the same with its padding
+
+    def open(self, data: bytes) -> bytes:
+        """The content that these bytes complete."""
+        self._waiting += data
+        if self._cipher is None and not self._begin():
+            return b""
+        content = []
+        while len(self._waiting) > SEALED_CHUNK:
+            content.append(self._chunk(SEALED_CHUNK, False))
+        return b"".join(content)
+
+    def finish(self) -> bytes:
+        """The last content."""
+        if self._cipher is None or len(self._waiting) <= CHUNK_EXTRA:
+            raise RemoteProtocolError("A sealed file ends too early.")
+        content = self._chunk(len(self._waiting), True)
+        if self._body != padded_size(self._size):
+            raise RemoteProtocolError("A sealed file's padding has another size than it must.")
+        return content
+
+    def _begin(self) -> bool:
+        """Takes the header, once it is there."""
+        magic = bytes(self._waiting[: len(SEALED_FILE_MAGIC)])
+        if not SEALED_FILE_MAGIC.startswith(magic):
+            raise RemoteProtocolError("This is no sealed file, or one of another version.")
+        if len(self._waiting) < SEALED_FILE_HEADER:
+            return False
+        self._cipher = ChunkCipher(self._key, bytes(self._waiting[:SEALED_FILE_HEADER]))
+        del self._waiting[:SEALED_FILE_HEADER]
+        return True
+
+    def _chunk(self, size: int, last: bool) -> bytes:
+        with memoryview(self._waiting)[:size] as chunk:
+            plaintext = self._cipher.decrypt(chunk, last)
+        del self._waiting[:size]
+        count, room = int.from_bytes(plaintext[:4], "big"), len(plaintext) - 4
+        ended = self._size < self._body  # there was padding already
+        if count > (0 if ended else room) or plaintext.count(0, 4 + count) < room - count:
+            raise RemoteProtocolError("A sealed file's padding is not in its place.")
+        self._size, self._body = self._size + count, self._body + room
+        return plaintext[4 : 4 + count]
+
+
+SFTP_URL = LazyPattern(r"(?i:sftp)://(?:([^/]*)@)?(\[[^\]/]*\]|[^\[\]:/]+)(?::([^/]*))?(/.*)?\Z")
+SFTP_USER = LazyPattern(r"[A-Za-z0-9_][A-Za-z0-9._+@-]{0,63}\Z")
+SFTP_HOST = LazyPattern(r"(?=.{1,253}\Z)[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+SFTP_URL_MOST = 1024  # bytes, as the field of a reference may have
+
+
+class SftpPlace(Record):
+    """A folder on an SFTP server, in parts that no shell and no option of ssh can misread."""
+
+    user: str  # "": as ssh's configuration says
+    host: str
+    port: int  # 0: as ssh's configuration says
+    folder: str  # absolute; or from where the account arrives, "" for just there
+
+    @classmethod
+    def parse(cls, url: str) -> SftpPlace:
+        """Of sftp://user@host:port/folder or, from where the account arrives, /~/folder."""
+        found = SFTP_URL.match(url)
+        if not found or re.search(r"[?#]|%(?![0-9A-Fa-f]{2})", url):
+            hint = "Write sftp://user@host:port/folder; there, %20 is a blank and %3F a ?."
+            raise ChatError(f"{one_line(url)[:80]!r} is no address of an SFTP server.", hint)
+        user, host, port, path = found.groups()
+        if user and ":" in user:
+            hint = "Leave it out; ssh logs in with a key (ssh-copy-id puts it there)."
+            raise ChatError("An address must not hold a password.", hint)
+        place = cls(
+            _sftp_user(user), _sftp_host(host), _sftp_port(port), _sftp_folder(path or "/~")
+        )
+        if len(place.url()) > SFTP_URL_MOST:
+            raise ChatError("The address is too long.", "Take a shorter folder.")
+        return place
+
+    def url(self) -> str:
+        """The address in its usual form."""
+        folder = url_parse.quote(self.folder, safe="/").replace("~", "%7E")
+        if not folder.startswith("/"):
+            folder = f"/~/{folder}" if folder else "/~"
+        return f"sftp://{self.address()}{folder}"
+
+    def address(self) -> str:
+        """user@host:port, for people and in the URL."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        user = self.user.replace("@", "%40")
+        return f"{user}@" * bool(user) + host + f":{self.port}" * bool(self.port)
+
+
+SFTP_PART_HINTS = {
+    "user": "It takes letters, digits and . _ + @ -.",
+    "host": "It is a name in ASCII, an IPv4 address, or an IPv6 address in brackets.",
+    "port": "It is a number from 1 to 65535.",
+    "folder": "Control characters are not taken, and all must be UTF-8.",
+}
+
+
+def _sftp_part(text: str, what: str) -> ChatError:
+    problem = f"{one_line(text)[:80]!r} cannot be the {what} of an SFTP server's address."
+    return ChatError(problem, SFTP_PART_HINTS[what])
+
+
+def _decoded(text: str, what: str) -> str:
+    try:
+        return url_parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise _sftp_part(text, what) from None
+
+
+def _sftp_user(text: str | None) -> str:
+    user = _decoded(text or "", "user")
+    if text is not None and not SFTP_USER.match(user):
+        raise _sftp_part(user, "user")
+    return user
+
+
+def _sftp_host(text: str) -> str:
+    if not text.startswith("["):
+        if not SFTP_HOST.match(text):
+            raise _sftp_part(text, "host")
+        return text.lower()
+    try:
+        address = ipaddress.IPv6Address(text[1:-1])
+    except ValueError:
+        raise _sftp_part(text, "host") from None
+    if "%" in text or address.ipv4_mapped:  # a zone means something on one machine only
+        raise _sftp_part(text, "host")
+    return str(address)
+
+
+def _sftp_port(text: str | None) -> int:
+    if text is None:
+        return 0
+    port = int(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0
+    if not 0 < port < 65536:
+        raise _sftp_part(text, "port")
+    return port
+
+
+def _sftp_folder(path: str) -> str:
+    folder = _decoded(path, "folder")
+    if one_line(folder) != folder:
+        raise _sftp_part(folder, "folder")
+    if path == "/~" or path.startswith("/~/"):
+        return folder[3:].strip("/")
+    return folder.rstrip("/") or "/"
+
+
+REFERENCE_PREFIX = "trchat-file:"
+OBJECT_SUFFIX = ".trchat"
+OBJECT_NAME = LazyPattern(r"[0-9a-f]{32}\.trchat\Z")
+FILE_NAME_MOST = 255  # characters
+_encode_reference, _decode_reference = codec("u8 s n16 n32 u64 n32 s")
+
+
+def new_object_name() -> str:
+    return random_bytes(16).hex() + OBJECT_SUFFIX
+
+
+def plain_file_name(name: str) -> str:
+    """A file's name to tell others: one part, one line, nothing that could steer a terminal."""
+    clean = one_line(name).replace("/", "_").replace("\\", "_")[:FILE_NAME_MOST].strip()
+    return "file" if clean in ("", ".", "..") else clean
+
+
+class SealedReference(Record):
+    """All that its receiver needs to fetch a sealed file; whoever has it can read the file."""
+
+    url: str  # of the folder, in the usual form of an SftpPlace
+    name: str  # of the object in it
+    key: bytes  # 32
+    size: int  # bytes of the content
+    sha256: bytes  # of the content
+    file_name: str
+
+    def encode(self) -> str:
+        """`trchat-file:` and base64url of: u8 1, s URL, n16 the name's digits, n32 key, u64 size,
+        n32 SHA-256, s file name."""
+        digits = bytes.fromhex(self.name[: -len(OBJECT_SUFFIX)])
+        values = (self.url, digits, self.key, self.size, self.sha256, self.file_name)
+        return REFERENCE_PREFIX + base64url(_encode_reference(1, *values))
+
+    @classmethod
+    def decode(cls, text: str) -> SealedReference:
+        """RemoteProtocolError unless it is one that encode could have made."""
+        try:
+            reader = Reader(from_base64url(text[len(REFERENCE_PREFIX) :]))
+            version, url, digits, *values = _decode_reference(reader)
+            reader.done()
+            reference = cls(url, digits.hex() + OBJECT_SUFFIX, *values)
+            usual = version == 1 and reference.encode() == text and reference._is_usual()
+        except (ValueError, ChatError):
+            usual = False
+        if not usual:
+            raise RemoteProtocolError("A reference to a file is damaged.")
+        return reference
+
+    def _is_usual(self) -> bool:
+        named = plain_file_name(self.file_name) == self.file_name
+        return named and self.size < 1 << 63 and self.place().url() == self.url
+
+    def place(self) -> SftpPlace:
+        return SftpPlace.parse(self.url)
+
+    def question(self) -> str:
+        """What its receiver is asked before this machine connects to another's choice."""
+        address = self.place().address()
+        what = f"{self.file_name} ({self.size:,} bytes)"
+        return (
+            f"Fetch {what} from {address}? Your sftp logs in there with your keys; whoever runs "
+            "that server sees your address, not the content."
+        )
+
+
+# ==================================================================================================
+# Part 27. Conversations | pure | uses 1, 2, 25
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -6119,7 +6439,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 27. Keys and widths | pure | uses 2
+# Part 28. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -6445,7 +6765,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 28. Line editor | pure | uses 2, 27
+# Part 29. Line editor | pure | uses 2, 28
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -6784,7 +7104,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 29. Screen | pure | uses 27
+# Part 30. Screen | pure | uses 28
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -6987,7 +7307,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 30. Settings | pure | uses 1, 2
+# Part 31. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -7178,7 +7498,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 31. Settings and paths | uses 1, 2, 4, 30
+# Part 32. Settings and paths | uses 1, 2, 4, 31
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -7459,7 +7779,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 32. Events and threads | uses 2, 31
+# Part 33. Events and threads | uses 2, 32
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -7573,7 +7893,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 33. Dependencies | uses 1, 31
+# Part 34. Dependencies | uses 1, 32
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -7934,7 +8254,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 34. Vault | uses 1-4, 31
+# Part 35. Vault | uses 1-4, 32
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -8197,7 +8517,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 35. History and outbox | uses 1-3, 25, 31, 32
+# Part 36. History and outbox | uses 1-3, 25, 32, 33
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -8677,7 +8997,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 36. Contacts | uses 1-4, 6, 31
+# Part 37. Contacts | uses 1-4, 6, 32
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -9118,7 +9438,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 37. SOCKS5 | uses 1, 2, 4, 31
+# Part 38. SOCKS5 | uses 1, 2, 4, 32
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -9202,7 +9522,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 38. Network | uses 1-4, 31, 34, 37
+# Part 39. Network | uses 1-4, 32, 35, 38
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -9455,7 +9775,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 39. Port mapping | uses 1-3, 9, 10, 31, 32, 38
+# Part 40. Port mapping | uses 1-3, 9, 10, 32, 33, 39
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -9921,7 +10241,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 40. A mapped port, and addresses | uses 1-4, 9, 10, 31, 32, 38, 39
+# Part 41. A mapped port, and addresses | uses 1-4, 9, 10, 32, 33, 39, 40
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -10280,7 +10600,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 41. Tunnels | uses 1, 2, 31, 32
+# Part 42. Tunnels | uses 1, 2, 32, 33
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -10439,10 +10759,10 @@ class TunnelLease:
 class Child:
     """A program that runs until it ends or is ended; `take` gets its lines, then None."""
 
-    def __init__(self, kind: str, command: list, take, lease_file: str):
+    def __init__(self, kind: str, command: list, take, lease_file: str, folder: str | None = None):
         self._lock, self._ended = threading.Lock(), False
         self._lease = TunnelLease(lease_file)
-        self._process = _start_program(command)
+        self._process = _start_program(command, folder)
         self.pid = self._process.pid
         try:
             self._lease.write(kind, self.pid, command[0])
@@ -10460,6 +10780,18 @@ class Child:
         self.end()
         take(None)
 
+    def say(self, text: str) -> None:
+        """Writes to its input; what has ended does not listen any more."""
+        try:
+            self._process.stdin.write(text.encode("utf-8"))
+            self._process.stdin.flush()
+        except (OSError, ValueError):  # ValueError: end() has closed it
+            pass
+
+    def result(self) -> int:
+        """Its exit code, once `take` has got None; of a signal, below 0."""
+        return self._process.wait()
+
     def end(self) -> None:
         """Returns when it is gone."""
         with self._lock:
@@ -10468,7 +10800,10 @@ class Child:
             self._ended = True
             if self._process.poll() is None:
                 self._stop()
-            self._process.stdin.close()
+            try:
+                self._process.stdin.close()
+            except OSError:
+                pass  # what it did not take any more
             self._lease.release()
 
     def _stop(self) -> None:
@@ -10480,7 +10815,7 @@ class Child:
             self._process.wait()
 
 
-def _start_program(command: list):
+def _start_program(command: list, folder: str | None = None):
     """In a group of its own, as Ctrl-C at our terminal is for us; without a terminal to ask at."""
     flags = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")  # of Windows
     public = {k: v for k, v in os.environ.items() if not k.startswith("TRCHAT_")}  # no passphrase
@@ -10492,6 +10827,7 @@ def _start_program(command: list):
             stdout=pipe,
             stderr=subprocess.STDOUT,
             env=public,
+            cwd=folder,
             start_new_session=True,
             creationflags=sum(getattr(subprocess, flag, 0) for flag in flags),
             preexec_fn=_die_with_us(),
@@ -10657,7 +10993,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 42. Tunnels through ngrok | uses 2, 3, 31, 41
+# Part 43. Tunnels through ngrok | uses 2, 3, 32, 42
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -10904,7 +11240,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 43. Tunnels through ssh and tor | uses 1-4, 31, 32, 41, 42
+# Part 44. Tunnels through ssh and tor | uses 1-4, 32, 33, 42, 43
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -10912,10 +11248,11 @@ class NgrokTunnel(Tunnel):
 
 
 SSH_PRESETS = {"pinggy": ["-p", "443", "tcp@free.pinggy.io"], "serveo": ["serveo.net"]}
-SSH_OPTIONS = (
-    "BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15", "ServerAliveCountMax=3",
-    "StrictHostKeyChecking=accept-new", "ConnectTimeout=10", "ControlPath=none", "LogLevel=INFO",
+SSH_COMMON = (
+    "BatchMode=yes", "ServerAliveInterval=15", "ServerAliveCountMax=3", "ConnectTimeout=10",
+    "ControlPath=none", "LogLevel=INFO",
 )  # fmt: skip
+SSH_OPTIONS = (*SSH_COMMON, "ExitOnForwardFailure=yes", "StrictHostKeyChecking=accept-new")
 SSH_PORT = LazyPattern(
     r"Allocated port (\d+) for remote forward to (?:127\.0\.0\.1|localhost):(\d+)"
 )
@@ -10947,6 +11284,20 @@ SSH_ADVICE = (  # what ssh says -> what is wrong, what to do
         "Install OpenSSH 7.6 or newer.",
     ),
 )
+
+
+def ssh_advice(said: str, host: str) -> ChatError | None:
+    """What is wrong and what to do, by what ssh said; None if that is not known."""
+    for pattern, text, hint in SSH_ADVICE:
+        if re.search(pattern, said):
+            return tunnel_error(text.format(host=host), hint.format(host=host))
+    return None
+
+
+def last_words(said: str) -> str:
+    """The end of a sentence: the last line that a program said, if any."""
+    lines = [one_line(line)[:200].strip(" .") for line in said.splitlines() if line.strip()]
+    return f": {lines[-1]}." if lines else "."
 
 
 class SSHTunnel(Tunnel):
@@ -11024,13 +11375,8 @@ class SSHTunnel(Tunnel):
 
     def _advice(self, said: str) -> ChatError:
         host = self.options.ssh_host
-        for pattern, text, hint in SSH_ADVICE:
-            if re.search(pattern, said):
-                return tunnel_error(text.format(host=host), hint.format(host=host))
-        lines = [one_line(line)[:200].strip(" .") for line in said.splitlines() if line.strip()]
-        reason = f": {lines[-1]}." if lines else "."
-        text = f"The ssh tunnel through {host} has ended{reason}"
-        return tunnel_error(text, f"Try 'ssh {host}' by hand.")
+        text = f"The ssh tunnel through {host} has ended{last_words(said)}"
+        return ssh_advice(said, host) or tunnel_error(text, f"Try 'ssh {host}' by hand.")
 
 
 class TorControl:
@@ -11250,7 +11596,601 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 44. Connections of a server | uses 1
+# Part 45. Runs of sftp | uses 1-3, 26, 32, 42, 44
+#
+# Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
+# configuration of its user, never asking, and never trusting a host that is not known.
+# ==================================================================================================
+
+SFTP_OPTIONS = (*SSH_COMMON, "StrictHostKeyChecking=yes", "ForwardAgent=no")
+SYSTEM_KNOWN_HOSTS = {
+    "nt": "__PROGRAMDATA__/ssh/ssh_known_hosts",
+    "posix": "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2",
+}[os.name]
+INSTALL_OPENSSH = "Install OpenSSH (https://www.openssh.com)."
+POLL_SECONDS = 0.2  # how often progress is told, and a transfer can be cancelled
+LOGIN_SECONDS = 60.0  # a security key may have to be touched
+SCAN_SECONDS = 5
+SFTP_DONE = "version"  # a command that is harmless; sftp shows it once the one before is done
+
+# What sftp says of a connection that came to nothing -> what is wrong, what to do, code. Those of
+# SSH_ADVICE follow.
+SFTP_LOGIN_ADVICE = (
+    (
+        r"(?i)host key for .* has changed",
+        "{host} shows another key than before: somebody may be in the middle.",
+        "If its key was changed on purpose, run 'ssh-keygen -R HOST' and connect once by hand.",
+        "key-changed",
+    ),
+    (
+        r"subsystem request failed",
+        "{host} lets this account in, but offers it no SFTP.",
+        "Its sshd_config needs a line 'Subsystem sftp internal-sftp'.",
+        "unreachable",
+    ),
+    (
+        r"(?i)connection refused|timed out|no route to host|network is unreachable|host is down",
+        "{host} cannot be reached.",
+        "Check its address and port, and your network.",
+        "unreachable",
+    ),
+)
+# What sftp says when a command failed: (the command, its words) -> the same.
+SFTP_FILE_ADVICE = (
+    (
+        r"(?s)\Acd .*(No such file|not a directory)",
+        "There is no folder {folder} on {host}.",
+        "Make it there first, or name another.",
+        "storage",
+    ),
+    (
+        r"(?i)permission denied",
+        "{host} does not permit that in the folder {folder}.",
+        "Check who may read and write it.",
+        "storage",
+    ),
+    (
+        r"(?s)\A(put|reput) .*(write remote|close remote|No space|[Qq]uota)",
+        "{host} took only a part: its disk or your quota there seems to be full.",
+        "Make room there, or name another server.",
+        "storage",
+    ),
+    (
+        r"(?s)\A(get|reget) .*(not found|No such file)",
+        "The file is no longer on {host}.",
+        "Ask for it to be sent again.",
+        "storage",
+    ),
+    (
+        r"(?s)\A(get|reget) .*(local|[Ww]rite to)",
+        "The fetched file could not be written here.",
+        "Free some space on that disk.",
+        "storage",
+    ),
+)
+
+
+class ConnectionLost(ChatError):
+    """An SFTP connection ended in the middle: it is worth another try."""
+
+    def __init__(self, address: str):
+        hint = "Check your network, and try again."
+        super().__init__(f"The connection with {address} was lost.", hint, "unreachable")
+
+
+def known_hosts_file(paths: Paths) -> str:
+    """Beside those of the user and the system: the host keys accepted in this profile."""
+    return paths.file("known_hosts")
+
+
+def sftp_words(paths: Paths, place: SftpPlace) -> list:
+    """sftp's arguments. The profile's file counts as one of the system's, so that the user's own
+    known_hosts, wherever it is, counts too."""
+    accepted = known_hosts_file(paths).replace(os.sep, "/").replace('"', '\\"')
+    known = f'GlobalKnownHostsFile={SYSTEM_KNOWN_HOSTS} "{accepted}"'
+    words = [word for option in (*SFTP_OPTIONS, known) for word in ("-o", option)]
+    port = ["-P", str(place.port)] * bool(place.port)
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    return [*words, *port, "-b", "-", "--", f"{place.user}@" * bool(place.user) + host]
+
+
+def sftp_quoted(path: str) -> str:
+    """A remote path as an argument in sftp's batch language; a dash does not make it an option."""
+    safe = path if path.startswith("/") else f"./{path}"
+    return '"' + safe.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+class HostKey(Record):
+    """A key that a host showed, as ssh-keygen and ssh name it."""
+
+    line: str  # as in a known_hosts file
+    kind: str  # ssh-ed25519
+    fingerprint: str  # SHA256: and base64
+
+
+def _output_of(command: list, seconds: float) -> str:
+    """What a program prints; "" if it cannot be run."""
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": seconds}
+    try:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, **quiet)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return ran.stdout.decode("utf-8", "replace")
+
+
+def _ssh_configuration(place: SftpPlace) -> dict:
+    """What ~/.ssh/config makes of a place: hostname, port, user, perhaps hostkeyalias."""
+    words = ["-p", str(place.port)] * bool(place.port) + ["-l", place.user] * bool(place.user)
+    output = _output_of(["ssh", *words, "-G", "--", place.host], 5)
+    rows = (line.partition(" ") for line in output.splitlines())
+    return {"hostname": place.host, "port": str(place.port or 22), **{k: v for k, _, v in rows}}
+
+
+def resolved_place(place: SftpPlace) -> SftpPlace:
+    """The same place for somebody with another ~/.ssh/config."""
+    found = _ssh_configuration(place)
+    user, host = found.get("user", place.user), found["hostname"]
+    full = SftpPlace(user, host, int(found["port"]), place.folder)
+    try:
+        return SftpPlace.parse(full.url())
+    except ChatError:
+        return place
+
+
+def scan_host_keys(place: SftpPlace) -> list:
+    """The HostKeys that whoever answers there shows: none is to be believed without comparing."""
+    found = _ssh_configuration(place)
+    words = ["-T", str(SCAN_SECONDS), "-p", found["port"], "--", found["hostname"]]
+    output = _output_of(["ssh-keyscan", *words], 6 * SCAN_SECONDS)
+    keys = []
+    for line in output.splitlines():
+        name, _, key = line.partition(" ")
+        kind, _, data = key.strip().partition(" ")
+        try:
+            digest = binascii.b2a_base64(sha256(binascii.a2b_base64(data)), newline=False)
+        except ValueError:
+            continue
+        if data and not line.startswith("#"):
+            row = f"{found.get('hostkeyalias', name)} {kind} {data}"
+            fingerprint = "SHA256:" + digest.decode("ascii").rstrip("=")
+            keys.append(HostKey(row, one_line(kind)[:40], fingerprint))
+    return keys
+
+
+def accept_host_key(paths: Paths, place: SftpPlace, fingerprint: str) -> None:
+    """Makes a host known in this profile, if it shows the key with this fingerprint."""
+    wanted = fingerprint.strip().rstrip("=")
+    if not re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", wanted):
+        hint = "It looks like SHA256: and 43 letters and digits; 'ssh-keygen -lf' shows it."
+        raise ChatError(f"{one_line(wanted)[:80]!r} is no fingerprint of a host's key.", hint)
+    shown = scan_host_keys(place)
+    rows = [key.line for key in shown if key.fingerprint == wanted]
+    if not shown:
+        raise _no_host_key(place)
+    if not rows:
+        found = ", ".join(key.fingerprint for key in shown)
+        text = f"{place.address()} shows other keys than that: {found}."
+        raise ChatError(text, "Ask its owner; somebody may be in the middle.", "pin-mismatch")
+    before = read_file(known_hosts_file(paths)) or b""
+    if rows[0].encode("utf-8") not in before.splitlines():
+        write_file(known_hosts_file(paths), before + rows[0].encode("utf-8") + b"\n")
+
+
+def _no_host_key(place: SftpPlace) -> ChatError:
+    text = f"{place.address()} is not known here, and its key could not be looked up."
+    words = f"-P {place.port} " * bool(place.port) + f"{place.user}@" * bool(place.user)
+    return ChatError(text, f"Connect once by hand: 'sftp {words}{place.host}'.", "unknown-server")
+
+
+def unknown_host(place: SftpPlace) -> ChatError:
+    """An error that shows the host's fingerprints, for comparing."""
+    shown = [f"{key.fingerprint} ({key.kind})" for key in scan_host_keys(place)]
+    if not shown:
+        return _no_host_key(place)
+    text = f"{place.address()} is not known here; it shows {', '.join(shown)}."
+    hint = "Compare with what its owner says; repeat with --accept-key SHA256:... if it is one."
+    return ChatError(text, hint, "unknown-server")
+
+
+class SftpSession:
+    """One run of `sftp` in a local folder; it takes one command after the other.
+
+    Whatever ends it early is a ChatError, a ConnectionLost once it was in.
+    """
+
+    def __init__(self, paths: Paths, place: SftpPlace, local_folder: str):
+        self._place, self._said = place, queue.Queue()
+        command = [find_program("sftp", INSTALL_OPENSSH), *sftp_words(paths, place)]
+        self._child = Child("sftp", command, self._said.put, "", local_folder)
+        self._lines: list = []  # what was said since the last command was shown
+        self._command = ""
+        self._limit = time.monotonic() + LOGIN_SECONDS
+        self.ready = False  # logged in
+
+    def run(self, command: str, watch) -> list:
+        """The lines that the command printed. `watch()` is called a few times a second; what it
+        raises ends the wait."""
+        self._command, self._lines = command, []
+        self._child.say(f"{command}\n{SFTP_DONE}\n")
+        while True:
+            line = self._next_line()
+            if line is None:
+                raise self._why()
+            self.ready = self.ready or line.startswith("sftp> ")
+            if line == f"sftp> {SFTP_DONE}":
+                return self._lines
+            if line:
+                self._lines.append(line)
+            elif not self.ready and time.monotonic() > self._limit:
+                text = f"{self._place.address()} did not let this account in in time."
+                raise ChatError(text, "Check its address, and try again.", "unreachable")
+            watch()
+
+    def _next_line(self) -> str | None:
+        """A line, "" if there is none yet, None at the end."""
+        try:
+            return self._said.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            return ""
+
+    def _why(self) -> ChatError:
+        said, address = "\n".join(self._lines[-30:]), self._place.address()
+        if self.ready and self._child.result() == 1:
+            found = self._advice(SFTP_FILE_ADVICE, f"{self._command}\n{said}")
+            text = f"{address} did not do '{self._command.split(' ')[0]}'{last_words(said)}"
+            return found or ChatError(text, f"Try 'sftp {address}' by hand.", "storage")
+        if self.ready:
+            return ConnectionLost(address)
+        if re.search(r"No \S+ host key is known for", said):
+            return unknown_host(self._place)
+        found = self._advice(SFTP_LOGIN_ADVICE, said) or ssh_advice(said, address)
+        text = f"There is no SFTP connection with {address}{last_words(said)}"
+        return found or ChatError(text, f"Try 'sftp {address}' by hand.", "unreachable")
+
+    def _advice(self, table: tuple, said: str) -> ChatError | None:
+        host, folder = self._place.address(), self._place.folder or "of this account"
+        for pattern, text, hint, code in table:
+            if re.search(pattern, said):
+                return ChatError(text.format(host=host, folder=folder), hint, code)
+        return None
+
+    def leave(self) -> None:
+        """Says good-bye and waits for it, so that the server has no loose end."""
+        self._child.say("bye\n")
+        limit = time.monotonic() + END_SECONDS
+        while self._next_line() is not None and time.monotonic() < limit:
+            pass
+
+    def end(self) -> None:
+        """Ends it and its ssh, whatever state they are in."""
+        self._child.end()
+
+
+# ==================================================================================================
+# Part 46. Files on SFTP servers | uses 1, 2, 26, 32, 36, 45
+#
+# A sealed file is put into a folder of a server, or fetched from it and opened. What a server
+# stores is authenticated when it is opened, and its size is known before.
+#
+# sftp tells nothing while it puts a file. So the sealed file grows here by a piece at a time, each
+# of which a `reput` sends: that shows progress, and a lost connection costs one piece.
+# ==================================================================================================
+
+
+LOST_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # before each new attempt after a lost connection
+READ_BLOCK = 1 << 20
+FIRST_PIECE, MOST_PIECE, PIECE_SECONDS = 1 << 20, 256 << 20, 2.0  # a quick piece is doubled
+DISK_MARGIN = 16 << 20  # bytes of a disk that a transfer leaves free
+LISTED_SIZE = LazyPattern(r"\s(\d+)\s+[A-Z][a-z]{2}\s+\d+\s+[\d:]+\s")  # of a line of `ls -n`
+FORGET_SECONDS = 7 * 86400  # after this long a download that was given up begins anew
+
+
+class SftpTransfer:
+    """What putting and fetching have in common: `progress(done, total)` is called a few times a
+    second with bytes of the sealed object, and whatever it raises ends the transfer."""
+
+    def __init__(self, paths: Paths, place: SftpPlace, progress, total: int):
+        self._paths, self._place = paths, place
+        self._progress, self.total = progress, total
+        self._begun = False  # the server let us into the folder
+        self.folder = sealed_folder(paths)
+
+    def done(self) -> int:
+        raise NotImplementedError
+
+    def watch(self) -> None:
+        self._progress(self.done(), self.total)
+
+    def _keep_trying(self, work) -> None:
+        """work(session), in the remote folder, and again after a lost connection; it gives up
+        when there are too many in a row without a byte between them."""
+        failures = 0
+        while True:
+            before = self.done()
+            try:
+                return self._attempt(work)
+            except ChatError as error:
+                failures = 0 if self.done() > before else failures
+                final = not self._begun or failures == len(LOST_PAUSES)
+                if final or error.code != "unreachable":
+                    raise
+            self._wait(LOST_PAUSES[failures])
+            failures += 1
+
+    def _attempt(self, work) -> None:
+        session = SftpSession(self._paths, self._place, self.folder)
+        try:
+            session.run(f"cd {sftp_quoted(self._place.folder)}", self.watch)
+            self._begun = True
+            work(session)
+            session.leave()
+        finally:
+            session.end()
+
+    def _wait(self, seconds: float) -> None:
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            self.watch()
+            time.sleep(min(POLL_SECONDS, seconds))  # progress may end it
+
+
+def sealed_folder(paths: Paths) -> str:
+    """Where sealed files lie while they are sent or fetched; what is old there is removed."""
+    folder = paths.file("sftp")
+    make_private_folder(folder)
+    try:
+        with os.scandir(folder) as entries:
+            old = [e.path for e in entries if e.stat().st_mtime < time.time() - FORGET_SECONDS]
+        for path in old:
+            os.unlink(path)
+    except OSError:
+        pass  # another transfer was quicker
+    return folder
+
+
+def check_space(*needs: tuple) -> None:
+    """ChatError `storage` unless (folder, bytes) will fit, all together where they share a disk."""
+    for folder, _ in needs:
+        device = os.stat(folder).st_dev
+        needed = sum(size for other, size in needs if os.stat(other).st_dev == device)
+        if needed + DISK_MARGIN > shutil.disk_usage(folder).free:
+            text = f"There is too little space in {folder}: {needed:,} bytes are needed for a time."
+            raise ChatError(text, "Free some space on that disk.", "storage")
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+class SealedUpload(SftpTransfer):
+    """Seals an open file and puts it on a server: as NAME.part, then renamed."""
+
+    def __init__(self, paths: Paths, place: SftpPlace, source, key: bytes, progress):
+        size = os.fstat(source.fileno()).st_size
+        super().__init__(paths, place, progress, sealed_size(size))
+        self._source, self._left = source, size
+        self._sealer, self.digest = Sealer(key), hashlib.sha256()
+        self.name, self.size = new_object_name(), 0
+        self._local, self._handle = os.path.join(self.folder, self.name), -1
+        self._sealed = self._sent = 0  # bytes of the object: here, and confirmed there
+        self._whole, self._piece = False, FIRST_PIECE
+        self._continued = False  # a `reput` has worked
+
+    def done(self) -> int:
+        return self._sent
+
+    def run(self) -> None:
+        check_space((self.folder, self.total))
+        self._handle = _plain_open(self._local, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            os.chmod(self._local, 0o644)  # sftp takes it over; the folder keeps others out here
+            self._send_somehow()
+        except ChatError as error:
+            if self._begun and error.code != "unreachable":
+                self._tidy()
+            raise
+        finally:
+            os.close(self._handle)
+            _unlink(self._local)
+
+    def _send_somehow(self) -> None:
+        """In pieces; or at once, as some servers do not let a file be continued."""
+        try:
+            self._keep_trying(self._send)
+        except ChatError as error:
+            if error.code != "storage" or self._continued or not self._sent:
+                raise
+            self._tidy()
+            self._sent, self._piece = 0, self.total
+            self._seal_piece()
+            self._keep_trying(self._send)
+
+    def _send(self, session: SftpSession) -> None:
+        part = f"{self.name}.part"
+        resumed = self._sent > 0
+        if resumed:
+            self._sent = self._arrived(session)
+        while self._sent < self._sealed or not self._whole:
+            if self._sent == self._sealed:
+                self._seal_piece()
+            began, verb = time.monotonic(), "reput" if self._sent else "put"
+            session.run(f"{verb} {self.name} {part}", self.watch)
+            self._sent, self._continued = self._sealed, self._continued or verb == "reput"
+            if time.monotonic() - began < PIECE_SECONDS:
+                self._piece = min(2 * self._piece, MOST_PIECE)
+        if resumed and self._arrived(session) != self._sealed:
+            self._sent = 0  # what was on its way when the connection broke came late
+            raise ConnectionLost(self._place.address())
+        session.run(f"rename {part} {self.name}", self.watch)
+
+    def _arrived(self, session: SftpSession) -> int:
+        """How much of the object is there, by a listing; 0: what is there is no use."""
+        lines = session.run(f"-ls -n {self.name}.part", self.watch)
+        found = [int(match.group(1)) for match in map(LISTED_SIZE.search, lines) if match]
+        return found[-1] if found and found[-1] <= self._sealed else 0
+
+    def _seal_piece(self) -> None:
+        """Adds the next piece to the sealed file; at the file's end, all that is left to add."""
+        left = self._piece
+        while left and not self._whole:
+            data = self._source.read(min(READ_BLOCK, left, self._left))
+            if data:
+                self.digest.update(data)
+                self._add(self._sealer.seal(data))
+            else:
+                self._whole = True
+                for chunk in self._sealer.finish():
+                    self._add(chunk)
+            left -= len(data)
+            self._left -= len(data)
+            self.size += len(data)
+
+    def _add(self, data: bytes) -> None:
+        _write_all(self._handle, data)
+        self._sealed += len(data)
+
+    def _tidy(self) -> None:
+        """What a failure left there helps nobody."""
+        try:
+            _remove(self._paths, self._place, f"{self.name}.part")
+        except ChatError:
+            pass
+
+
+def upload_sealed(
+    paths: Paths, place: SftpPlace, path: str, key: bytes, progress, accept_key: str = ""
+) -> SealedReference:
+    """Puts a file, sealed under this key (32 random bytes), into a folder of an SFTP server.
+
+    `accept_key`: the fingerprint (SHA256:...) that its host's key must have to become known. The
+    reference is all that the receiver needs. ChatError says what went wrong and what to do.
+    """
+    if accept_key:
+        accept_host_key(paths, place, accept_key)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        with open(path, "rb") as source:
+            upload = SealedUpload(paths, place, source, key, progress)
+            upload.run()
+    except OSError as error:
+        raise storage_error("Sending", path, error) from None
+    name, url = plain_file_name(os.path.basename(path)), resolved_place(place).url()
+    return SealedReference(url, upload.name, key, upload.size, upload.digest.digest(), name)
+
+
+class SealedDownload(SftpTransfer):
+    """Fetches the object of a reference; what an earlier attempt has fetched is kept."""
+
+    def __init__(self, paths: Paths, reference: SealedReference, progress):
+        super().__init__(paths, reference.place(), progress, sealed_size(reference.size))
+        self._name = reference.name
+        self.local = os.path.join(self.folder, self._name)
+
+    def done(self) -> int:
+        try:
+            return os.stat(self.local).st_size
+        except FileNotFoundError:
+            return 0
+
+    def watch(self) -> None:
+        if self.done() > self.total:
+            raise self._other_size("longer")
+        super().watch()
+
+    @staticmethod
+    def _other_size(than: str) -> RemoteProtocolError:
+        return RemoteProtocolError(f"The file on the server is {than} than was announced.")
+
+    def run(self) -> None:
+        """Until all of it is in `local`; ChatError else."""
+        try:
+            if self.done() < self.total:
+                self._keep_trying(self._fetch)
+            if self.done() != self.total:
+                raise self._other_size("longer" if self.done() > self.total else "shorter")
+        except RemoteProtocolError:
+            _unlink(self.local)
+            raise
+
+    def _fetch(self, session: SftpSession) -> None:
+        verb = "reget" if self.done() else "get"
+        session.run(f"{verb} {self._name} {self._name}", self.watch)
+
+
+def download_sealed(
+    paths: Paths, reference: SealedReference, path_part: str, progress, accept_key: str = ""
+) -> None:
+    """Fetches a sealed file and opens it to `path_part`, which the caller then renames.
+
+    Its receiver has agreed to reference.question(). If it is interrupted, the next call goes on
+    where it stopped. After an error there is nothing at `path_part`; a RemoteProtocolError says
+    that the object is not what its sender announced.
+    """
+    if accept_key:
+        accept_host_key(paths, reference.place(), accept_key)
+    try:
+        download = SealedDownload(paths, reference, progress)
+        missing, target = max(0, download.total - download.done()), os.path.dirname(path_part)
+        check_space((download.folder, missing), (target or ".", reference.size))
+        download.run()
+        _open_sealed_file(download, reference, path_part)
+    except OSError as error:
+        raise storage_error("Fetching", path_part, error) from None
+
+
+def _open_sealed_file(download: SealedDownload, reference: SealedReference, path_part: str) -> None:
+    handle = _plain_open(path_part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        with os.fdopen(handle, "wb") as target, open(download.local, "rb") as source:
+            if _opened(source, target, reference, download.watch) != reference.sha256:
+                raise RemoteProtocolError("The file is not the one that was announced.")
+            target.flush()
+            os.fsync(handle)
+    except BaseException as error:
+        _unlink(path_part)
+        if isinstance(error, RemoteProtocolError):
+            _unlink(download.local)  # it would fail again
+        raise
+    _unlink(download.local)
+
+
+def _opened(source, target, reference: SealedReference, watch) -> bytes:
+    """Opens a sealed file into another; the content's SHA-256."""
+    opener, digest = Opener(reference.key), hashlib.sha256()
+    for data in iter(lambda: source.read(READ_BLOCK), b""):
+        content = opener.open(data)
+        digest.update(content)
+        target.write(content)
+        watch()
+    content = opener.finish()
+    digest.update(content)
+    target.write(content)
+    return digest.digest()
+
+
+def remove_remote(paths: Paths, place: SftpPlace, name: str) -> None:
+    """Removes a sealed file, by the name in its reference, from its server."""
+    if not OBJECT_NAME.match(name):
+        raise ChatError(f"{one_line(name)[:80]!r} is no sealed file.", "Only those are removed.")
+    _remove(paths, place, name)
+
+
+def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
+    session = SftpSession(paths, place, sealed_folder(paths))
+    try:
+        session.run(f"cd {sftp_quoted(place.folder)}", lambda: None)
+        session.run(f"rm {name}", lambda: None)
+        session.leave()
+    finally:
+        session.end()
+
+
+# ==================================================================================================
+# Part 47. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -11337,7 +12277,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 45. Relay server | uses 1, 2, 8, 31, 32, 34, 38, 44
+# Part 48. Relay server | uses 1, 2, 8, 32, 33, 35, 39, 47
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -11806,7 +12746,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 46. Where to connect | uses 1, 2, 4, 9, 31, 32, 38
+# Part 49. Where to connect | uses 1, 2, 4, 9, 32, 33, 39
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -11946,7 +12886,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 47. Channels | uses 1, 2, 31
+# Part 50. Channels | uses 1, 2, 32
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -12034,7 +12974,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 48. Connections | uses 1, 3, 31, 32, 38, 45-47
+# Part 51. Connections | uses 1, 3, 32, 33, 39, 48-50
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -12282,7 +13222,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 49. Records of a chat | uses 1, 2, 8, 17, 25, 26, 31, 34-36
+# Part 52. Records of a chat | uses 1, 2, 8, 17, 25, 27, 32, 35-37
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -12666,7 +13606,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 50. Chat client | uses 1, 2, 17, 20, 26, 31, 32, 45, 48, 49
+# Part 53. Chat client | uses 1, 2, 17, 20, 27, 32, 33, 48, 51, 52
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -13046,7 +13986,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 51. Commands | uses 1, 2
+# Part 54. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -13201,7 +14141,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 52. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 51
+# Part 55. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 54
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -13531,7 +14471,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 53. Chat commands: people and servers | uses 1, 2, 4, 23, 31, 32, 40, 46, 51, 52
+# Part 56. Chat commands: people and servers | uses 1, 2, 4, 23, 32, 33, 41, 49, 54, 55
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -13834,7 +14774,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 54. Chat commands: records | uses 1, 2, 6, 30, 31, 35, 51, 52
+# Part 57. Chat commands: records | uses 1, 2, 6, 31, 32, 36, 54, 55
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -14043,7 +14983,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 55. Console commands | uses 1, 2, 8, 45, 51
+# Part 58. Console commands | uses 1, 2, 8, 48, 54
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -14163,7 +15103,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 56. Terminal input | uses 31
+# Part 59. Terminal input | uses 32
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -14369,7 +15309,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 57. Terminal | uses 2, 27-29, 31, 56
+# Part 60. Terminal | uses 2, 28-30, 32, 59
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -14731,7 +15671,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 58. Words for events | uses 2, 8, 27, 51, 52
+# Part 61. Words for events | uses 2, 8, 28, 54, 55
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -14979,7 +15919,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 59. Faces: terminal and JSON lines | uses 2, 27, 31, 32, 51, 57, 58
+# Part 62. Faces: terminal and JSON lines | uses 2, 28, 32, 33, 54, 60, 61
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -15320,7 +16260,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 60. Activities | uses 1-4, 11, 13, 23, 31, 32, 34, 38, 40, 41, 43, 45, 46, 49-51, 55, 59
+# Part 63. Activities | uses 1-4, 11, 13, 23, 32, 33, 35, 39, 41, 42, 44, 48, 49, 52-54, 58, 62
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -15707,7 +16647,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 61. Chatting directly | uses 1, 2, 4, 23, 31, 34, 45, 46, 49, 50, 59, 60
+# Part 64. Chatting directly | uses 1, 2, 4, 23, 32, 35, 48, 49, 52, 53, 62, 63
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -15888,7 +16828,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 62. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 34, 38, 45, 46, 50, 51
+# Part 65. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 35, 39, 48, 49, 53, 54
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -16070,7 +17010,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 63. Session | uses 1, 2, 27, 31, 33, 34, 57, 59
+# Part 66. Session | uses 1, 2, 28, 32, 34, 35, 60, 62
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -16155,7 +17095,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 64. Shell commands | uses 1, 2, 4, 30-32, 34-36, 40, 43, 46, 49, 53, 57, 59-63
+# Part 67. Shell commands | uses 1, 2, 4, 31-33, 35-37, 41, 44, 49, 52, 56, 60, 62-66
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -16497,7 +17437,7 @@ class UsageError(Exception):
 
 
 # ==================================================================================================
-# Part 65. Command line | uses 1, 8, 31, 51, 53, 64
+# Part 68. Command line | uses 1, 8, 32, 54, 56, 67
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -16665,7 +17605,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 66. Menu and door | uses 1, 2, 4, 30-32, 38, 46, 51, 53, 59, 63-65
+# Part 69. Menu and door | uses 1, 2, 4, 31-33, 39, 49, 54, 56, 62, 66-68
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

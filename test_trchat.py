@@ -67,7 +67,9 @@ import warnings  # noqa: E402
 # The top of test_trchat.py: right after `import sys` and before anything that needs a package.
 
 
-TEST_PACKAGES = [trchat.REQUIREMENT, "doubleratchet", "hypothesis", "pyngrok", "pyte"]
+TEST_PACKAGES = [
+    trchat.REQUIREMENT, "asyncssh", "doubleratchet", "hypothesis", "paramiko", "pyngrok", "pyte"
+]
 STAMP = "trchat-requirements.txt"
 
 
@@ -15110,6 +15112,1377 @@ class VaultTest(EndToEnd):
         alice = self.client("alice", server.token, **pw)
         alice.say("x")
         alice.wait_for("sent")
+
+
+# ==================================================================================================
+# The SFTP server: its machine, safe names, rooted folders, and real clients
+# ==================================================================================================
+
+FXP, FX, FXF, Attributes = trchat.FXP, trchat.FX, trchat.FXF, trchat.Attributes
+HELLO_SFTP = trchat.encode_sftp(FXP.INIT, 3, b"")
+NEW_FILE = FXF.WRITE | FXF.CREAT | FXF.TRUNC
+
+
+class MemoryFile:
+    def __init__(self, data: bytearray, owner):
+        self.data, self.owner, self.reads, self.open = data, owner, [], True
+
+    def read(self, offset: int, size: int) -> bytes:
+        self.reads.append((offset, size))
+        return bytes(self.data[offset : offset + size])
+
+    def write(self, offset: int, data) -> None:
+        self.owner.written = type(data)
+        if data:
+            self.data.extend(bytes(max(0, offset - len(self.data))))
+        self.data[offset : offset + len(data)] = data
+
+    def stat(self):
+        return Attributes(len(self.data), permissions=0o100600, atime=1, mtime=2)
+
+    def set_attributes(self, attributes) -> None:
+        if attributes.size is not None:
+            self.data.extend(bytes(max(0, attributes.size - len(self.data))))
+            del self.data[attributes.size :]
+
+    def sync(self) -> None:
+        self.owner.synced += 1
+
+    def close(self) -> None:
+        self.open = False
+
+
+class MemoryFolder:
+    """A folder in memory: dicts with bytearrays in them. A model of what RootedFolder does."""
+
+    def __init__(self):
+        self.tree, self.files, self.written, self.synced = {}, [], None, 0
+
+    def find(self, parts):
+        found = self.tree
+        for part in parts:
+            if not isinstance(found, dict):
+                raise OSError(errno.ENOTDIR, "")
+            if part not in found:
+                raise OSError(errno.ENOENT, "")
+            found = found[part]
+        return found
+
+    def place(self, path: str):
+        parts = trchat.path_parts(path)
+        if not parts:
+            raise OSError(errno.EACCES, "")
+        folder = self.find(parts[:-1])
+        if not isinstance(folder, dict):
+            raise OSError(errno.ENOTDIR, "")
+        return folder, parts[-1]
+
+    def open(self, path: str, flags: int, attributes):
+        if not trchat.path_parts(path):
+            raise OSError(errno.EISDIR, "")
+        folder, name = self.place(path)
+        if name not in folder and flags & FXF.CREAT:
+            folder[name] = bytearray()
+        elif flags & FXF.EXCL:
+            raise OSError(errno.EEXIST, "")
+        data = self.find(trchat.path_parts(path))
+        if isinstance(data, dict):
+            raise OSError(errno.EISDIR, "")
+        if flags & FXF.TRUNC:
+            data.clear()
+        self.files.append(MemoryFile(data, self))
+        return self.files[-1]
+
+    def list(self, path: str):
+        found = self.find(trchat.path_parts(path))
+        if not isinstance(found, dict):
+            raise OSError(errno.ENOTDIR, "")
+        return [trchat.Entry(name, name, Attributes()) for name in found]
+
+    def stat(self, path: str):
+        found = self.find(trchat.path_parts(path))
+        if isinstance(found, dict):
+            return Attributes(permissions=0o40700)
+        return MemoryFile(found, self).stat()
+
+    lstat = stat
+
+    def set_attributes(self, path: str, attributes) -> None:
+        folder, name = self.place(path)
+        found = self.find(trchat.path_parts(path))
+        if attributes.size is not None and isinstance(found, dict):
+            raise OSError(errno.EISDIR, "")
+        if not isinstance(found, dict):
+            MemoryFile(found, self).set_attributes(attributes)
+
+    def remove(self, path: str) -> None:
+        folder, name = self.place(path)
+        if isinstance(self.find(trchat.path_parts(path)), dict):
+            raise OSError(errno.EISDIR, "")
+        del folder[name]
+
+    def make_folder(self, path: str, attributes) -> None:
+        folder, name = self.place(path)
+        if name in folder:
+            raise OSError(errno.EEXIST, "")
+        folder[name] = {}
+
+    def remove_folder(self, path: str) -> None:
+        folder, name = self.place(path)
+        found = self.find(trchat.path_parts(path))
+        if found or not isinstance(found, dict):
+            raise OSError(errno.ENOTEMPTY, "")
+        del folder[name]
+
+    def rename(self, old: str, new: str, replace: bool) -> None:
+        (source, name), (target, new_name) = self.place(old), self.place(new)
+        moved = self.find(trchat.path_parts(old))
+        there = target.get(new_name)
+        if there is not None and not replace:
+            raise OSError(errno.EEXIST, "")
+        if there is moved:
+            return
+        within = trchat.path_parts(new)[: len(trchat.path_parts(old))] == trchat.path_parts(old)
+        kinds = there is not None and isinstance(there, dict) != isinstance(moved, dict)
+        if within or kinds or isinstance(there, dict) and there:
+            raise OSError(errno.EINVAL, "")
+        del source[name]
+        target[new_name] = moved
+
+    def real_path(self, path: str) -> str:
+        return "/" + "/".join(trchat.path_parts(path))
+
+    def space(self, path: str):
+        return trchat.Space(*range(1, 12))
+
+
+class SftpTalk:
+    """A client without a wire: asks a machine and decodes what it answers."""
+
+    def __init__(self, folder=None, greet: bool = True):
+        self.folder = folder or MemoryFolder()
+        self.machine = trchat.SftpServerMachine(self.folder)
+        self.numbers = itertools.count(1)
+        if greet:
+            self.send(HELLO_SFTP)
+
+    def send(self, data: bytes) -> list:
+        """The (kind, values) of all replies to these bytes."""
+        self.machine.receive_data(data)
+        return [decoded(reply) for reply in iter(self.machine.next_reply, None) if reply]
+
+    def ask(self, kind: int, *values):
+        """(kind of the reply, its fields after the number)."""
+        number = next(self.numbers)
+        ((answer, (same, *fields)),) = self.send(trchat.encode_sftp(kind, number, *values))
+        assert same == number
+        return answer, fields
+
+    def code(self, kind: int, *values) -> int:
+        """The code of a STATUS; None if it was another reply."""
+        answer, fields = self.ask(kind, *values)
+        return fields[0] if answer == FXP.STATUS else None
+
+    def open(self, path: str, flags: int = FXF.READ) -> bytes:
+        return self.ask(FXP.OPEN, path, flags, Attributes())[1][0]
+
+    def put(self, path: str, data: bytes) -> None:
+        handle = self.open(path, NEW_FILE)
+        assert self.code(FXP.WRITE, handle, 0, data) == FX.OK
+        assert self.code(FXP.CLOSE, handle) == FX.OK
+
+    def names(self, path: str = "/") -> list:
+        handle, found = self.ask(FXP.OPENDIR, path)[1][0], []
+        while True:
+            kind, fields = self.ask(FXP.READDIR, handle)
+            if kind == FXP.STATUS:
+                self.code(FXP.CLOSE, handle)
+                return found
+            found += [entry.name for entry in fields[0]]
+
+    def extended(self, name: str, *fields: bytes):
+        return self.ask(FXP.EXTENDED, name, b"".join(fields))
+
+    def hash(self, path: str, offset=0, length=0, algorithms="sha256", block_size=0):
+        numbers = trchat.u64(offset) + trchat.u64(length) + trchat.u32(block_size)
+        fields = trchat.text_block(path), trchat.text_block(algorithms), numbers
+        return self.extended("check-file-name", *fields)
+
+
+def decoded(packet: bytes) -> tuple:
+    size, kind = trchat.FRAME_HEAD.unpack_from(packet)
+    assert size == len(packet) - 4
+    return kind, trchat.decode_sftp(kind, packet[5:])
+
+
+class SftpServerMachineTest(PureCase):
+    def test_greeting(self):
+        ((kind, (version, extensions)),) = SftpTalk(greet=False).send(HELLO_SFTP)
+        self.assertEqual((kind, version), (FXP.VERSION, 3))
+        found = trchat.decode_extensions(extensions)
+        self.assertEqual(found["statvfs@openssh.com"], b"2")
+        self.assertEqual(set(found), set(trchat.SftpServerMachine.EXTENSIONS))
+
+    def test_what_comes_out_of_order_ends_the_stream(self):
+        first = [kind for kind in range(256) if kind != FXP.INIT]
+        for kind in first:
+            talk = SftpTalk(greet=False)
+            self.refused(talk.send, trchat.FRAME_HEAD.pack(9, kind) + bytes(8))
+        self.refused(SftpTalk().send, HELLO_SFTP)
+        for bad in (
+            trchat.encode_sftp(FXP.INIT, 2, b""),
+            trchat.encode_sftp(FXP.INIT, 3, b"\0\0\0\x09abc"),
+            trchat.FRAME_HEAD.pack(3, FXP.INIT) + b"\0\0",
+        ):
+            self.refused(SftpTalk(greet=False).send, bad)
+        later = trchat.encode_sftp(FXP.INIT, 6, trchat.encode_extensions({"x@y": b"1"}))
+        self.assertEqual(SftpTalk(greet=False).send(later)[0][1][0], 3)
+
+    def session(self) -> list:
+        """The packets of a session that uses everything, in order."""
+        pack, handles = trchat.encode_sftp, map(trchat.u64, itertools.count(1))
+        a, b, c = next(handles), next(handles), next(handles)
+        return [
+            HELLO_SFTP,
+            pack(FXP.REALPATH, 1, "."),
+            pack(FXP.MKDIR, 2, "/d", Attributes()),
+            pack(FXP.OPEN, 3, "/d/ä.txt", NEW_FILE, Attributes(permissions=0o644)),
+            pack(FXP.WRITE, 4, a, 0, b"hello"),
+            pack(FXP.WRITE, 5, a, 5, bytes(300)),
+            pack(FXP.FSETSTAT, 6, a, Attributes(size=7)),
+            pack(FXP.EXTENDED, 7, "fsync@openssh.com", trchat.block(a)),
+            pack(FXP.CLOSE, 8, a),
+            pack(FXP.OPEN, 9, "/d/ä.txt", FXF.READ, Attributes()),
+            pack(FXP.READ, 10, b, 1, 3),
+            pack(FXP.READ, 11, b, 7, 3),
+            pack(FXP.FSTAT, 12, b),
+            pack(FXP.CLOSE, 13, b),
+            pack(FXP.OPENDIR, 14, "/d"),
+            pack(FXP.READDIR, 15, c),
+            pack(FXP.READDIR, 16, c),
+            pack(FXP.CLOSE, 17, c),
+            pack(FXP.RENAME, 18, "/d/ä.txt", "/e"),
+            pack(FXP.SETSTAT, 19, "/e", Attributes(size=2)),
+            pack(FXP.LSTAT, 20, "/e"),
+            pack(FXP.STAT, 21, "/none"),
+            pack(FXP.EXTENDED, 22, "statvfs@openssh.com", trchat.text_block("/")),
+            pack(FXP.EXTENDED, 23, "who@knows", b""),
+            pack(FXP.SYMLINK, 24, "/e", "/f"),
+            pack(FXP.REMOVE, 25, "/e"),
+            pack(FXP.RMDIR, 26, "/d"),
+        ]
+
+    def replies(self, pieces) -> bytes:
+        machine, found = trchat.SftpServerMachine(MemoryFolder()), []
+        for piece in pieces:
+            machine.receive_data(piece)
+            found += iter(machine.next_reply, None)
+        return b"".join(found)
+
+    def test_every_split_point(self):
+        stream = b"".join(self.session())
+        whole = self.replies([stream])
+        kinds = [decoded(reply)[0] for reply in self.split(whole)]
+        s, h, n = FXP.STATUS, FXP.HANDLE, FXP.NAME
+        wanted = [FXP.VERSION, n, s, h, s, s, s, s, s, h, FXP.DATA, s, FXP.ATTRS, s, h, n, s, s, s,
+                  s, FXP.ATTRS, s, FXP.EXTENDED_REPLY, s, s, s, s]  # fmt: skip
+        self.assertEqual(kinds, wanted)
+        for cut in range(len(stream) + 1):
+            self.assertEqual(self.replies([stream[:cut], stream[cut:]]), whole, cut)
+        self.assertEqual(self.replies(stream[i : i + 1] for i in range(len(stream))), whole)
+
+    def split(self, stream: bytes):
+        while stream:
+            size = 4 + int.from_bytes(stream[:4], "big")
+            yield stream[:size]
+            stream = stream[size:]
+
+    def test_every_truncated_packet_ends_the_stream(self):
+        for packet in self.session()[1:]:
+            _, kind = trchat.FRAME_HEAD.unpack_from(packet)
+            for size in range(5, len(packet)):
+                short = trchat.FRAME_HEAD.pack(size - 4, kind) + packet[5:size]
+                talk = SftpTalk()
+                fieldless = kind == FXP.SYMLINK and size >= 9  # they are never looked at
+                if fieldless or kind == FXP.EXTENDED and b"who@knows" in short:
+                    self.assertEqual(talk.send(short)[0][1][1], FX.OP_UNSUPPORTED)
+                else:
+                    self.refused(talk.send, short)
+            long = trchat.FRAME_HEAD.pack(len(packet) - 3, kind) + packet[5:] + b"\0"
+            if kind != FXP.SYMLINK and b"who@knows" not in long:
+                self.refused(SftpTalk().send, long)
+
+    def test_absurd_lengths_are_seen_at_once(self):
+        for size in (0, trchat.SFTP_PACKET + 1, 0xFFFFFFFF):
+            self.refused(SftpTalk().send, trchat.FRAME_HEAD.pack(size, FXP.STAT))
+
+    @MANY_EXAMPLES
+    @given(st.binary(max_size=400))
+    def test_random_bytes(self, noise):
+        try:
+            SftpTalk().send(noise)
+        except trchat.RemoteProtocolError:
+            pass
+
+    @MANY_EXAMPLES
+    @given(st.sampled_from([*range(1, 21), 200, 201, 255]), st.binary(max_size=60))
+    def test_random_bodies(self, kind, body):
+        try:
+            ((_, values),) = SftpTalk().send(trchat.FRAME_HEAD.pack(5 + len(body), kind) + b"\0\0\0\x07" + body)
+            self.assertEqual(values[0], 7)
+        except trchat.RemoteProtocolError:
+            pass
+
+    def test_nothing_is_read_before_its_reply_is_asked_for(self):
+        talk = SftpTalk()
+        talk.put("/a", bytes(1000))
+        handle = talk.open("/a")
+        file = talk.folder.files[-1]
+        request = trchat.encode_sftp(FXP.READ, 1, handle, 0, trchat.SFTP_BLOCK)
+        talk.machine.receive_data(request * 64)
+        self.assertEqual(file.reads, [])
+        for asked in range(1, 65):
+            self.assertEqual(decoded(talk.machine.next_reply())[0], FXP.DATA)
+            self.assertEqual(len(file.reads), asked)
+        self.assertIsNone(talk.machine.next_reply())
+
+    def test_a_hundred_thousand_requests_at_once(self):
+        talk = SftpTalk()
+        packets = [trchat.encode_sftp(FXP.STAT, number, "/none") for number in range(100_000)]
+        replies = talk.send(b"".join(packets))
+        self.assertEqual([values[0] for _, values in replies], list(range(100_000)))
+
+    def test_only_so_much_waits_unread(self):
+        machine = trchat.SftpServerMachine(MemoryFolder())
+        piece = bytes(1 << 20)
+        machine.receive_data(HELLO_SFTP)
+        for _ in range(trchat.SFTP_UNREAD >> 20):
+            machine.receive_data(piece[len(HELLO_SFTP) :])
+        self.refused(machine.receive_data, piece)
+        write = trchat.encode_sftp(FXP.WRITE, 1, b"12345678", 0, bytes(trchat.SFTP_BLOCK))
+        trchat.SftpServerMachine(MemoryFolder()).receive_data(write * 128)  # asyncssh's window
+
+    def test_handles(self):
+        talk = SftpTalk()
+        talk.put("/a", b"x")
+        file, folder = talk.open("/a"), talk.ask(FXP.OPENDIR, "/")[1][0]
+        for kind, *values in (
+            (FXP.READ, folder, 0, 1), (FXP.WRITE, folder, 0, b"x"), (FXP.READDIR, file),
+            (FXP.FSTAT, folder), (FXP.CLOSE, b""), (FXP.CLOSE, b"?" * 256), (FXP.FSTAT, b"nobody"),
+            (FXP.FSETSTAT, folder, Attributes(size=0)), (FXP.WRITE, b"?" * 256, 0, b"x"),
+        ):  # fmt: skip
+            self.assertEqual(talk.code(kind, *values), FX.FAILURE, kind)
+        self.assertEqual(talk.code(FXP.CLOSE, file), FX.OK)
+        self.assertEqual(talk.code(FXP.CLOSE, file), FX.FAILURE)
+        self.assertEqual(talk.code(FXP.READ, file, 0, 1), FX.FAILURE)
+        self.assertNotIn(talk.open("/a"), (file, folder))
+        self.refused(talk.ask, FXP.WRITE, b"?" * 257, 0, b"x")
+
+    def test_handles_run_out_and_come_back(self):
+        talk = SftpTalk()
+        talk.put("/a", b"x")
+        handles = [talk.open("/a") for _ in range(200)]
+        handles += [talk.ask(FXP.OPENDIR, "/")[1][0] for _ in range(trchat.SFTP_HANDLES - 200)]
+        self.assertEqual(len(set(handles)), trchat.SFTP_HANDLES)
+        for kind, values in ((FXP.OPEN, ("/a", FXF.READ, Attributes())), (FXP.OPENDIR, ("/",))):
+            answer, (code, text, _) = talk.ask(kind, *values)
+            self.assertEqual((answer, code, text), (FXP.STATUS, FX.FAILURE, "Too many files are open."))
+        for handle in handles[150:250]:
+            self.assertEqual(talk.code(FXP.CLOSE, handle), FX.OK)
+        self.assertNotIn(talk.open("/a"), handles)
+        talk.machine.close()
+        self.assertFalse(any(file.open for file in talk.folder.files))
+
+    def test_errors_of_the_system_become_codes(self):
+        talk = SftpTalk()
+        codes = {errno.ENOENT: 2, errno.EACCES: 3, errno.EROFS: 3, errno.ENOSPC: 4, errno.EEXIST: 4,
+                 errno.ENOTSUP: 8, errno.ELOOP: 3, errno.EIO: 4, None: 4}  # fmt: skip
+        for number, code in codes.items():
+            talk.folder.stat = mock.Mock(side_effect=OSError(number, "/home/somebody/secret"))
+            answer, (found, text, language) = talk.ask(FXP.STAT, "/a")
+            self.assertEqual((answer, found, language), (FXP.STATUS, code, "en"))
+            self.assertRegex(text, r"^[A-Z][a-z ]+\.$")
+        self.assertTrue(all(re.match(r"[A-Z][a-z ]+\.$", t) for _, t in trchat.SFTP_ERRORS.values()))
+
+    def test_reading(self):
+        talk = SftpTalk()
+        data = os.urandom(trchat.SFTP_BLOCK + 1000)
+        talk.folder.tree["a"] = bytearray(data)
+        handle = talk.open("/a")
+        read = lambda offset, size: talk.ask(FXP.READ, handle, offset, size)  # noqa: E731
+        self.assertEqual(read(10, 20), (FXP.DATA, [data[10:30]]))
+        self.assertEqual(read(0, 0xFFFFFFFF), (FXP.DATA, [data[: trchat.SFTP_BLOCK]]))
+        self.assertEqual(read(trchat.SFTP_BLOCK, 5000), (FXP.DATA, [data[trchat.SFTP_BLOCK :]]))
+        self.assertEqual(read(len(data), 1)[1][0], FX.EOF)
+        self.assertEqual(read(0, 0), (FXP.DATA, [b""]))
+        self.assertEqual(read((1 << 64) - 1, 1)[1][0], FX.FAILURE)
+
+    def test_writing(self):
+        talk = SftpTalk()
+        handle = talk.open("/a", NEW_FILE)
+        self.assertEqual(talk.code(FXP.WRITE, handle, 2, b"cd"), FX.OK)
+        self.assertIs(talk.folder.written, memoryview)  # not copied on the way
+        self.assertEqual(talk.folder.tree["a"], b"\0\0cd")
+        for offset in (1 << 63, (1 << 64) - 1, (1 << 63) - 1):
+            self.assertEqual(talk.code(FXP.WRITE, handle, offset, b"x"), FX.FAILURE)
+        for size in (1 << 63, (1 << 64) - 1):
+            attributes = Attributes(size=size)
+            self.assertEqual(talk.code(FXP.SETSTAT, "/a", attributes), FX.FAILURE)
+            self.assertEqual(talk.code(FXP.FSETSTAT, handle, attributes), FX.FAILURE)
+        self.assertEqual(talk.folder.tree["a"], b"\0\0cd")
+
+    def test_a_failing_write_leaves_the_stream_whole(self):
+        talk = SftpTalk()
+        handle = talk.open("/a", NEW_FILE)
+        talk.folder.files[-1].write = mock.Mock(side_effect=OSError(errno.ENOSPC, ""))
+        self.assertEqual(talk.code(FXP.WRITE, handle, 0, bytes(1000)), FX.FAILURE)
+        self.assertEqual(talk.code(FXP.STAT, "/none"), FX.NO_SUCH_FILE)
+
+    def test_flags_that_make_no_sense(self):
+        talk = SftpTalk()
+        for flags in (0, FXF.CREAT, FXF.READ | FXF.TRUNC, FXF.WRITE | FXF.EXCL, 64 | FXF.READ,
+                      FXF.READ | FXF.CREAT, FXF.APPEND):  # fmt: skip
+            self.assertEqual(talk.code(FXP.OPEN, "/a", flags, Attributes()), FX.FAILURE, flags)
+        self.assertEqual(talk.folder.tree, {})
+
+    def test_long_listings_come_in_packets_that_fit(self):
+        talk = SftpTalk()
+        talk.folder.tree.update((f"{number:05}" + "ä" * 120, bytearray()) for number in range(3000))
+        handle, names, sizes = talk.ask(FXP.OPENDIR, "/")[1][0], [], []
+        while True:
+            talk.machine.receive_data(trchat.encode_sftp(FXP.READDIR, 1, handle))
+            reply = talk.machine.next_reply()
+            kind, values = decoded(reply)
+            if kind == FXP.STATUS:
+                break
+            sizes.append(len(reply))
+            names += [entry.name for entry in values[1]]
+        self.assertEqual(values[1], FX.EOF)
+        self.assertEqual(names, list(talk.folder.tree))
+        self.assertLess(max(sizes), 34_000)
+        self.assertEqual(talk.code(FXP.READDIR, handle), FX.EOF)
+
+    def test_a_listing_with_a_close_is_closed(self):
+        talk = SftpTalk()
+        for end in (lambda handle: talk.code(FXP.CLOSE, handle), lambda _: talk.machine.close()):
+            listing = mock.MagicMock()
+            listing.__iter__.return_value = iter([])
+            talk.folder.list = mock.Mock(return_value=listing)
+            handle = talk.ask(FXP.OPENDIR, "/")[1][0]
+            listing.close.assert_not_called()
+            end(handle)
+            listing.close.assert_called_once()
+
+    def test_extensions(self):
+        talk = SftpTalk()
+        limits = struct.pack(">QQQQ", 262144, 261120, 261120, 256)
+        self.assertEqual(talk.extended("limits@openssh.com"), (FXP.EXTENDED_REPLY, [limits]))
+        self.refused(talk.extended, "limits@openssh.com", b"\0")
+        talk = SftpTalk()
+        talk.put("/a", b"one")
+        talk.put("/b", b"two")
+        paths = trchat.text_block("/a"), trchat.text_block("/b")
+        self.assertEqual(talk.code(FXP.RENAME, "/a", "/b"), FX.FAILURE)
+        self.assertEqual(talk.extended("posix-rename@openssh.com", *paths)[1][0], FX.OK)
+        self.assertEqual(talk.folder.tree, {"b": b"one"})
+        handle = trchat.block(talk.open("/b"))
+        self.assertEqual(talk.extended("fsync@openssh.com", handle)[1][0], FX.OK)
+        self.assertEqual(talk.folder.synced, 1)
+        space = struct.pack(">11Q", *range(1, 12))
+        self.assertEqual(talk.extended("statvfs@openssh.com", paths[0]), (FXP.EXTENDED_REPLY, [space]))
+        for name in ("hardlink@openssh.com", "", "check-file", "limits@openssh.con"):
+            self.assertEqual(talk.extended(name, *paths)[1][0], FX.OP_UNSUPPORTED)
+        for kind in (FXP.READLINK, FXP.SYMLINK, 21, 30, FXP.STATUS, FXP.DATA, 199, 255):
+            ((_, values),) = talk.send(trchat.FRAME_HEAD.pack(9, kind) + bytes(8))
+            self.assertEqual(values[1], FX.OP_UNSUPPORTED, kind)
+
+    def test_check_file(self):
+        talk = SftpTalk()
+        data = os.urandom(3 * trchat.SFTP_BLOCK + 17)
+        talk.folder.tree["a"] = bytearray(data)
+        for offset, length in ((0, 0), (5, 0), (5, 10), (0, len(data)), (7, trchat.SFTP_BLOCK + 1),
+                               (0, 1 << 40), (len(data), 0), (1 << 40, 5)):  # fmt: skip
+            part = data[offset : offset + length] if length else data[offset:]
+            wanted = trchat.text_block("sha256") + hashlib.sha256(part).digest()
+            self.assertEqual(talk.hash("/a", offset, length), (FXP.EXTENDED_REPLY, [wanted]))
+            handle = talk.open("/a")
+            request = trchat.block(handle) + trchat.text_block("md5,sha256")
+            request += struct.pack(">QQI", offset, length, 0)
+            self.assertEqual(talk.extended("check-file-handle", request)[1], [wanted])
+            self.assertLessEqual(max(size for _, size in talk.folder.files[-1].reads or [(0, 0)]), trchat.SFTP_BLOCK)
+            talk.code(FXP.CLOSE, handle)
+        self.assertFalse(any(file.open for file in talk.folder.files))
+        self.assertEqual(talk.hash("/a", algorithms="md5,sha1")[1][0], FX.FAILURE)
+        self.assertEqual(talk.hash("/a", block_size=256)[1][0], FX.OP_UNSUPPORTED)
+        self.assertEqual(talk.hash("/none")[1][0], FX.NO_SUCH_FILE)
+        self.assertEqual(talk.hash("/a", 1 << 63, 1 << 63)[1][0], FX.FAILURE)
+        self.assertFalse(any(file.open for file in talk.folder.files))
+
+    def test_a_long_hash_lets_the_driver_look_around(self):
+        talk = SftpTalk()
+        data = os.urandom(5 * trchat.SFTP_BLOCK)
+        talk.folder.tree["a"] = bytearray(data)
+        number = trchat.u64(0) + trchat.u64(0) + trchat.u32(0)
+        request = trchat.text_block("/a") + trchat.text_block("sha256") + number
+        packet = trchat.encode_sftp(FXP.EXTENDED, 7, "check-file-name", request)
+        with mock.patch.object(trchat, "HASH_STEP", 2):
+            talk.machine.receive_data(packet + trchat.encode_sftp(FXP.STAT, 8, "/a"))
+            replies = list(iter(talk.machine.next_reply, None))
+            self.assertEqual(replies[:3], [b""] * 3)
+            found = [decoded(reply)[1] for reply in replies[3:]]
+            self.assertEqual([values[0] for values in found], [7, 8])
+            self.assertEqual(found[0][1], trchat.text_block("sha256") + hashlib.sha256(data).digest())
+            talk.machine.receive_data(packet)
+            self.assertEqual(talk.machine.next_reply(), b"")
+            talk.folder.files[-1].read = mock.Mock(side_effect=OSError(errno.EIO, ""))
+            self.assertEqual(decoded(talk.machine.next_reply())[1][1], FX.FAILURE)
+            self.assertFalse(any(file.open for file in talk.folder.files))
+            talk.machine.receive_data(packet)
+            self.assertEqual(talk.machine.next_reply(), b"")
+            talk.machine.close()
+            self.assertFalse(any(file.open for file in talk.folder.files))
+
+
+UNSAFE_NAMES = ["a/b", "a\\b", "C:x", "x:y", "a:b:$DATA", "CON", "nul.txt", "Com1.tar.gz", "lpt\u00b2",
+                "COM0", "aux .c", "conin$", "a.", "a ", "a. .", "a\nb", "\x1b[2J", "a\x7f", "a\x9bb",
+                "exe.\u202egpj", "a\u2066b", "a\ufeff", "a\ud800b", "a\udc80", "a\u2028", "x" * 256,
+                "\u00e4" * 128, "a*", "a?", 'a"', "<a>", "a|b", "\0"]  # fmt: skip
+
+
+class SafeFileNamesTest(PureCase):
+    def test_unsafe_ones(self):
+        for name in UNSAFE_NAMES + ["", ".", ".."]:
+            self.assertFalse(trchat.is_safe_file_name(name), ascii(name))
+            self.assertTrue(trchat.is_safe_file_name(trchat.safe_file_name(name)), ascii(name))
+        for name in (".trchat-1", ".part", "a", "COMMON", "CON1", "Übung (2).tar.gz", "x" * 255, " a",
+                     "\u0646\u200c\u0645", "👩\u200d💻.png", "console.log", "null"):  # fmt: skip
+            self.assertTrue(trchat.is_safe_file_name(name), ascii(name))
+
+    def test_what_becomes_of_a_proposal(self):
+        for proposed, kept in {
+            "photo.jpg": "photo.jpg",
+            "../../etc/passwd": "passwd",
+            "..\\..\\boot.ini": "boot.ini",
+            "/": "file", "": "file", "..": "file", ". .": "file", "\u202e": "file", "a/..": "a",
+            "C:\\Windows\\x.exe": "x.exe", "C:x": "x", "notes 12:30.txt": "notes 12_30.txt",
+            "con": "_con", "NUL.tar.gz": "_NUL.tar.gz", "a. . ": "a", " a ": "a", "\u3000a\u3000": "a",
+            "exe.\u202egpj": "exe.gpj", "a\x1b[2Jb": "a[2Jb", ".profile": ".profile",
+            "u\u0308.txt": "\u00fc.txt", "what?*.txt": "what__.txt", "\ud800x\udc80": "x",
+        }.items():  # fmt: skip
+            self.assertEqual(trchat.safe_file_name(proposed), kept, ascii(proposed))
+
+    def test_long_ones_keep_their_extension(self):
+        for name, ending in (("x" * 500 + ".tar.gz", ".tar.gz"), ("ü" * 300 + ".jpeg", ".jpeg"),
+                             ("👩\u200d💻" * 90 + ".png", ".png"), ("a." + "b" * 300, "b")):  # fmt: skip
+            kept = trchat.safe_file_name(name)
+            self.assertTrue(kept.endswith(ending), kept)
+            self.assertIn(len(kept.encode()), range(190, 201))
+
+    @MANY_EXAMPLES
+    @given(HOSTILE_TEXT | st.text(st.sampled_from("aC/\\:. \u202e\ud800\u0301\u00e9conCON.tarz"), max_size=40))
+    def test_any_proposal(self, name):
+        kept = trchat.safe_file_name(name)
+        self.assertTrue(trchat.is_safe_file_name(kept), ascii(kept))
+        self.assertLessEqual(len(kept.encode()), 200)
+        self.assertEqual(trchat.safe_file_name(kept), kept)
+
+    def test_extensions(self):
+        for name, parts in {"a.jpg": ("a", ".jpg"), "a.tar.gz": ("a", ".tar.gz"), "a": ("a", ""),
+                            ".tar.gz": (".tar", ".gz"), ".x": (".x", ""), "a.b.c": ("a.b", ".c"),
+                            "a.TAR.xz": ("a", ".TAR.xz")}.items():  # fmt: skip
+            self.assertEqual(trchat.split_extension(name), parts)
+
+
+class RootedCase(unittest.TestCase):
+    """A shared folder beside a secret one; without descriptors too, as on Windows."""
+
+    def setUp(self):
+        self.base = tempfile.mkdtemp(prefix="trchat-test-")
+        self.addCleanup(shutil.rmtree, self.base)
+        self.root, self.outside = self.at("root"), self.at("outside")
+        os.mkdir(self.root)
+        os.mkdir(self.outside)
+        write_bytes(self.at("outside", "secret"), b"secret")
+
+    def at(self, *names) -> str:
+        return os.path.join(self.base, *names)
+
+    def rooted(self, writable: bool = True):
+        folder = trchat.RootedFolder(self.root, writable)
+        self.addCleanup(folder.close)
+        return folder
+
+    def talk(self, writable: bool = True) -> SftpTalk:
+        talk = SftpTalk(self.rooted(writable))
+        self.addCleanup(talk.machine.close)
+        return talk
+
+    def ways(self):
+        """Both ways of walking: by descriptors, and name by name."""
+        for by_descriptors in (True, False):
+            with self.subTest(by_descriptors=by_descriptors):
+                with mock.patch.object(trchat, "HAS_DIR_FD", by_descriptors):
+                    yield by_descriptors
+
+    def outside_is_untouched(self) -> None:
+        self.assertEqual(os.listdir(self.outside), ["secret"])
+        with open(self.at("outside", "secret"), "rb") as file:
+            self.assertEqual(file.read(), b"secret")
+        self.assertEqual(os.stat(self.at("outside", "secret")).st_mode & 0o777, self.secret_mode)
+
+    def tried(self, talk, path: str) -> list:
+        """The replies to everything that can be asked with a path; files opened are closed."""
+        found = []
+        for kind, *values in (
+            (FXP.OPEN, path, FXF.READ, Attributes()), (FXP.OPEN, path, FXF.WRITE, Attributes()),
+            (FXP.OPEN, path, NEW_FILE, Attributes()),
+            (FXP.OPEN, path, NEW_FILE | FXF.EXCL, Attributes()),
+            (FXP.OPENDIR, path), (FXP.STAT, path), (FXP.SETSTAT, path, Attributes(size=1)),
+            (FXP.SETSTAT, path, Attributes(permissions=0o777)), (FXP.MKDIR, path, Attributes()),
+            (FXP.EXTENDED, "check-file-name", trchat.encode_path(path) + trchat.text_block("sha256") + bytes(20)),
+            (FXP.EXTENDED, "statvfs@openssh.com", trchat.encode_path(path)),
+        ):  # fmt: skip
+            answer, fields = talk.ask(kind, *values)
+            if answer == FXP.HANDLE:
+                self.assertEqual(talk.code(FXP.CLOSE, fields[0]), FX.OK)
+            found.append(fields[0] if answer == FXP.STATUS else answer)
+        return found
+
+
+class RootedFolderTest(RootedCase):
+    def setUp(self):
+        super().setUp()
+        self.secret_mode = os.stat(self.at("outside", "secret")).st_mode & 0o777
+
+    def test_no_path_leads_out(self):
+        for _ in self.ways():
+            talk = self.talk()
+            for path in ("../outside/secret", "/../outside/secret", "a/../../outside/secret",
+                         self.at("outside", "secret"), "//outside/secret", "/./../outside/secret"):  # fmt: skip
+                kinds = self.tried(talk, path)
+                self.assertEqual(set(kinds), {FX.NO_SUCH_FILE}, (path, kinds))
+            for path in ("..\\outside\\secret", "C:\\x", "C:secret", "x:y", "\\\\server\\share"):
+                self.assertNotIn(FXP.HANDLE, self.tried(talk, path), path)
+            self.assertEqual(talk.ask(FXP.REALPATH, "../../..")[1][0][0].name, "/")
+            self.assertEqual(talk.ask(FXP.REALPATH, "a/./b/../c")[1][0][0].name, "/a/c")
+            self.assertEqual(talk.names("/.."), [])
+            self.outside_is_untouched()
+
+    def test_links_are_shown_and_not_followed(self):
+        for link, target in (("file", "../outside/secret"), ("folder", "../outside"),
+                             ("dangling", "../outside/new"), ("absolute", self.outside),
+                             ("self", "self"), ("inside", "real")):  # fmt: skip
+            os.symlink(target, os.path.join(self.root, link))
+        os.mkdir(os.path.join(self.root, "real"))
+        for _ in self.ways():
+            talk = self.talk()
+            for path in ("/file", "/folder", "/folder/secret", "/folder/new", "/dangling", "/absolute/secret",
+                         "/self", "/inside", "/inside/x", "/real/../folder/secret"):  # fmt: skip
+                replies = self.tried(talk, path)
+                self.assertFalse({FX.OK, FXP.HANDLE, FXP.ATTRS, FXP.EXTENDED_REPLY} & set(replies), (path, replies))
+            kind, (attributes,) = talk.ask(FXP.LSTAT, "/file")
+            self.assertTrue(stat.S_ISLNK(attributes.permissions))
+            self.assertEqual(talk.code(FXP.STAT, "/file"), FX.PERMISSION_DENIED)
+            for old, new in (("/folder/secret", "/stolen"), ("/real", "/folder/real")):
+                self.assertNotEqual(talk.code(FXP.RENAME, old, new), FX.OK)
+            self.assertNotEqual(talk.code(FXP.REMOVE, "/folder/secret"), FX.OK)
+            self.assertNotEqual(talk.code(FXP.RMDIR, "/folder"), FX.OK)
+            self.assertEqual(talk.code(FXP.SYMLINK, "../outside", "/l"), FX.OP_UNSUPPORTED)
+            self.assertEqual(talk.code(FXP.READLINK, "/file"), FX.OP_UNSUPPORTED)
+            self.outside_is_untouched()
+            self.assertEqual(len(os.listdir(self.root)), 7)
+        self.assertEqual(talk.code(FXP.RENAME, "/file", "/renamed"), FX.OK)  # the link itself
+        self.assertEqual(talk.code(FXP.REMOVE, "/renamed"), FX.OK)
+        self.outside_is_untouched()
+
+    def test_a_link_swapped_in_while_it_is_used(self):
+        os.mkdir(self.at("root", "d"))
+        write_bytes(self.at("root", "d", "secret"), b"harmless")
+        os.symlink(self.outside, self.at("link"))
+        stop, swaps = threading.Event(), []
+
+        def swap():
+            while not stop.is_set():
+                os.rename(self.at("root", "d"), self.at("folder"))
+                os.rename(self.at("link"), self.at("root", "d"))
+                os.rename(self.at("root", "d"), self.at("link"))
+                os.rename(self.at("folder"), self.at("root", "d"))
+                swaps.append(1)
+
+        talk, found = self.talk(), collections.Counter()
+        thread = threading.Thread(target=swap)
+        thread.start()
+        try:
+            while len(swaps) < 3000 or not found[b"harmless"]:
+                kind, fields = talk.ask(FXP.OPEN, "/d/secret", FXF.READ, Attributes())
+                if kind == FXP.HANDLE:
+                    found[bytes(talk.ask(FXP.READ, fields[0], 0, 99)[1][0])] += 1
+                    talk.code(FXP.CLOSE, fields[0])
+                self.tried(talk, "/d/new")
+                talk.code(FXP.RMDIR, "/d/new")
+                talk.code(FXP.REMOVE, "/d/new")
+                talk.code(FXP.RENAME, "/d/secret", "/d/secret2")
+                talk.code(FXP.RENAME, "/d/secret2", "/d/secret")
+                talk.code(FXP.SETSTAT, "/d/secret", Attributes(permissions=0o600))
+        finally:
+            stop.set()
+            thread.join()
+        self.assertEqual(set(found), {b"harmless"})
+        self.outside_is_untouched()
+
+    def test_without_descriptors_a_swap_is_noticed_after_opening(self):
+        write_bytes(self.at("root", "a"), b"harmless")
+        with mock.patch.object(trchat, "HAS_DIR_FD", False):
+            folder = self.rooted()
+        real_open, secret = os.open, self.at("outside", "secret")
+        with mock.patch.object(trchat.os, "open", lambda path, *a, **k: real_open(secret, *a, **k)):
+            for flags in (FXF.READ, FXF.WRITE | FXF.TRUNC | FXF.CREAT, FXF.WRITE):
+                with self.assertRaises(OSError):
+                    folder.open("/a", flags, Attributes())
+        self.outside_is_untouched()
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes in folders here")
+    def test_devices_pipes_and_sockets_are_not_opened(self):
+        os.mkfifo(self.at("root", "fifo"))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.at("root", "socket"))
+            names = ["fifo", "socket"]
+            try:
+                os.mknod(self.at("root", "device"), 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+                names.append("device")
+            except OSError:
+                pass  # one must be root for that
+            opened, real_open = [], os.open
+
+            def watched(path, *args, **kwargs):
+                opened.append(os.path.basename(os.fsdecode(path)))
+                return real_open(path, *args, **kwargs)
+
+            for _ in self.ways():
+                talk = self.talk()
+                for name in names:
+                    with mock.patch.object(trchat.os, "open", watched):
+                        self.assertNotIn(FXP.HANDLE, self.tried(talk, "/" + name), name)
+                    self.assertEqual(talk.ask(FXP.LSTAT, "/" + name)[0], FXP.ATTRS)
+                self.assertEqual(sorted(talk.names()), sorted(names))
+            # Not even for a moment, but where a new one was asked for, which fails without opening,
+            # and as a folder, which it is not.
+            self.assertEqual(opened.count(names[0]), 5)
+
+    def test_a_pipe_swapped_in_is_not_waited_for(self):
+        write_bytes(self.at("root", "a"), b"x")
+        folder = self.rooted()
+        real_open = os.open
+
+        def swap(name, *args, **kwargs):
+            if name == b"a":
+                os.unlink(self.at("root", "a"))
+                os.mkfifo(self.at("root", "a"))
+            return real_open(name, *args, **kwargs)
+
+        with mock.patch.object(trchat.os, "open", swap):
+            with self.assertRaises(OSError):
+                folder.open("/a", FXF.READ, Attributes())
+
+    def test_names_that_are_not_safe_everywhere_are_not_made(self):
+        for _ in self.ways():
+            talk = self.talk()
+            talk.put("/a", b"x")
+            for name in UNSAFE_NAMES:
+                if "/" in name or "\ud800" in name:
+                    continue
+                made = (
+                    (FXP.OPEN, "/" + name, NEW_FILE, Attributes()),
+                    (FXP.MKDIR, "/" + name, Attributes()),
+                    (FXP.RENAME, "/a", "/" + name),
+                )
+                self.assertEqual({talk.code(*request) for request in made}, {FX.FAILURE}, ascii(name))
+            self.assertEqual(os.listdir(self.root), ["a"])
+            with self.assertRaises(OSError):
+                talk.folder.lstat("/a\ud800")
+            self.assertEqual(talk.code(FXP.STAT, "/" + "a/" * 3000), FX.FAILURE)
+            self.assertEqual(talk.code(FXP.STAT, "/a\0b"), FX.FAILURE)
+            for name in (".trchat-1", "a (2).part", "é", "x" * 255):
+                talk.put("/" + name, b"")
+                self.assertEqual(talk.code(FXP.REMOVE, "/" + name), FX.OK)
+
+    def test_old_names_that_are_not_safe_can_be_read(self):
+        for name in (b"12:30.txt", b"con", b"\xff\xfe", b"a\\b", b"\xe2\x80\xaea"):
+            write_bytes(os.path.join(os.fsencode(self.root), name), name)
+        talk = self.talk()
+        for name in talk.names():
+            handle = talk.open("/" + name)
+            content = name.encode("utf-8", "surrogateescape")
+            self.assertEqual(talk.ask(FXP.READ, handle, 0, 99)[1][0], content)
+            self.assertEqual(talk.code(FXP.REMOVE, "/" + name), FX.OK)
+        self.assertEqual(os.listdir(self.root), [])
+
+    def test_other_spellings_do_not_overwrite(self):
+        """On a file system without case or composition, which is put before the real one here."""
+        for _ in self.ways():
+            write_bytes(self.at("root", "Fotoé"), b"old")
+            with mock.patch.object(trchat, "os", FoldingSystem()):
+                talk = self.talk()
+                for name in ("fotoé", "FOTOE\u0301", "Fotoe\u0301"):
+                    path = "/" + name
+                    for flags in (NEW_FILE, NEW_FILE | FXF.EXCL, FXF.WRITE, FXF.WRITE | FXF.APPEND):
+                        self.assertEqual(talk.code(FXP.OPEN, path, flags, Attributes()), FX.FAILURE)
+                    self.assertEqual(talk.ask(FXP.READ, talk.open(path), 0, 9)[1], [b"old"])
+                    talk.put("/new", b"new")
+                    self.assertEqual(talk.code(FXP.RENAME, "/new", path), FX.FAILURE)
+                    both = trchat.encode_path("/new") + trchat.encode_path(path)
+                    self.assertEqual(talk.extended("posix-rename@openssh.com", both)[1][0], FX.FAILURE)
+                self.assertEqual(talk.code(FXP.REMOVE, "/new"), FX.OK)
+                talk.put("/Fotoé", b"mine")  # its own spelling
+                self.assertEqual(talk.code(FXP.RENAME, "/Fotoé", "/fotoé"), FX.OK)
+            self.assertEqual(os.listdir(self.root), ["fotoé"])
+            os.unlink(self.at("root", "fotoé"))
+
+    def test_read_only(self):
+        write_bytes(self.at("root", "a"), b"abc")
+        os.mkdir(self.at("root", "d"))
+        before = os.stat(self.at("root", "a"))
+        for _ in self.ways():
+            talk = self.talk(writable=False)
+            handle = talk.open("/a")
+            for kind, *values in (
+                (FXP.OPEN, "/a", FXF.WRITE, Attributes()), (FXP.OPEN, "/b", NEW_FILE, Attributes()),
+                (FXP.OPEN, "/a", FXF.READ | FXF.WRITE, Attributes()), (FXP.REMOVE, "/a"),
+                (FXP.MKDIR, "/e", Attributes()), (FXP.RMDIR, "/d"), (FXP.RENAME, "/a", "/b"),
+                (FXP.SETSTAT, "/a", Attributes(size=0)), (FXP.FSETSTAT, handle, Attributes(permissions=0)),
+                (FXP.EXTENDED, "posix-rename@openssh.com", trchat.encode_path("/a") + trchat.encode_path("/b")),
+            ):  # fmt: skip
+                self.assertEqual(talk.code(kind, *values), FX.PERMISSION_DENIED, (kind, values))
+            self.assertEqual(talk.ask(FXP.READ, handle, 0, 9), (FXP.DATA, [b"abc"]))
+            self.assertEqual(talk.code(FXP.WRITE, handle, 0, b"x"), FX.FAILURE)
+        self.assertEqual(sorted(os.listdir(self.root)), ["a", "d"])
+        after = os.stat(self.at("root", "a"))
+        self.assertEqual((after.st_mode, after.st_mtime_ns), (before.st_mode, before.st_mtime_ns))
+
+    def test_what_is_new_is_private_and_attributes_are_set(self):
+        previous = os.umask(0)
+        self.addCleanup(os.umask, previous)
+        for by_descriptors in self.ways():
+            talk, name = self.talk(), f"a{by_descriptors}"
+            path, wide = self.at("root", name), Attributes(permissions=0o6777)
+            handle = talk.ask(FXP.OPEN, name, NEW_FILE, wide)[1][0]
+            talk.code(FXP.MKDIR, name + "d", wide)
+            mode = lambda path: stat.S_IMODE(os.stat(path).st_mode)  # noqa: E731
+            self.assertEqual((mode(path), mode(path + "d")), (0o600, 0o700))
+            self.assertEqual(talk.code(FXP.FSETSTAT, handle, wide), FX.OK)
+            self.assertEqual(mode(path), 0o700)
+            os.chmod(path, 0o644)
+            for asked, got in ((0o777, 0o744), (0o7640, 0o640), (0o644, 0o640), (0, 0o400), (0o600, 0o600)):
+                self.assertEqual(talk.code(FXP.SETSTAT, name, Attributes(permissions=asked)), FX.OK)
+                self.assertEqual(mode(path), got)
+            self.assertEqual(talk.code(FXP.SETSTAT, name + "d", Attributes(permissions=0o1000)), FX.OK)
+            self.assertEqual(mode(path + "d"), 0o700)
+            many = Attributes(size=3, uid=1234, gid=1234, atime=1_000_000, mtime=2_000_000)
+            self.assertEqual(talk.code(FXP.SETSTAT, name, many), FX.OK)
+            found = os.stat(path)
+            self.assertEqual((found.st_size, found.st_mtime, found.st_uid), (3, 2_000_000, os.getuid()))
+            kind, (shown,) = talk.ask(FXP.FSTAT, handle)
+            self.assertEqual(shown, Attributes(3, None, None, 0o100600, 1_000_000, 2_000_000))
+            self.assertEqual(talk.code(FXP.FSETSTAT, handle, Attributes(size=10)), FX.OK)
+            self.assertEqual(os.path.getsize(path), 10)
+
+    def test_renaming(self):
+        for by_descriptors in self.ways():
+            talk, top = self.talk(), f"/{by_descriptors}"
+            talk.code(FXP.MKDIR, top, Attributes())
+            talk.put(top + "/a", b"one")
+            talk.put(top + "/b", b"two")
+            talk.code(FXP.MKDIR, top + "/d", Attributes())
+            for old, new, code in (
+                ("/a", "/b", FX.FAILURE), ("/a", "/a", FX.FAILURE), ("/a", "/d", FX.FAILURE),
+                ("/d", "/a", FX.FAILURE), ("/none", "/c", FX.NO_SUCH_FILE), ("/a", "/none/c", FX.NO_SUCH_FILE),
+                ("/a", "/d/c", FX.OK), ("/d", "/e", FX.OK), ("/e/c", "/a", FX.OK),
+            ):  # fmt: skip
+                self.assertEqual(talk.code(FXP.RENAME, top + old, top + new), code, (old, new))
+            self.assertEqual(sorted(talk.names(top)), ["a", "b", "e"])
+            for old, new in (("/", top + "/x"), (top + "/a", "/")):
+                self.assertEqual(talk.code(FXP.RENAME, old, new), FX.PERMISSION_DENIED)
+            self.assertEqual(talk.code(FXP.RMDIR, "/"), FX.PERMISSION_DENIED)
+
+    def test_what_appears_while_renaming_is_not_replaced(self):
+        folder = self.rooted()
+        write_bytes(self.at("root", "a"), b"new")
+        look = trchat._Place.lstat_or_none
+
+        def appear(place):
+            found = look(place)
+            write_bytes(self.at("root", "b"), b"precious")
+            return found
+
+        with mock.patch.object(trchat._Place, "lstat_or_none", appear):
+            with self.assertRaises(FileExistsError):
+                folder.rename("/a", "/b", False)
+        with open(self.at("root", "b"), "rb") as file:
+            self.assertEqual(file.read(), b"precious")
+
+    def test_renaming_where_there_are_no_hard_links(self):
+        folder = self.rooted()
+        write_bytes(self.at("root", "a"), b"x")
+        with mock.patch.object(trchat.os, "link", side_effect=OSError(errno.EPERM, "")):
+            folder.rename("/a", "/b", False)
+        self.assertEqual(os.listdir(self.root), ["b"])
+
+    def test_appending(self):
+        for _ in self.ways():
+            talk = self.talk()
+            talk.put("/a", b"one")
+            handle = talk.open("/a", FXF.WRITE | FXF.APPEND)
+            self.assertEqual(talk.code(FXP.WRITE, handle, 0, b"two"), FX.OK)
+            self.assertEqual(talk.ask(FXP.READ, talk.open("/a"), 0, 9)[1], [b"onetwo"])
+
+    def test_without_pread(self):
+        """As on Windows."""
+        plain = types.SimpleNamespace(**{k: v for k, v in vars(os).items() if k not in ("pread", "pwrite")})
+        with mock.patch.object(trchat, "os", plain), mock.patch.object(trchat, "HAS_DIR_FD", False):
+            talk = self.talk()
+            handle = talk.open("/a", NEW_FILE | FXF.READ)
+            self.assertEqual(talk.code(FXP.WRITE, handle, 3, b"def"), FX.OK)
+            self.assertEqual(talk.code(FXP.WRITE, handle, 0, b"abc"), FX.OK)
+            self.assertEqual(talk.ask(FXP.READ, handle, 2, 3)[1], [b"cde"])
+
+    def test_listing(self):
+        write_bytes(self.at("root", "a"), b"abc")
+        os.utime(self.at("root", "a"), (0, 86400 * 365))
+        os.mkdir(self.at("root", "d"), 0o700)
+        os.chmod(self.at("root", "a"), 0o640)
+        for _ in self.ways():
+            talk = self.talk()
+            handle = talk.ask(FXP.OPENDIR, "/")[1][0]
+            entries = {entry.name: entry for entry in talk.ask(FXP.READDIR, handle)[1][0]}
+            self.assertEqual(set(entries), {"a", "d"})
+            wanted = "-rw-r-----    1 -        -                   3 Jan 01  1971 a"
+            self.assertEqual(entries["a"].line, wanted)
+            self.assertRegex(entries["d"].line, r"^drwx------ .* [A-Z][a-z][a-z] \d\d \d\d:\d\d d$")
+            self.assertIsNone(entries["a"].attributes.uid)
+            self.assertEqual(talk.code(FXP.OPENDIR, "/a"), FX.FAILURE)
+            self.assertEqual(talk.code(FXP.OPENDIR, "/none"), FX.NO_SUCH_FILE)
+
+    def test_a_file_that_goes_during_a_listing(self):
+        for number in range(20):
+            write_bytes(self.at("root", str(number)), b"")
+        listing = self.rooted().list("/")
+        next(listing)
+        for number in range(20):
+            os.unlink(self.at("root", str(number)))
+        self.assertEqual(list(listing), [])
+        listing.close()
+
+    def test_space(self):
+        for _ in self.ways():
+            found = self.rooted().space("/")
+            real = os.statvfs(self.root)
+            self.assertEqual(found.blocks * found.fragment_size, real.f_blocks * real.f_frsize // 4096 * 4096)
+            self.assertLessEqual(found.available, found.blocks)
+            self.assertEqual(found.flags, 2)
+            self.assertEqual(self.rooted(writable=False).space("/").flags, 3)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no list of descriptors here")
+    def test_nothing_stays_open(self):
+        os.symlink("a", self.at("root", "link"))
+        os.mkdir(self.at("root", "d"))
+        before = os.listdir("/proc/self/fd")
+        for _ in self.ways():
+            talk = SftpTalk(trchat.RootedFolder(self.root, True))
+            for path in ("/a", "/a", "/link", "/d", "/d/x", "/none/x", "/", "/a/b"):
+                self.tried(talk, path)
+                talk.open("/a")
+                talk.ask(FXP.OPENDIR, "/d")
+                talk.names("/")
+            talk.machine.close()
+            talk.folder.close()
+            self.assertEqual(os.listdir("/proc/self/fd"), before)
+            with self.assertRaises(OSError):
+                if trchat.HAS_DIR_FD:
+                    talk.folder.stat("/a")
+                else:
+                    talk.folder.stat("/none")
+
+    def test_the_root_must_be_a_folder(self):
+        write_bytes(self.at("plain"), b"")
+        os.symlink(self.root, self.at("alias"))
+        for _ in self.ways():
+            for path in ("plain", "none"):
+                with self.assertRaises(OSError):
+                    trchat.RootedFolder(self.at(path), True)
+            folder = trchat.RootedFolder(self.at("alias"), True)  # its owner may name it by a link
+            self.assertEqual(list(folder.list("/")), [])
+            folder.close()
+
+    @unittest.skipIf(hasattr(os, "geteuid") and os.geteuid() == 0, "root may do everything")
+    def test_what_the_system_forbids(self):
+        talk = self.talk()
+        talk.put("/a", b"x")
+        os.chmod(self.at("root", "a"), 0)
+        self.assertEqual(talk.code(FXP.OPEN, "/a", FXF.READ, Attributes()), FX.PERMISSION_DENIED)
+
+    def test_free_names(self):
+        free = lambda name: trchat.free_name(self.root, name)  # noqa: E731
+        self.assertEqual(free("photo.jpg"), "photo.jpg")
+        for name in ("Photo.jpg", "photo (2).JPG.part", "a.tar.gz", "Übung", "u\u0308bung (2)", "link"):
+            write_bytes(self.at("root", name), b"")
+        self.assertEqual(free("photo.jpg"), "photo (3).jpg")
+        self.assertEqual(free("a.tar.gz"), "a (2).tar.gz")
+        self.assertEqual(free("übung"), "übung (3)")
+        os.symlink("nowhere", self.at("root", "dangling"))
+        self.assertEqual(free("dangling"), "dangling (2)")
+        with self.assertRaises(trchat.ChatError) as caught:
+            trchat.free_name(self.at("none"), "a")
+        self.assertEqual(caught.exception.code, "storage")
+
+    PATHS = st.sampled_from(["/", "/a", "/b", "/d", "/d/a", "/d/b", "/d/e", "/d/e/f", "a", "/x/../d", "/../a"])
+    CONTENT = st.binary(max_size=20)
+    FLAGS = st.sampled_from([FXF.READ, FXF.READ | FXF.WRITE, NEW_FILE, NEW_FILE | FXF.EXCL, FXF.WRITE | FXF.CREAT])
+    STEPS = st.lists(
+        st.one_of(
+            st.tuples(st.just("put"), PATHS, FLAGS, st.integers(0, 30), CONTENT),
+            st.tuples(st.just("get"), PATHS, st.integers(0, 30), st.integers(0, 30)),
+            st.tuples(st.sampled_from(["names", "size", "mkdir", "rmdir", "remove", "hash"]), PATHS),
+            st.tuples(st.just("truncate"), PATHS, st.integers(0, 40)),
+            st.tuples(st.sampled_from(["rename", "replace"]), PATHS, PATHS),
+        ),
+        max_size=25,
+    )
+
+    @settings(EXAMPLES, max_examples=150, suppress_health_check=list(HealthCheck))
+    @given(STEPS)
+    def test_random_operations_against_a_model(self, steps):
+        for by_descriptors in (True, False):
+            model = SftpTalk(MemoryFolder())
+            patched = mock.patch.object(trchat, "HAS_DIR_FD", by_descriptors)
+            with tempfile.TemporaryDirectory() as folder, patched:
+                rooted = trchat.RootedFolder(folder, True)
+                real = SftpTalk(rooted)
+                for step in steps:
+                    self.assertEqual(done(real, *step), done(model, *step), step)
+                real.machine.close()
+                rooted.close()
+
+
+def done(talk: SftpTalk, what: str, path: str, *values):
+    """What a step gives, in a form that can be compared."""
+    if what == "put":
+        flags, offset, content = values
+        answer, fields = talk.ask(FXP.OPEN, path, flags, Attributes())
+        if answer == FXP.STATUS:
+            return fields[0]
+        written = talk.code(FXP.WRITE, fields[0], offset, content) if flags & FXF.WRITE else None
+        return written, talk.code(FXP.CLOSE, fields[0])
+    if what == "get":
+        answer, fields = talk.ask(FXP.OPEN, path, FXF.READ, Attributes())
+        if answer == FXP.STATUS:
+            return fields[0]
+        answer, data = talk.ask(FXP.READ, fields[0], *values)
+        return answer, data[0], talk.code(FXP.CLOSE, fields[0])
+    if what == "names":
+        answer, fields = talk.ask(FXP.OPENDIR, path)
+        return fields[0] if answer == FXP.STATUS else sorted(talk.names(path))
+    if what == "size":
+        answer, (found, *_) = talk.ask(FXP.STAT, path)
+        if answer == FXP.STATUS:
+            return found
+        return stat.S_IFMT(found.permissions), stat.S_ISREG(found.permissions) and found.size
+    if what == "hash":
+        answer, fields = talk.hash(path)
+        return answer, fields[0]
+    if what == "replace":
+        paths = trchat.encode_path(path) + trchat.encode_path(values[0])
+        return talk.extended("posix-rename@openssh.com", paths)[1][0]
+    requests = {
+        "mkdir": (FXP.MKDIR, path, Attributes()), "rmdir": (FXP.RMDIR, path), "remove": (FXP.REMOVE, path),
+        "truncate": (FXP.SETSTAT, path, Attributes(*values)), "rename": (FXP.RENAME, path, *values),
+    }  # fmt: skip
+    return talk.code(*requests[what])
+
+
+class FoldingSystem:
+    """`os` on a file system that finds a file by any case and composition of its name."""
+
+    def __getattr__(self, name: str):
+        return getattr(os, name)
+
+    def found(self, name, folder, keep: bool = False):
+        """The name as it is on the disk, where there is one."""
+        path = os.fsdecode(name)
+        parent, last = os.path.split(path)
+        fold = trchat.fold_file_name
+        there = os.listdir(folder if folder is not None else parent)
+        spelled = next((n for n in there if fold(n) == fold(last)), last)
+        full = os.path.join(parent, spelled)
+        return os.fsencode(full) if isinstance(name, bytes) else full
+
+    def open(self, name, flags, mode=0o777, dir_fd=None):
+        if name == b"." or flags & getattr(os, "O_DIRECTORY", 0):
+            return os.open(name, flags, mode, dir_fd=dir_fd)
+        return os.open(self.found(name, dir_fd), flags, mode, dir_fd=dir_fd)
+
+    def stat(self, name, dir_fd=None, follow_symlinks=True):
+        return os.stat(self.found(name, dir_fd), dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+    def unlink(self, name, dir_fd=None):
+        os.unlink(self.found(name, dir_fd), dir_fd=dir_fd)
+
+    def link(self, old, new, src_dir_fd=None, dst_dir_fd=None, follow_symlinks=True):
+        old, new = self.found(old, src_dir_fd), self.found(new, dst_dir_fd)
+        os.link(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, follow_symlinks=follow_symlinks)
+
+    def replace(self, old, new, src_dir_fd=None, dst_dir_fd=None):
+        source, target = self.found(old, src_dir_fd), self.found(new, dst_dir_fd)
+        target = new if source == target else target
+        os.replace(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+
+SFTP_DRIVER = """
+import os, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import trchat
+machine = trchat.SftpServerMachine(trchat.RootedFolder(sys.argv[2], sys.argv[3] == "w"))
+for data in iter(lambda: os.read(0, 1 << 18), b""):
+    machine.receive_data(data)
+    for reply in iter(machine.next_reply, None):
+        while reply:
+            reply = reply[os.write(1, reply):]
+"""
+
+
+class SftpClientsTest(RootedCase):
+    """Clients that others have written."""
+
+    SIZE = 20 << 20
+
+    def setUp(self):
+        super().setUp()
+        self.local = self.at("local")
+        os.mkdir(self.local)
+        self.big = os.urandom(self.SIZE)
+
+    def content(self, *names) -> bytes:
+        with open(self.at(*names), "rb") as file:
+            return file.read()
+
+    def sftp(self, *lines: str, writable: bool = True):
+        """(exit code, output) of OpenSSH's client in its batch mode, with a driver of ours."""
+        if not shutil.which("sftp"):
+            self.skipTest("OpenSSH's sftp is not installed")
+        write_bytes(self.at("driver.py"), SFTP_DRIVER.encode())
+        write_bytes(self.at("batch"), "\n".join([*lines, ""]).encode())
+        program = f"{sys.executable} {self.at('driver.py')} {os.path.dirname(SOURCE_PATH)}"
+        command = ["sftp", "-q", "-b", self.at("batch"), "-D", f"{program} {self.root} {'rw'[writable]}"]
+        ended = subprocess.run(
+            command, cwd=self.local, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
+        )
+        return ended.returncode, ended.stdout.decode()
+
+    def test_openssh(self):
+        write_bytes(self.at("local", "big"), self.big)
+        write_bytes(self.at("local", "a b.txt"), b"hello")
+        os.utime(self.at("local", "a b.txt"), (1_000_000, 1_000_000))
+        os.makedirs(self.at("local", "tree", "sub"))
+        write_bytes(self.at("local", "tree", "sub", "x"), b"deep")
+        code, output = self.sftp(
+            "pwd", "put big", 'put -p "a b.txt"', "put -R tree", "mkdir d", "ls -la", "get big back",
+            'get -p "a b.txt" stamped', "get -R tree copy", "df -h", "chmod 700 big", "rename big d/big",
+            'rename d/big "a b.txt"', "-ln -s tree link", "-ln tree hard", "cd tree/sub", "lpwd", "pwd",
+            "rm x", "cd ..", "rmdir sub",
+        )  # fmt: skip
+        self.assertEqual(code, 0, output)
+        self.assertEqual(self.content("local", "back"), self.big)
+        self.assertEqual(self.content("root", "a b.txt"), self.big)  # renamed over
+        self.assertEqual(os.stat(self.at("local", "stamped")).st_mtime, 1_000_000)
+        self.assertEqual(self.content("local", "copy", "sub", "x"), b"deep")
+        self.assertEqual(sorted(os.listdir(self.root)), ["a b.txt", "d", "tree"])
+        self.assertEqual(os.listdir(self.at("root", "tree")), [])
+        self.assertIn("Remote working directory: /tree/sub", output)
+        self.assertRegex(output, r"(?m)^-rw------- .* 20971520 .* big$")
+        self.assertRegex(output, r"(?m)^drwx------ .* tree$")
+        self.assertRegex(output, r"\d%")
+        self.assertIn("Operation unsupported", output)  # the link
+        self.assertEqual(stat.S_IMODE(os.stat(self.at("root", "a b.txt")).st_mode), 0o700)
+
+    def test_openssh_resumes(self):
+        write_bytes(self.at("local", "big"), self.big)
+        write_bytes(self.at("root", "big"), self.big[: self.SIZE // 3])
+        code, output = self.sftp("reput big")
+        self.assertEqual((code, self.content("root", "big") == self.big), (0, True), output)
+        write_bytes(self.at("local", "again"), self.big[:12345])
+        code, output = self.sftp("reget big again")
+        self.assertEqual((code, self.content("local", "again") == self.big), (0, True), output)
+
+    def test_openssh_is_refused(self):
+        write_bytes(self.at("local", "a"), b"x")
+        write_bytes(self.at("root", "b"), b"x")
+        os.symlink("../outside", self.at("root", "out"))
+        for line, said in {
+            "put a nul.txt": 'dest open "/nul.txt": Failure', "get none": "not found",
+            "rm none": "No such file", "mkdir none/d": "No such file", "get out/secret": "not found",
+            "rmdir out": "Failure", "put a out/a": "Failure", "mkdir b": "Failure", "rmdir /": "Permission denied",
+            "ls none*": "not found", "reput a": "", "rename b none/b": "No such file",
+        }.items():  # fmt: skip
+            code, output = self.sftp(line)
+            self.assertEqual((code, said in output), (1, True), output)
+        for line in ("put a", "rm b", "mkdir d", "chmod 600 b", "rename b c"):
+            code, output = self.sftp(line, writable=False)
+            self.assertEqual(code, 1, line)
+            self.assertIn("ermission denied", output)
+        self.assertEqual(self.content("outside", "secret"), b"secret")
+        self.assertEqual(sorted(os.listdir(self.root)), ["b", "out"])
+
+    def served(self, writable: bool = True) -> socket.socket:
+        """A client's end of a pair whose other end a thread serves."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        folder = self.rooted(writable)
+        thread = threading.Thread(target=serve_sftp, args=(folder, ours))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(theirs.close)
+        return theirs
+
+    def test_paramiko(self):
+        import paramiko
+
+        client = paramiko.SFTPClient(ParamikoChannel(self.served()))
+        self.addCleanup(client.close)
+        client.putfo(io.BytesIO(self.big), "/big")
+        self.assertEqual(self.content("root", "big"), self.big)
+        back = io.BytesIO()
+        client.getfo("/big", back)
+        self.assertEqual(back.getvalue(), self.big)
+        client.mkdir("/d")
+        client.chdir("/d")
+        with client.open("x", "w") as file:
+            file.write("one")
+        with client.open("x", "a") as file:
+            file.write("two")
+        with client.open("x", "r+") as file:
+            file.seek(1)
+            file.write("N")
+        self.assertEqual(self.content("root", "d", "x"), b"oNetwo")
+        client.truncate("x", 4)
+        client.utime("x", (5, 6))
+        client.chmod("x", 0o400)
+        found = client.stat("x")
+        self.assertEqual((found.st_size, found.st_mtime, found.st_mode), (4, 6, 0o100400))
+        self.assertEqual(client.normalize("../d/./x"), "/d/x")
+        self.assertEqual({entry.filename for entry in client.listdir_attr("/")}, {"big", "d"})
+        client.posix_rename("/big", "/d/x")
+        client.rename("/d/x", "/d/y")
+        for refused in (
+            lambda: client.open("/none"), lambda: client.open("/d/y", "x"), lambda: client.rmdir("/d"),
+            lambda: client.symlink("/d", "/l"), lambda: client.readlink("/d"), lambda: client.rename("/d", "/d"),
+        ):  # fmt: skip
+            self.assertRaises(OSError, refused)
+        client.remove("/d/y")
+        client.rmdir("/d")
+        self.assertEqual(os.listdir(self.root), [])
+        read_only = paramiko.SFTPClient(ParamikoChannel(self.served(writable=False)))
+        self.addCleanup(read_only.close)
+        self.assertRaises(PermissionError, read_only.open, "/a", "w")
+
+    def test_asyncssh(self):
+        import asyncio
+
+        asyncio.run(asyncio.wait_for(self.asyncssh(), 120))
+
+    async def asyncssh(self) -> None:
+        import asyncssh
+
+        client = await start_asyncssh(self.served())
+        write_bytes(self.at("local", "big"), self.big)
+        await client.put(self.at("local", "big"), "/big", block_size=261120, max_requests=128)
+        self.assertEqual(self.content("root", "big"), self.big)
+        await client.get("/big", self.at("local", "back"), preserve=True)
+        self.assertEqual(self.content("local", "back"), self.big)
+        await client.makedirs("/d/e/f")
+        self.assertEqual(sorted(await client.listdir("/d")), ["e"])
+        async with client.open("/d/x", "w") as file:
+            await file.write("hello")
+            await file.fsync()
+        await client.truncate("/d/x", 2)
+        await client.utime("/d/x", (5, 6))
+        found = await client.stat("/d/x")
+        self.assertEqual((found.size, found.mtime), (2, 6))
+        await client.rename("/d/x", "/d/y")
+        await client.posix_rename("/d/y", "/big")
+        self.assertEqual((await client.statvfs("/")).namemax, os.statvfs(self.root).f_namemax)
+        self.assertEqual(await client.realpath("/d/../big"), "/big")
+        for refused, kind in (
+            (client.stat("/none"), asyncssh.SFTPNoSuchFile), (client.rmdir("/d"), asyncssh.SFTPFailure),
+            (client.symlink("/a", "/l"), asyncssh.SFTPOpUnsupported), (client.mkdir("/nul"), asyncssh.SFTPFailure),
+        ):  # fmt: skip
+            with self.assertRaises(kind):
+                await refused
+        await client.rmtree("/d")
+        self.assertEqual(os.listdir(self.root), ["big"])
+        client.exit()
+        client = await start_asyncssh(self.served(writable=False))
+        with self.assertRaises(asyncssh.SFTPPermissionDenied):
+            await client.remove("/big")
+        client.exit()
+
+
+def serve_sftp(folder, connection) -> None:
+    """Reads while it waits to send, as paramiko asks for a whole file before it reads."""
+    machine, waiting = trchat.SftpServerMachine(folder), b""
+    with connection, contextlib.suppress(ConnectionError):
+        while True:
+            sending = [connection] if waiting else []
+            readable, writable, _ = select.select([connection], sending, [])
+            if readable:
+                data = connection.recv(1 << 18)
+                if not data:
+                    break
+                machine.receive_data(data)
+            if writable:
+                waiting = waiting[connection.send(waiting) :]
+            while not waiting:
+                reply = machine.next_reply()
+                if reply is None:
+                    break
+                waiting = memoryview(reply)
+    machine.close()
+
+
+class ParamikoChannel:
+    """What paramiko's SFTPClient wants of a channel, over a socket."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.send, self.recv, self.close = connection.send, connection.recv, connection.close
+
+    def get_name(self) -> str:
+        return "test"
+
+    def recv_ready(self) -> bool:
+        return bool(select.select([self.connection], [], [], 0)[0])
+
+
+async def start_asyncssh(connection):
+    """asyncssh's SFTP client over a socket instead of an SSH channel."""
+    import asyncio
+    import asyncssh
+    import asyncssh.sftp
+
+    loop = asyncio.get_running_loop()
+    reader, writer = await asyncio.open_connection(sock=connection)
+    logger = asyncssh.logging.logger
+    reader.get_extra_info, reader.logger, writer.logger = (lambda *a: ""), logger, logger
+
+    async def wait_closed() -> None:
+        pass
+
+    writer.channel = types.SimpleNamespace(is_closing=lambda: False, wait_closed=wait_closed)
+    ssh = types.SimpleNamespace(create_task=lambda task, logger: loop.create_task(task))
+    start = asyncssh.sftp.start_sftp_client
+    given = {"conn": ssh, "loop": loop, "utf8_decode_errors": "strict", "reader": reader, "writer": writer,
+             "path_encoding": "utf-8", "path_errors": "strict", "sftp_version": 3}  # fmt: skip
+    names = start.__code__.co_varnames[: start.__code__.co_argcount]
+    return await start(**{name: given[name] for name in names})
 
 
 # ==================================================================================================

@@ -38,51 +38,54 @@ or thread: bytes in, events out) and each uses only parts above itself:
  22. Invitations by members *
  23. Client machine *
  24. SFTP packets *
- 25. Sealed records *
- 26. Sealed files *
- 27. Conversations *
- 28. Keys and widths *
- 29. Line editor *
- 30. Screen *
- 31. Settings *
- 32. Settings and paths
- 33. Events and threads
- 34. Dependencies
- 35. Vault
- 36. History and outbox
- 37. Contacts
- 38. SOCKS5
- 39. Network
- 40. Port mapping
- 41. A mapped port, and addresses
- 42. Tunnels
- 43. Tunnels through ngrok
- 44. Tunnels through ssh and tor
- 45. Runs of sftp
- 46. Files on SFTP servers
- 47. Connections of a server
- 48. Relay server
- 49. Where to connect
- 50. Channels
- 51. Connections
- 52. Records of a chat
- 53. Chat client
- 54. Commands
- 55. Chat commands: talking and rooms
- 56. Chat commands: people and servers
- 57. Chat commands: records
- 58. Console commands
- 59. Terminal input
- 60. Terminal
- 61. Words for events
- 62. Faces: terminal and JSON lines
- 63. Activities
- 64. Chatting directly
- 65. Demonstration
- 66. Session
- 67. Shell commands
- 68. Command line
- 69. Menu and door
+ 25. SFTP server machine *
+ 26. Safe file names *
+ 27. Sealed records *
+ 28. Sealed files *
+ 29. Conversations *
+ 30. Keys and widths *
+ 31. Line editor *
+ 32. Screen *
+ 33. Settings *
+ 34. Settings and paths
+ 35. Events and threads
+ 36. Dependencies
+ 37. Vault
+ 38. Rooted folders
+ 39. History and outbox
+ 40. Contacts
+ 41. SOCKS5
+ 42. Network
+ 43. Port mapping
+ 44. A mapped port, and addresses
+ 45. Tunnels
+ 46. Tunnels through ngrok
+ 47. Tunnels through ssh and tor
+ 48. Runs of sftp
+ 49. Files on SFTP servers
+ 50. Connections of a server
+ 51. Relay server
+ 52. Where to connect
+ 53. Channels
+ 54. Connections
+ 55. Records of a chat
+ 56. Chat client
+ 57. Commands
+ 58. Chat commands: talking and rooms
+ 59. Chat commands: people and servers
+ 60. Chat commands: records
+ 61. Console commands
+ 62. Terminal input
+ 63. Terminal
+ 64. Words for events
+ 65. Faces: terminal and JSON lines
+ 66. Activities
+ 67. Chatting directly
+ 68. Demonstration
+ 69. Session
+ 70. Shell commands
+ 71. Command line
+ 72. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -5826,7 +5829,487 @@ def decode_extensions(data: bytes) -> dict:
 
 
 # ==================================================================================================
-# Part 25. Sealed records | pure | uses 1-3
+# Part 25. SFTP server machine | pure | uses 1, 2, 8, 24
+#
+# The server's end of SFTP: bytes of the stream in, one reply after the other out. Everything on
+# disk is done by a folder object, whose OSErrors become the codes of replies. Nothing is carried
+# out before it is asked for, so that whoever sends the replies sets the pace.
+# ==================================================================================================
+
+SFTP_HANDLES = 256  # files and folders open at once
+SFTP_UNREAD = 128 * (SFTP_PACKET + 4)  # bytes: the most that a usual client has on its way
+SFTP_NAMES = 32 << 10  # bytes of one batch of names, so that clients with small packets cope
+SFTP_OFFSET = (1 << 63) - 1  # the last byte of the largest file there can be
+SFTP_HANDLE_MOST = 256  # bytes (section 4)
+HASH_STEP = 32  # blocks that are hashed before a driver may look around: a few milliseconds
+WRITE_FIELDS = 4 + 4 + SFTP_HANDLE_MOST + 8 + 4  # bytes in front of the data of a WRITE, at most
+
+SFTP_ERRORS = {
+    errno.ENOENT: (FX.NO_SUCH_FILE, "There is no such file or folder."),
+    errno.EACCES: (FX.PERMISSION_DENIED, "That is not allowed."),
+    errno.EPERM: (FX.PERMISSION_DENIED, "That is not allowed."),
+    errno.EROFS: (FX.PERMISSION_DENIED, "Nothing can be changed in this folder."),
+    errno.ELOOP: (FX.PERMISSION_DENIED, "Symbolic links are not followed."),
+    errno.EEXIST: (FX.FAILURE, "That name is taken."),
+    errno.ENOTEMPTY: (FX.FAILURE, "The folder is not empty."),
+    errno.EISDIR: (FX.FAILURE, "That is a folder."),
+    errno.ENOTDIR: (FX.FAILURE, "Something on the way there is not a folder."),
+    errno.EBADF: (FX.FAILURE, "That handle is not open for this."),
+    errno.EMFILE: (FX.FAILURE, "Too many files are open."),
+    errno.ENFILE: (FX.FAILURE, "Too many files are open."),
+    errno.EINVAL: (FX.FAILURE, "The request makes no sense here."),
+    errno.EILSEQ: (FX.FAILURE, "That name cannot be used."),
+    errno.ENAMETOOLONG: (FX.FAILURE, "The name is too long."),
+    errno.ENOSPC: (FX.FAILURE, "The disk is full."),
+    errno.EDQUOT: (FX.FAILURE, "The disk is full."),
+    errno.EFBIG: (FX.FAILURE, "The file would be too large."),
+    errno.EBUSY: (FX.FAILURE, "It is in use."),
+    errno.EXDEV: (FX.FAILURE, "It cannot be moved to another disk."),
+    errno.ENOTSUP: (FX.OP_UNSUPPORTED, "This server does not do that."),
+}
+UNSUPPORTED = SFTP_ERRORS[errno.ENOTSUP][1]
+
+
+class Space(Record):
+    """The room on a disk, as statvfs@openssh.com gives it (PROTOCOL, section 4.4)."""
+
+    block_size: int
+    fragment_size: int  # the unit of the next three
+    blocks: int
+    free: int
+    available: int  # free for those without privileges
+    files: int
+    free_files: int
+    available_files: int
+    filesystem_id: int
+    flags: int  # 1: read-only, 2: no setuid
+    name_most: int  # bytes
+
+
+class _RangeHash:
+    """The SHA-256 of a range of a file, worked out in steps; `handle`: closed after it."""
+
+    def __init__(self, handle: bytes, file, offset: int, end: int):
+        self._file, self._offset, self._end = file, offset, end
+        self.handle, self.total = handle, hashlib.sha256()
+
+    def step(self) -> bool:
+        """Reads some more; whether there may be more yet."""
+        for _ in range(HASH_STEP):
+            data = self._file.read(self._offset, min(self._end - self._offset, SFTP_BLOCK))
+            if not data:
+                return False
+            self.total.update(data)
+            self._offset += len(data)
+        return True
+
+
+def _hash_range(algorithms: str, offset: int, length: int, block_size: int) -> tuple:
+    """(first offset, last) of what is to be hashed, length 0: to the end.
+
+    Of block sizes only 0 is done: one hash of the whole.
+    """
+    if "sha256" not in algorithms.split(","):
+        raise OSError(errno.EINVAL, "no hash that is known")
+    if block_size:
+        raise OSError(errno.ENOTSUP, "hashes of blocks")
+    _check_offset(offset + length)
+    return offset, offset + length if length else SFTP_OFFSET
+
+
+class SftpServerMachine:
+    """Serves `folder` over SFTP version 3: receive_data, then next_reply until it gives None.
+
+    A RemoteProtocolError of either means that the stream is given up. A driver sends each reply
+    before it asks for the next, and goes on receiving while it waits to send, as some clients
+    ask for a whole file before they read anything; at most SFTP_UNREAD bytes of requests wait
+    here. A reply that takes long gives b"" now and then, so that the driver can see whether the
+    client is still there. `close` when the stream ends: clients do not always close what is open.
+
+    The folder does everything on disk. Its paths are text with `/` between names; what cannot be
+    done is an OSError, whose errno chooses the code of the reply. It has:
+
+        open(path, flags, attributes) -> file    flags: FXF; the attributes are a wish
+        list(path) -> Entries, one by one        closed if it has a close()
+        stat(path), lstat(path) -> Attributes
+        set_attributes(path, attributes)         those that are not None
+        remove(path)
+        make_folder(path, attributes)
+        remove_folder(path)
+        rename(old, new, replace)                without `replace` EEXIST if `new` exists
+        real_path(path) -> str                   absolute, "/" at the top
+        space(path) -> Space
+
+    and a file read(offset, size) -> bytes (b"" at its end), write(offset, data) of all the data
+    (a memoryview, valid in that call only), stat() -> Attributes, set_attributes(attributes),
+    sync() and close().
+    """
+
+    def __init__(self, folder):
+        self._folder = folder
+        self._unread = bytearray()
+        self._greeted = False
+        self._opened = 0
+        self._hashing: _RangeHash | None = None  # the work that goes on, and whose it is
+        self._number = 0
+        self._files: dict = {}
+        self._listings: dict = {}
+
+    def receive_data(self, data: bytes) -> None:
+        if len(self._unread) + len(data) > SFTP_UNREAD:
+            raise RemoteProtocolError("More SFTP requests came than may wait.")
+        self._unread += data
+
+    def next_reply(self) -> bytes | None:
+        """Carries out the next request and gives its reply.
+
+        None: none is whole yet; b"": it takes longer, ask again.
+        """
+        if self._hashing:
+            return self._carry_out(self._number, SftpServerMachine._go_on, (self._hashing,))
+        if len(self._unread) < FRAME_HEAD.size:
+            return None
+        size, kind = FRAME_HEAD.unpack_from(self._unread)
+        check_frame_size(size, SFTP_PACKET)
+        if len(self._unread) < 4 + size:
+            return None
+        with memoryview(self._unread) as unread, unread[FRAME_HEAD.size : 4 + size] as body:
+            reply = self._write(body) if kind == FXP.WRITE else self._answer(kind, bytes(body))
+        del self._unread[: 4 + size]
+        return reply
+
+    def close(self) -> None:
+        """Closes what the client left open."""
+        for thing in (*self._files.values(), *self._listings.values()):
+            thing.close()
+        self._files, self._listings = {}, {}
+
+    def _answer(self, kind: int, body: bytes) -> bytes:
+        if kind == FXP.INIT or not self._greeted:
+            return self._greet(kind, body)
+        if kind not in self.HANDLERS:
+            return self._status(Reader(body).number(4), FX.OP_UNSUPPORTED, UNSUPPORTED)
+        number, *values = decode_sftp(kind, body)
+        return self._carry_out(number, self.HANDLERS[kind], values)
+
+    def _carry_out(self, number: int, handler, values) -> bytes:
+        """A handler gives a reply's kind and fields, or nothing for OK, or work for later."""
+        self._hashing = None
+        try:
+            reply = handler(self, *values)
+        except OSError as error:
+            failure = FX.FAILURE, "The system refuses that."
+            return self._status(number, *SFTP_ERRORS.get(error.errno, failure))
+        if reply is None:
+            return self._status(number, FX.OK, "Done.")
+        if isinstance(reply, _RangeHash):
+            self._hashing, self._number = reply, number
+            return b""
+        if reply[0] == FXP.DATA:  # most of the bytes, so they are copied once only
+            data = reply[1]
+            return b"".join((DATA_HEAD.pack(len(data) + 9, FXP.DATA, number, len(data)), data))
+        return encode_sftp(reply[0], number, *reply[1:])
+
+    def _status(self, number: int, code: int, text: str) -> bytes:
+        return encode_sftp(FXP.STATUS, number, code, text, "en")
+
+    def _greet(self, kind: int, body: bytes) -> bytes:
+        if kind != FXP.INIT or self._greeted:
+            raise RemoteProtocolError("SFTP does not begin with one INIT.")
+        version, extensions = decode_sftp(kind, body)
+        if version < SFTP_VERSION:
+            raise RemoteProtocolError(f"SFTP version {version} is not spoken here.")
+        decode_extensions(extensions)
+        self._greeted = True
+        offered = {name: version for name, (version, _, _) in self.EXTENSIONS.items()}
+        return encode_sftp(FXP.VERSION, SFTP_VERSION, encode_extensions(offered))
+
+    def _file(self, handle: bytes):
+        if handle not in self._files:
+            raise OSError(errno.EBADF, "no such file is open")
+        return self._files[handle]
+
+    def _new_handle(self) -> bytes:
+        """One that was never given out before; OSError if too many are in use."""
+        if len(self._files) + len(self._listings) >= SFTP_HANDLES:
+            raise OSError(errno.EMFILE, "too many handles")
+        self._opened += 1
+        return u64(self._opened)
+
+    def _open(self, path: str, flags: int, attributes: Attributes):
+        writes = flags & FXF.WRITE
+        changes = flags & (FXF.APPEND | FXF.CREAT | FXF.TRUNC | FXF.EXCL)
+        lone = flags & FXF.EXCL and not flags & FXF.CREAT
+        if flags > 63 or lone or not (writes or flags & FXF.READ and not changes):
+            raise OSError(errno.EINVAL, "flags that do not go together")
+        handle = self._new_handle()
+        self._files[handle] = self._folder.open(path, flags, attributes)
+        return FXP.HANDLE, handle
+
+    def _close(self, handle: bytes) -> None:
+        owner = self._files if handle in self._files else self._listings
+        if handle not in owner:
+            raise OSError(errno.EBADF, "no such handle")
+        owner.pop(handle).close()
+
+    def _read(self, handle: bytes, offset: int, size: int):
+        _check_offset(offset)
+        data = self._file(handle).read(offset, min(size, SFTP_BLOCK))
+        if size and not data:
+            return FXP.STATUS, FX.EOF, "The file ends here.", "en"
+        return FXP.DATA, data
+
+    def _write(self, body) -> bytes:
+        """A WRITE, most of the bytes: they go on as a view of those that came."""
+        if not self._greeted:
+            return self._greet(FXP.WRITE, b"")
+        reader = Reader(body[:WRITE_FIELDS])
+        number, handle, offset = reader.number(4), reader.block(SFTP_HANDLE_MOST), reader.number(8)
+        size = reader.number(4)
+        with body[20 + len(handle) :] as data:
+            if len(data) != size:
+                raise RemoteProtocolError("A WRITE does not hold what it says.")
+            return self._carry_out(number, SftpServerMachine._write_data, (handle, offset, data))
+
+    def _write_data(self, handle: bytes, offset: int, data) -> None:
+        _check_offset(offset + len(data))
+        self._file(handle).write(offset, data)
+
+    def _lstat(self, path: str):
+        return FXP.ATTRS, self._folder.lstat(path)
+
+    def _fstat(self, handle: bytes):
+        return FXP.ATTRS, self._file(handle).stat()
+
+    def _setstat(self, path: str, attributes: Attributes) -> None:
+        _check_offset(attributes.size or 0)
+        self._folder.set_attributes(path, attributes)
+
+    def _fsetstat(self, handle: bytes, attributes: Attributes) -> None:
+        _check_offset(attributes.size or 0)
+        self._file(handle).set_attributes(attributes)
+
+    def _opendir(self, path: str):
+        handle = self._new_handle()
+        self._listings[handle] = _Listing(self._folder.list(path))
+        return FXP.HANDLE, handle
+
+    def _readdir(self, handle: bytes):
+        if handle not in self._listings:
+            raise OSError(errno.EBADF, "no such folder is open")
+        batch = self._listings[handle].next_batch()
+        if not batch:
+            return FXP.STATUS, FX.EOF, "The folder ends here.", "en"
+        return FXP.NAME, batch
+
+    def _remove(self, path: str) -> None:
+        self._folder.remove(path)
+
+    def _mkdir(self, path: str, attributes: Attributes) -> None:
+        self._folder.make_folder(path, attributes)
+
+    def _rmdir(self, path: str) -> None:
+        self._folder.remove_folder(path)
+
+    def _realpath(self, path: str):
+        absolute = self._folder.real_path(path)
+        return FXP.NAME, [Entry(absolute, absolute, Attributes())]
+
+    def _stat(self, path: str):
+        return FXP.ATTRS, self._folder.stat(path)
+
+    def _rename(self, old: str, new: str) -> None:
+        self._folder.rename(old, new, False)
+
+    def _extended(self, name: str, data: bytes):
+        if name not in self.EXTENSIONS:
+            return FXP.STATUS, FX.OP_UNSUPPORTED, UNSUPPORTED, "en"
+        _, decode, handler = self.EXTENSIONS[name]
+        reader = Reader(data)
+        values = decode(reader)
+        reader.done()
+        return handler(self, *values)
+
+    def _limits(self):
+        limits = SFTP_PACKET, SFTP_BLOCK, SFTP_BLOCK, SFTP_HANDLES
+        return FXP.EXTENDED_REPLY, b"".join(map(u64, limits))
+
+    def _posix_rename(self, old: str, new: str) -> None:
+        self._folder.rename(old, new, True)
+
+    def _fsync(self, handle: bytes) -> None:
+        self._file(handle).sync()
+
+    def _statvfs(self, path: str):
+        space = self._folder.space(path)
+        return FXP.EXTENDED_REPLY, b"".join(u64(getattr(space, name)) for name in Space._fields)
+
+    def _check_name(self, path: str, *request):
+        span, handle = _hash_range(*request), self._new_handle()
+        self._files[handle] = self._folder.open(path, FXF.READ, Attributes())
+        return _RangeHash(handle, self._files[handle], *span)
+
+    def _check_handle(self, handle: bytes, *request):
+        return _RangeHash(b"", self._file(handle), *_hash_range(*request))
+
+    def _go_on(self, hashing: _RangeHash):
+        try:
+            if hashing.step():
+                return hashing
+        except OSError:
+            self._forget(hashing)
+            raise
+        self._forget(hashing)
+        return FXP.EXTENDED_REPLY, text_block("sha256") + hashing.total.digest()
+
+    def _forget(self, hashing: _RangeHash) -> None:
+        if hashing.handle in self._files:
+            self._close(hashing.handle)
+
+    HANDLERS: dict = {
+        FXP.OPEN: _open,
+        FXP.CLOSE: _close,
+        FXP.READ: _read,
+        FXP.LSTAT: _lstat,
+        FXP.FSTAT: _fstat,
+        FXP.SETSTAT: _setstat,
+        FXP.FSETSTAT: _fsetstat,
+        FXP.OPENDIR: _opendir,
+        FXP.READDIR: _readdir,
+        FXP.REMOVE: _remove,
+        FXP.MKDIR: _mkdir,
+        FXP.RMDIR: _rmdir,
+        FXP.REALPATH: _realpath,
+        FXP.STAT: _stat,
+        FXP.RENAME: _rename,
+        FXP.EXTENDED: _extended,
+    }
+    # Name -> version, decoder of its fields, handler. The first four are OpenSSH's (PROTOCOL,
+    # section 4), the others of draft-ietf-secsh-filexfer-extensions-00, section 3.
+    EXTENSIONS: dict = {
+        "limits@openssh.com": (b"1", codec("")[1], _limits),
+        "posix-rename@openssh.com": (b"1", codec("p p", SFTP_FIELD_KINDS)[1], _posix_rename),
+        "fsync@openssh.com": (b"1", codec("b")[1], _fsync),
+        "statvfs@openssh.com": (b"2", codec("p", SFTP_FIELD_KINDS)[1], _statvfs),
+        "check-file-name": (b"1", codec("p s u64 u64 u32", SFTP_FIELD_KINDS)[1], _check_name),
+        "check-file-handle": (b"1", codec("b s u64 u64 u32")[1], _check_handle),
+    }
+
+
+class _Listing:
+    """A folder that is being read, some names at a time."""
+
+    def __init__(self, entries):
+        self._entries = entries
+        self._names = iter(entries)
+        self._kept: list = []  # the entry that did not fit the last batch
+
+    def next_batch(self) -> list:
+        batch, self._kept = self._kept, []
+        size = sum(map(_entry_size, batch))
+        for entry in self._names:
+            size += _entry_size(entry)
+            if batch and size > SFTP_NAMES:
+                self._kept = [entry]
+                break
+            batch.append(entry)
+        return batch
+
+    def close(self) -> None:
+        if hasattr(self._entries, "close"):
+            self._entries.close()
+
+
+def _entry_size(entry: Entry) -> int:
+    """Bytes of an entry in a NAME packet, at most."""
+    return 4 * (len(entry.name) + len(entry.line)) + 40
+
+
+def _check_offset(offset: int) -> None:
+    if offset > SFTP_OFFSET:
+        raise OSError(errno.EFBIG, "beyond the end of the largest file")
+
+
+# ==================================================================================================
+# Part 26. Safe file names | pure | uses 28
+#
+# What a file may be called so that it is the same on Windows, macOS and Linux, and harms on none.
+# ==================================================================================================
+
+FILE_NAME_MOST = 255  # bytes in UTF-8, of what a file system takes
+SAFE_NAME_MOST = 200  # bytes in UTF-8, of a name made from a proposal: `.part` or ` (2)` still fit
+EXTENSION_MOST = 40  # bytes; what is longer is no extension
+UNSAFE_SIGNS = '<>:"/\\|?*'  # separators, drives, alternate streams, wildcards: Windows' own list
+UNSAFE_KINDS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, bidi and other unseen ones, halves
+JOINERS = "\u200c\u200d"  # unseen, but Persian, Indian scripts and emoji are written with them
+_DEVICES = ("CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$")
+_PORTS = [port + digit for port in ("COM", "LPT") for digit in "0123456789\u00b9\u00b2\u00b3"]
+RESERVED_NAMES = {name.casefold() for name in (*_DEVICES, *_PORTS)}  # on Windows
+
+
+def is_safe_file_name(name: str) -> bool:
+    """Whether a file of this name can be made on all systems and is found by it alone."""
+    size = len(name.encode("utf-8", "surrogatepass"))
+    bad = any(_is_unsafe(char) for char in name) or name[-1:] in (".", " ")
+    return 0 < size <= FILE_NAME_MOST and not bad and not _is_reserved(name)
+
+
+def safe_file_name(name: str) -> str:
+    """The name under which a file that somebody proposes is kept: one that is safe everywhere.
+
+    Only the last part of a path is left, in Unicode's composed form (NFC), of at most
+    SAFE_NAME_MOST bytes in UTF-8 with the extension kept; never empty.
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part.strip(" .")]
+    last = parts[-1] if parts else ""
+    last = last[2:] if last[1:2] == ":" and last[:1].isalpha() else last  # a drive
+    seen = "".join("_" if char in UNSAFE_SIGNS else char for char in last if not _is_unseen(char))
+    stem, extension = split_extension(_trimmed(unicodedata.normalize("NFC", seen)))
+    room = SAFE_NAME_MOST - 1 - len(extension.encode("utf-8"))
+    short = stem.encode("utf-8")[:room].decode("utf-8", "ignore")
+    clean = _trimmed(short.rstrip() + extension) or "file"
+    return "_" + clean if _is_reserved(clean) else clean
+
+
+def split_extension(name: str) -> tuple:
+    """(stem, extension) of a file's name: `photo.jpg`, `notes.tar.gz`, `.profile` without one."""
+    stem, extension = os.path.splitext(name)
+    if stem.casefold().endswith(".tar") and len(stem) > 4:
+        stem, extension = stem[:-4], stem[-4:] + extension
+    if len(extension.encode("utf-8", "surrogatepass")) > EXTENSION_MOST:
+        return name, ""
+    return stem, extension
+
+
+def fold_file_name(name: str) -> str:
+    """Names that some system takes for one are equal in this form: case and composition."""
+    folded = unicodedata.normalize("NFC", name).casefold()
+    return unicodedata.normalize("NFC", folded)
+
+
+def _trimmed(name: str) -> str:
+    """Without spaces around it, and without dots at its end, which Windows drops."""
+    end = len(name)
+    while end and (name[end - 1] == "." or name[end - 1].isspace()):
+        end -= 1
+    return name[:end].lstrip()
+
+
+def _is_unseen(char: str) -> bool:
+    return unicodedata.category(char) in UNSAFE_KINDS and char not in JOINERS
+
+
+def _is_unsafe(char: str) -> bool:
+    return char in UNSAFE_SIGNS or _is_unseen(char)
+
+
+def _is_reserved(name: str) -> bool:
+    """Whether Windows takes it for a device, whatever its extension."""
+    return name.partition(".")[0].rstrip(" ").casefold() in RESERVED_NAMES
+
+
+# ==================================================================================================
+# Part 27. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -6004,7 +6487,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 26. Sealed files | pure | uses 1-3, 8, 9
+# Part 28. Sealed files | pure | uses 1-3, 8, 9
 #
 # A file for somebody who fetches it later, from a server that nobody needs to trust. It is sealed
 # chunk by chunk with STREAM (Hoang, Reyhanitabar, Rogaway, Vizár: "Online Authenticated-Encryption
@@ -6321,7 +6804,7 @@ class SealedReference(Record):
 
 
 # ==================================================================================================
-# Part 27. Conversations | pure | uses 1, 2, 25
+# Part 29. Conversations | pure | uses 1, 2, 27
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -6439,7 +6922,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 28. Keys and widths | pure | uses 2
+# Part 30. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -6765,7 +7248,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 29. Line editor | pure | uses 2, 28
+# Part 31. Line editor | pure | uses 2, 30
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -7104,7 +7587,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 30. Screen | pure | uses 28
+# Part 32. Screen | pure | uses 30
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -7307,7 +7790,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 31. Settings | pure | uses 1, 2
+# Part 33. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -7498,7 +7981,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 32. Settings and paths | uses 1, 2, 4, 31
+# Part 34. Settings and paths | uses 1, 2, 4, 33
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -7779,7 +8262,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 33. Events and threads | uses 2, 32
+# Part 35. Events and threads | uses 2, 34
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -7893,7 +8376,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 34. Dependencies | uses 1, 32
+# Part 36. Dependencies | uses 1, 34
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -8254,7 +8737,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 35. Vault | uses 1-4, 32
+# Part 37. Vault | uses 1-4, 34
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -8517,7 +9000,460 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 36. History and outbox | uses 1-3, 25, 32, 33
+# Part 38. Rooted folders | uses 1, 2, 24-26, 28, 34
+#
+# A folder of this computer as an SFTP server shows it, with no way out. A path is walked name by
+# name, each opened in the folder before it and never through a link, so that it does not help to
+# swap one in. Where folders cannot be opened like that (Windows), each name on the way is looked
+# at before, and after a file was opened: the nearest there is.
+# ==================================================================================================
+
+HAS_DIR_FD = os.open in os.supports_dir_fd and os.scandir in os.supports_fd
+PATH_MOST = 4096  # characters
+RECENT_SECONDS = 182 * 86400  # `ls -l` shows the time of day for that long, then the year
+NAME_SURROGATE = 0x20000000  # in a reparse tag: the name stands for another (Windows)
+# Never through a link, never waiting for a pipe's other end, never taking over a terminal.
+OPEN_FLAGS = sum(
+    getattr(os, name, 0)
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_NOINHERIT", "O_BINARY")
+)
+FOLDER_FLAGS = OPEN_FLAGS | getattr(os, "O_DIRECTORY", 0)
+OWNER_BITS, OTHERS_BITS = 0o700, 0o077
+PART_ENDING = ".part"  # of a file that is still coming
+# What a file system without hard links says (FAT), or one that may not make this one.
+WITHOUT_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK,
+                 errno.ENOSYS)  # fmt: skip
+
+
+def _is_link(info) -> bool:
+    """Whether a name stands for another: a symbolic link or, on Windows, a junction."""
+    return stat.S_ISLNK(info.st_mode) or bool(getattr(info, "st_reparse_tag", 0) & NAME_SURROGATE)
+
+
+def attributes_of(info) -> Attributes:
+    """What others may know of an os.stat_result; not which accounts there are here."""
+    times = (min(max(int(t), 0), 0xFFFFFFFF) for t in (info.st_atime, info.st_mtime))
+    mode = stat.S_IFLNK | 0o777 if _is_link(info) else info.st_mode
+    return Attributes(info.st_size, None, None, mode, *times)
+
+
+def listing_line(name: str, attributes: Attributes, now: float) -> str:
+    """One line of `ls -l`, its time in UTC."""
+    moment = time.gmtime(attributes.mtime)
+    recent = 0 <= now - attributes.mtime < RECENT_SECONDS
+    when = time.strftime("%b %d %H:%M" if recent else "%b %d  %Y", moment)
+    mode = stat.filemode(attributes.permissions)
+    return f"{mode}    1 -        -        {attributes.size:>12} {when} {name}"
+
+
+class _Place:
+    """Where a path leads: a name in a folder that is open, or else a whole path."""
+
+    def __init__(self, name, folder: int | None, check=None):
+        self.name = name  # bytes where `folder` is a descriptor
+        self.folder = folder
+        self._check = check
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason) -> None:
+        if self.folder is not None:
+            os.close(self.folder)
+
+    def lstat(self):
+        return os.stat(self.name, dir_fd=self.folder, follow_symlinks=False)
+
+    def stat(self):
+        """OSError if it is a link."""
+        info = self.lstat()
+        if _is_link(info):
+            raise OSError(errno.ELOOP, "a link")
+        return info
+
+    def lstat_or_none(self):
+        try:
+            return self.lstat()
+        except FileNotFoundError:
+            return None
+
+    def open_existing(self, flags: int) -> int:
+        """A descriptor of the file or folder; OSError if it is anything else, or is by now."""
+        _check_kind(self.stat())
+        handle = os.open(self.name, flags | OPEN_FLAGS, dir_fd=self.folder)
+        try:
+            info = os.fstat(handle)
+            _check_kind(info)
+            if self.folder is None:  # the path may have led elsewhere for a moment
+                self._check()
+                if not os.path.samestat(info, self.stat()):
+                    raise OSError(errno.EACCES, "it was swapped")
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    def create(self, flags: int) -> int:
+        """A descriptor of a new, private file; FileExistsError if there is anything."""
+        flags |= OPEN_FLAGS | os.O_CREAT | os.O_EXCL
+        handle = os.open(self.name, flags, 0o600, dir_fd=self.folder)
+        try:
+            if self.folder is None:
+                self._check()
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    def is_exact(self) -> bool:
+        """Whether its folder lists the name just so, and not one that the system takes for it.
+
+        Where case or composition do not count, `Photo.jpg` would be overwritten as `photo.jpg`.
+        """
+        if self.folder is not None:
+            return os.fsdecode(self.name) in os.listdir(self.folder)
+        folder, name = os.path.split(self.name)
+        return name in os.listdir(folder)
+
+
+def _check_kind(info) -> None:
+    """OSError unless it is a file or folder: opening a device may do something already."""
+    if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+        raise OSError(errno.EACCES, "neither file nor folder")
+
+
+def _check_exact(place: _Place) -> None:
+    if not place.is_exact():
+        raise OSError(errno.EEXIST, "another spelling of this name is taken")
+
+
+def _apply(target, attributes: Attributes, info) -> None:
+    """Sets attributes of an open file (of a path where descriptors will not do).
+
+    Owners are passed over. Bits of group and others are only ever taken away, so that nobody
+    else of this computer gets to see a file because a peer wishes it; its owner can always read
+    it, and enter a folder; setuid is never set.
+    """
+    if attributes.size is not None:
+        os.truncate(target, attributes.size)
+    if attributes.permissions is not None:
+        allowed = OWNER_BITS | stat.S_IMODE(info.st_mode) & OTHERS_BITS
+        kept = OWNER_BITS if stat.S_ISDIR(info.st_mode) else stat.S_IRUSR
+        os.chmod(target, attributes.permissions & allowed | kept)
+    if attributes.atime is not None and attributes.mtime is not None:
+        os.utime(target, (attributes.atime, attributes.mtime))
+
+
+class RootedFile:
+    """A file that is open; offsets in bytes. What goes wrong is an OSError."""
+
+    def __init__(self, handle: int, path, writable: bool, appends: bool):
+        self._handle, self._writable, self._appends = handle, writable, appends
+        self._target = handle if HAS_DIR_FD else path
+
+    def read(self, offset: int, size: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._handle, size, offset)
+        os.lseek(self._handle, offset, os.SEEK_SET)
+        return os.read(self._handle, size)
+
+    def write(self, offset: int, data) -> None:
+        done = 0
+        with memoryview(data) as whole:
+            while done < len(whole):
+                done += self._write_some(offset + done, whole[done:])
+
+    def _write_some(self, offset: int, data) -> int:
+        if hasattr(os, "pwrite") and not self._appends:
+            return os.pwrite(self._handle, data, offset)
+        where = (0, os.SEEK_END) if self._appends else (offset, os.SEEK_SET)
+        os.lseek(self._handle, *where)
+        return os.write(self._handle, data)
+
+    def stat(self) -> Attributes:
+        return attributes_of(os.fstat(self._handle))
+
+    def set_attributes(self, attributes: Attributes) -> None:
+        if not self._writable:
+            raise OSError(errno.EROFS, "read-only")
+        _apply(self._target, attributes, os.fstat(self._handle))
+
+    def sync(self) -> None:
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+class FolderListing:
+    """The entries of a folder, read while they are asked for."""
+
+    def __init__(self, entries, handle: int | None):
+        self._entries, self._handle = entries, handle  # os.scandir's; the folder it looks into
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Entry:
+        while True:
+            found = next(self._entries)
+            try:
+                attributes = attributes_of(found.stat(follow_symlinks=False))
+            except FileNotFoundError:
+                continue  # gone since
+            name = os.fsencode(found.name).decode("utf-8", "surrogateescape")
+            return Entry(name, listing_line(name, attributes, time.time()), attributes)
+
+    def close(self) -> None:
+        self._entries.close()
+        if self._handle is not None:
+            os.close(self._handle)
+
+
+class RootedFolder:
+    """A folder for an SftpServerMachine (whose docstring says what each method does).
+
+    `..` stops at the root, as in a chroot. Links are shown but never followed; devices, pipes and
+    sockets are shown but never opened. A name that is not safe on all systems is not made; on
+    Windows it is not even looked up. Without `writable` nothing changes. Errors are OSErrors.
+    """
+
+    def __init__(self, root: str, writable: bool):
+        self._root, self._writable = os.path.realpath(root), writable
+        self._top = None
+        if HAS_DIR_FD:
+            self._top = os.open(self._root, FOLDER_FLAGS)
+        elif not os.path.isdir(self._root):
+            raise OSError(errno.ENOTDIR, "no folder")
+
+    def close(self) -> None:
+        """Nothing more is served; what is open stays so."""
+        if self._top is not None:
+            os.close(self._top)
+            self._top = -1
+
+    def open(self, path: str, flags: int, attributes: Attributes) -> RootedFile:
+        """New files are private, whatever the attributes ask for."""
+        if flags & FXF.WRITE:
+            self._check_writable()
+        with self._place(path, bool(flags & FXF.CREAT)) as place:
+            handle = _open_file(place, flags)
+            return RootedFile(handle, place.name, self._writable, bool(flags & FXF.APPEND))
+
+    def list(self, path: str) -> FolderListing:
+        with self._place(path) as place:
+            if place.folder is None:
+                place.stat()
+                return FolderListing(os.scandir(place.name), None)
+            handle = os.open(place.name, FOLDER_FLAGS, dir_fd=place.folder)
+            try:
+                return FolderListing(os.scandir(handle), handle)
+            except OSError:
+                os.close(handle)
+                raise
+
+    def stat(self, path: str) -> Attributes:
+        with self._place(path) as place:
+            return attributes_of(place.stat())
+
+    def lstat(self, path: str) -> Attributes:
+        with self._place(path) as place:
+            return attributes_of(place.lstat())
+
+    def set_attributes(self, path: str, attributes: Attributes) -> None:
+        with self._changed(path) as place:
+            info = place.stat()
+            if place.folder is None:
+                _check_kind(info)
+                return _apply(place.name, attributes, info)
+            handle = place.open_existing(os.O_RDONLY if attributes.size is None else os.O_WRONLY)
+            try:
+                return _apply(handle, attributes, os.fstat(handle))
+            finally:
+                os.close(handle)
+
+    def remove(self, path: str) -> None:
+        with self._changed(path) as place:
+            if stat.S_ISDIR(place.lstat().st_mode):  # macOS and Windows would say: not allowed
+                raise OSError(errno.EISDIR, "a folder")
+            os.unlink(place.name, dir_fd=place.folder)
+
+    def make_folder(self, path: str, attributes: Attributes) -> None:
+        """It is private, whatever the attributes ask for."""
+        with self._changed(path, new=True) as place:
+            os.mkdir(place.name, 0o700, dir_fd=place.folder)
+
+    def remove_folder(self, path: str) -> None:
+        with self._changed(path) as place:
+            os.rmdir(place.name, dir_fd=place.folder)
+
+    def rename(self, old: str, new: str, replace: bool) -> None:
+        with self._changed(old) as source, self._changed(new, new=True) as target:
+            info, there = source.lstat(), target.lstat_or_none()
+            if there is None:
+                return _move(source, target, info) if not replace else _replace(source, target)
+            if os.path.samestat(info, there) and not target.is_exact():
+                return _replace(source, target)  # `Photo.jpg` to `photo.jpg`, on some systems
+            if not replace:
+                raise OSError(errno.EEXIST, "the name is taken")
+            _check_exact(target)
+            return _replace(source, target)
+
+    def real_path(self, path: str) -> str:
+        return "/" + "/".join(path_parts(path))
+
+    def space(self, path: str) -> Space:
+        flags = 2 if self._writable else 3
+        with self._place(path) as place:
+            if place.folder is None:
+                place.stat()
+                usage = shutil.disk_usage(place.name)
+                size = 4096  # bytes of a block: any will do
+                blocks, free = usage.total // size, usage.free // size
+                return Space(size, size, blocks, free, free, 0, 0, 0, 0, flags, FILE_NAME_MOST)
+            handle = place.open_existing(os.O_RDONLY)
+        try:
+            found = os.fstatvfs(handle)
+        finally:
+            os.close(handle)
+        return Space(*found[:8], 0, flags, found.f_namemax)
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise OSError(errno.EROFS, "read-only")
+
+    def _changed(self, path: str, new: bool = False) -> _Place:
+        """The place of something that is made, changed or removed: never the root itself."""
+        self._check_writable()
+        if not path_parts(path):
+            raise OSError(errno.EACCES, "the root")
+        return self._place(path, new)
+
+    def _place(self, path: str, new: bool = False) -> _Place:
+        """Where `path` leads, the way there being checked; `new`: it may be made there."""
+        parts = path_parts(path)
+        unsure = parts if self._top is None else parts[-1:] if new else []
+        if not all(map(is_safe_file_name, unsure)):
+            raise OSError(errno.EILSEQ, "a name that is not safe everywhere")
+        if self._top is None:
+            check = functools.partial(self._check_way, parts[:-1])
+            check()
+            return _Place(os.path.join(self._root, *parts), None, check)
+        names = [_name_on_disk(part) for part in parts]
+        return _Place(names[-1] if names else b".", self._walk(names[:-1]))
+
+    def _walk(self, names) -> int:
+        """A descriptor of the folder there, each name opened in the folder before it."""
+        folder = os.dup(self._top)
+        for name in names:
+            try:
+                deeper = os.open(name, FOLDER_FLAGS, dir_fd=folder)
+            finally:
+                os.close(folder)
+            folder = deeper
+        return folder
+
+    def _check_way(self, parts) -> None:
+        """OSError unless each of these names is a folder, and no link or junction."""
+        path = self._root
+        for part in parts:
+            path = os.path.join(path, part)
+            info = os.lstat(path)
+            if _is_link(info) or not stat.S_ISDIR(info.st_mode):
+                raise OSError(errno.ENOTDIR, "no folder")
+
+
+def _open_file(place: _Place, flags: int) -> int:
+    """A descriptor of a file, opened or made as the FXF flags say."""
+    writes = flags & FXF.WRITE
+    access = (os.O_RDWR if flags & FXF.READ else os.O_WRONLY) if writes else os.O_RDONLY
+    access |= os.O_APPEND if flags & FXF.APPEND else 0
+    if flags & FXF.CREAT:
+        try:
+            return place.create(access)
+        except FileExistsError:
+            if flags & FXF.EXCL:
+                raise
+    if stat.S_ISDIR(place.stat().st_mode):
+        raise OSError(errno.EISDIR, "a folder")
+    if writes:
+        _check_exact(place)
+    handle = place.open_existing(access)
+    try:
+        if flags & FXF.TRUNC:
+            os.ftruncate(handle, 0)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _replace(source: _Place, target: _Place) -> None:
+    folders = {"src_dir_fd": source.folder, "dst_dir_fd": target.folder}
+    os.replace(source.name, target.name, **folders)
+
+
+def _move(source: _Place, target: _Place, info) -> None:
+    """Renames; whatever has come to stand there meanwhile stays, if the system can do that."""
+    folders = {"src_dir_fd": source.folder, "dst_dir_fd": target.folder}
+    if source.folder is not None and stat.S_ISREG(info.st_mode):
+        try:
+            os.link(source.name, target.name, follow_symlinks=False, **folders)
+        except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
+        else:
+            return os.unlink(source.name, dir_fd=source.folder)
+    return os.rename(source.name, target.name, **folders)  # Windows never replaces
+
+
+def path_parts(path: str) -> list:
+    """The names of a path from the root; `..` at the root stays there."""
+    if len(path) > PATH_MOST:
+        raise OSError(errno.ENAMETOOLONG, "a path of too many names")
+    parts: list = []
+    for part in path.split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    return parts
+
+
+def _name_on_disk(part: str) -> bytes:
+    """A name as POSIX systems have it: bytes, which need not be UTF-8."""
+    try:
+        name = part.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise OSError(errno.EILSEQ, "half a character") from None
+    if b"\0" in name:
+        raise OSError(errno.EILSEQ, "a name with a zero")
+    if len(name) > FILE_NAME_MOST:
+        raise OSError(errno.ENAMETOOLONG, "too long")
+    return name
+
+
+def free_name(folder_path: str, name: str) -> str:
+    """The first of `NAME`, `NAME (2)` ... that the folder has not, nor as a `.part`.
+
+    `name` is one that safe_file_name gave. Spellings that some system takes for one count as one.
+    ChatError `storage` if the folder cannot be read.
+    """
+    try:
+        taken = set(map(fold_file_name, os.listdir(folder_path)))
+    except OSError as error:
+        raise storage_error("Reading", folder_path, error) from None
+    stem, extension = split_extension(name)
+    names = (f"{stem} ({number}){extension}" for number in range(2, 2 * len(taken) + 3))
+    for candidate in (name, *names):
+        folded = fold_file_name(candidate)
+        if folded not in taken and folded + PART_ENDING not in taken:
+            return candidate
+    raise LocalProtocolError("more names are taken than there are")
+
+
+# ==================================================================================================
+# Part 39. History and outbox | uses 1-3, 27, 34, 35
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -8997,7 +9933,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 37. Contacts | uses 1-4, 6, 32
+# Part 40. Contacts | uses 1-4, 6, 34
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -9438,7 +10374,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 38. SOCKS5 | uses 1, 2, 4, 32
+# Part 41. SOCKS5 | uses 1, 2, 4, 34
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -9522,7 +10458,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 39. Network | uses 1-4, 32, 35, 38
+# Part 42. Network | uses 1-4, 34, 37, 41
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -9775,7 +10711,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 40. Port mapping | uses 1-3, 9, 10, 32, 33, 39
+# Part 43. Port mapping | uses 1-3, 9, 10, 34, 35, 42
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -10241,7 +11177,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 41. A mapped port, and addresses | uses 1-4, 9, 10, 32, 33, 39, 40
+# Part 44. A mapped port, and addresses | uses 1-4, 9, 10, 34, 35, 42, 43
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -10600,7 +11536,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 42. Tunnels | uses 1, 2, 32, 33
+# Part 45. Tunnels | uses 1, 2, 34, 35
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -10993,7 +11929,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 43. Tunnels through ngrok | uses 2, 3, 32, 42
+# Part 46. Tunnels through ngrok | uses 2, 3, 34, 45
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -11240,7 +12176,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 44. Tunnels through ssh and tor | uses 1-4, 32, 33, 42, 43
+# Part 47. Tunnels through ssh and tor | uses 1-4, 34, 35, 45, 46
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -11596,7 +12532,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 45. Runs of sftp | uses 1-3, 26, 32, 42, 44
+# Part 48. Runs of sftp | uses 1-3, 28, 34, 45, 47
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -11867,7 +12803,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 46. Files on SFTP servers | uses 1, 2, 26, 32, 36, 45
+# Part 49. Files on SFTP servers | uses 1, 2, 28, 34, 39, 48
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -12190,7 +13126,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 47. Connections of a server | uses 1
+# Part 50. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -12277,7 +13213,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 48. Relay server | uses 1, 2, 8, 32, 33, 35, 39, 47
+# Part 51. Relay server | uses 1, 2, 8, 34, 35, 37, 42, 50
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -12746,7 +13682,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 49. Where to connect | uses 1, 2, 4, 9, 32, 33, 39
+# Part 52. Where to connect | uses 1, 2, 4, 9, 34, 35, 42
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -12886,7 +13822,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 50. Channels | uses 1, 2, 32
+# Part 53. Channels | uses 1, 2, 34
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -12974,7 +13910,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 51. Connections | uses 1, 3, 32, 33, 39, 48-50
+# Part 54. Connections | uses 1, 3, 34, 35, 42, 51-53
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -13222,7 +14158,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 52. Records of a chat | uses 1, 2, 8, 17, 25, 27, 32, 35-37
+# Part 55. Records of a chat | uses 1, 2, 8, 17, 27, 29, 34, 37, 39, 40
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -13606,7 +14542,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 53. Chat client | uses 1, 2, 17, 20, 27, 32, 33, 48, 51, 52
+# Part 56. Chat client | uses 1, 2, 17, 20, 29, 34, 35, 51, 54, 55
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -13986,7 +14922,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 54. Commands | uses 1, 2
+# Part 57. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -14141,7 +15077,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 55. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 54
+# Part 58. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 57
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -14471,7 +15407,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 56. Chat commands: people and servers | uses 1, 2, 4, 23, 32, 33, 41, 49, 54, 55
+# Part 59. Chat commands: people and servers | uses 1, 2, 4, 23, 34, 35, 44, 52, 57, 58
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -14774,7 +15710,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 57. Chat commands: records | uses 1, 2, 6, 31, 32, 36, 54, 55
+# Part 60. Chat commands: records | uses 1, 2, 6, 33, 34, 39, 57, 58
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -14983,7 +15919,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 58. Console commands | uses 1, 2, 8, 48, 54
+# Part 61. Console commands | uses 1, 2, 8, 51, 57
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -15103,7 +16039,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 59. Terminal input | uses 32
+# Part 62. Terminal input | uses 34
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -15309,7 +16245,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 60. Terminal | uses 2, 28-30, 32, 59
+# Part 63. Terminal | uses 2, 30-32, 34, 62
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -15671,7 +16607,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 61. Words for events | uses 2, 8, 28, 54, 55
+# Part 64. Words for events | uses 2, 8, 30, 57, 58
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -15919,7 +16855,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 62. Faces: terminal and JSON lines | uses 2, 28, 32, 33, 54, 60, 61
+# Part 65. Faces: terminal and JSON lines | uses 2, 30, 34, 35, 57, 63, 64
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -16260,7 +17196,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 63. Activities | uses 1-4, 11, 13, 23, 32, 33, 35, 39, 41, 42, 44, 48, 49, 52-54, 58, 62
+# Part 66. Activities | uses 1-4, 11, 13, 23, 34, 35, 37, 42, 44, 45, 47, 51, 52, 55-57, 61, 65
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -16647,7 +17583,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 64. Chatting directly | uses 1, 2, 4, 23, 32, 35, 48, 49, 52, 53, 62, 63
+# Part 67. Chatting directly | uses 1, 2, 4, 23, 34, 37, 51, 52, 55, 56, 65, 66
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -16828,7 +17764,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 65. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 35, 39, 48, 49, 53, 54
+# Part 68. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 37, 42, 51, 52, 56, 57
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -17010,7 +17946,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 66. Session | uses 1, 2, 28, 32, 34, 35, 60, 62
+# Part 69. Session | uses 1, 2, 30, 34, 36, 37, 63, 65
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -17095,7 +18031,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 67. Shell commands | uses 1, 2, 4, 31-33, 35-37, 41, 44, 49, 52, 56, 60, 62-66
+# Part 70. Shell commands | uses 1, 2, 4, 33-35, 37, 39, 40, 44, 47, 52, 55, 59, 63, 65-69
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -17437,7 +18373,7 @@ class UsageError(Exception):
 
 
 # ==================================================================================================
-# Part 68. Command line | uses 1, 8, 32, 54, 56, 67
+# Part 71. Command line | uses 1, 8, 34, 57, 59, 70
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -17605,7 +18541,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 69. Menu and door | uses 1, 2, 4, 31-33, 39, 49, 54, 56, 62, 66-68
+# Part 72. Menu and door | uses 1, 2, 4, 33-35, 42, 52, 57, 59, 65, 69-71
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

@@ -6858,6 +6858,1529 @@ class ContactsFileTest(FileTest):
         self.assertEqual(trchat.Contacts(self.file()).find("rob").fingerprint, key_of(1))
 
 
+# ==================================================================================================
+# SFTP client
+# ==================================================================================================
+
+FX, FXP, FXF = trchat.FX, trchat.FXP, trchat.FXF
+SFTP_SERVER = next(
+    (
+        p
+        for p in (
+            "/usr/lib/openssh/sftp-server",
+            "/usr/libexec/openssh/sftp-server",
+            "/usr/lib/ssh/sftp-server",
+            "/usr/libexec/sftp-server",
+        )
+        if os.path.exists(p)
+    ),
+    "",
+)
+needs_sftp_server = unittest.skipUnless(SFTP_SERVER, "OpenSSH's sftp-server is not installed")
+
+
+@functools.lru_cache(maxsize=4)
+def noise(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def version_packet(version: int = 3, **extensions) -> bytes:
+    """A VERSION that offers extensions, given by the names of their constants."""
+    named = {getattr(trchat, name): data for name, data in extensions.items()}
+    return trchat.encode_sftp(FXP.VERSION, version, trchat.encode_extensions(named))
+
+
+def greeted(**extensions):
+    """A machine whose server offers these extensions; what it said meanwhile is gone."""
+    machine = trchat.SftpClientMachine()
+    machine.receive_data(version_packet(**extensions))
+    machine.take_output()
+    return machine
+
+
+def status_packet(number: int, code: int, message: str = "") -> bytes:
+    return trchat.encode_sftp(FXP.STATUS, number, code, message, "en")
+
+
+def limits_packet(number: int, *limits) -> bytes:
+    return trchat.encode_sftp(FXP.EXTENDED_REPLY, number, b"".join(map(trchat.u64, limits)))
+
+
+class SftpModel:
+    """A small SFTP server in memory, for one or several streams; tests make it lie.
+
+    `files` maps paths to bytearrays, folders are paths that map to None.
+    """
+
+    def __init__(self, files=None, block=trchat.SFTP_BLOCK, extensions=None):
+        self.files = dict(files or {})
+        self.block = block
+        names = (trchat.LIMITS, trchat.POSIX_RENAME, trchat.FSYNC, trchat.CHECK_FILE)
+        self.extensions = dict.fromkeys(names, b"1") if extensions is None else extensions
+        self.synced, self.handles, self.requests = [], {}, []
+        self.listings: dict = {}  # path -> entries to be listed instead of the true ones
+        self.times: dict = {}
+
+    def answer(self, kind: int, body: bytes) -> bytes:
+        """The reply to one request, as one packet."""
+        if kind == FXP.INIT:
+            return trchat.encode_sftp(
+                FXP.VERSION, 3, trchat.encode_extensions(self.extensions)
+            )
+        number, *values = trchat.decode_sftp(kind, body)
+        self.requests.append((kind, *values))
+        handler = self.HANDLERS.get(kind)
+        try:
+            reply = handler(self, *values) if handler else FX.OP_UNSUPPORTED
+        except KeyError:
+            reply = FX.NO_SUCH_FILE
+        if isinstance(reply, int):
+            return status_packet(number, reply, "no")
+        return trchat.encode_sftp(reply[0], number, reply[1])
+
+    def attributes(self, path: str):
+        data = self.files[path]
+        mode = stat.S_IFDIR | 0o755 if data is None else stat.S_IFREG | 0o644
+        size = 0 if data is None else len(data)
+        time = self.times.get(path, 1000)
+        return trchat.Attributes(size=size, permissions=mode, atime=time, mtime=time)
+
+    def on_open(self, path, flags, attributes):
+        if flags & FXF.CREAT and (flags & FXF.TRUNC or path not in self.files):
+            self.files[path] = bytearray()
+        handle = str(len(self.requests)).encode()
+        self.handles[handle] = path, self.files[path]
+        return FXP.HANDLE, handle
+
+    def on_close(self, handle):
+        del self.handles[handle]
+        return FX.OK
+
+    def on_read(self, handle, offset, length):
+        data = self.handles[handle][1][offset : offset + min(length, self.block)]
+        return (FXP.DATA, bytes(data)) if data else FX.EOF
+
+    def on_write(self, handle, offset, data):
+        file = self.handles[handle][1]
+        file.extend(bytes(max(0, offset - len(file))))
+        file[offset : offset + len(data)] = data
+        return FX.OK
+
+    def on_stat(self, path):
+        return FXP.ATTRS, self.attributes(path)
+
+    def on_mkdir(self, path, attributes):
+        if path in self.files:
+            return FX.FAILURE
+        self.files[path] = None
+        return FX.OK
+
+    def on_remove(self, path):
+        del self.files[path]
+        return FX.OK
+
+    def on_opendir(self, path):
+        names = [p for p in self.files if p and p.rpartition("/")[0] == path]
+        entries = [trchat.Entry(p.rpartition("/")[2], "", self.attributes(p)) for p in names]
+        dots = [trchat.Entry(name, "", self.attributes(path)) for name in (".", "..")]
+        entries = self.listings.get(path, dots + entries)
+        handle = b"folder %d" % len(self.requests)
+        self.handles[handle] = path, [entries[i : i + 50] for i in range(0, len(entries), 50)]
+        return FXP.HANDLE, handle
+
+    def on_readdir(self, handle):
+        left = self.handles[handle][1]
+        return (FXP.NAME, left.pop(0)) if left else FX.EOF
+
+    def on_rename(self, old, new):
+        if new in self.files:
+            return FX.FAILURE
+        self.files[new] = self.files.pop(old)
+        return FX.OK
+
+    def on_extended(self, name, data):
+        if name not in self.extensions:
+            return FX.OP_UNSUPPORTED
+        fields = trchat.Reader(data)
+        if name == trchat.LIMITS:
+            values = (trchat.SFTP_PACKET, self.block, self.block, 10)
+            return FXP.EXTENDED_REPLY, b"".join(map(trchat.u64, values))
+        if name == trchat.FSYNC:
+            self.synced.append(self.handles[fields.block()][0])
+            return FX.OK
+        if name == trchat.POSIX_RENAME:
+            old, new = trchat.decode_path(fields), trchat.decode_path(fields)
+            self.files[new] = self.files.pop(old)
+            return FX.OK
+        return self.on_check_file(fields)
+
+    def on_check_file(self, fields):
+        path = trchat.decode_path(fields)
+        self.checked = fields.text(), fields.number(8), fields.number(8), fields.number(4)
+        start, length = self.checked[1:3]
+        data = self.files[path][start : start + length if length else None]
+        return FXP.EXTENDED_REPLY, trchat.text_block("sha256") + hashlib.sha256(data).digest()
+
+    HANDLERS = {
+        FXP.OPEN: on_open, FXP.CLOSE: on_close, FXP.READ: on_read, FXP.WRITE: on_write,
+        FXP.STAT: on_stat, FXP.MKDIR: on_mkdir, FXP.REMOVE: on_remove, FXP.OPENDIR: on_opendir,
+        FXP.READDIR: on_readdir, FXP.RENAME: on_rename, FXP.EXTENDED: on_extended,
+    }  # fmt: skip
+
+
+class MemoryChannel:
+    """A channel to a model in the same thread; `cut` ends it after so many requests."""
+
+    def __init__(self, model, cut=None, shuffle=None):
+        self.model, self.left, self.shuffle = model, cut, shuffle
+        self.buffer, self.replies = trchat.FrameBuffer(trchat.SFTP_PACKET), []
+        self.closed = False
+
+    def send(self, data):
+        for kind, body in self.buffer.receive_data(data):
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    raise trchat.ChatError("The stream was cut.", code="unreachable")
+            self.replies.append(self.model.answer(kind, body))
+
+    def receive(self):
+        if self.shuffle is not None:
+            self.shuffle.shuffle(self.replies)
+        return self.replies.pop(0) if self.replies else b""
+
+    def close(self):
+        self.closed = True
+
+
+class PipeChannel:
+    """A channel to a subprocess's pipes that takes replies in while it waits to send.
+
+    `cut` ends it after so many bytes of both directions.
+    """
+
+    def __init__(self, *command, cut=None, **options):
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, **options
+        )
+        self.out, self.into = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self.out, False)
+        self.early, self.left = collections.deque(), cut
+
+    def _spend(self, count):
+        if self.left is not None:
+            self.left -= count
+            if self.left < 0:
+                self.process.kill()
+                raise trchat.ChatError("The stream was cut.", code="unreachable")
+
+    def send(self, data):
+        view = memoryview(data)
+        while len(view):
+            try:
+                count = os.write(self.out, view)
+            except BlockingIOError:
+                if select.select([self.into], [self.out], [])[0]:
+                    self.early.append(os.read(self.into, 1 << 18))
+                continue
+            except OSError:
+                raise trchat.ChatError("The stream is broken.", code="unreachable") from None
+            view = view[count:]
+            self._spend(count)
+
+    def receive(self):
+        data = self.early.popleft() if self.early else os.read(self.into, 1 << 18)
+        self._spend(len(data))
+        return data
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+class SftpClientMachineTest(PureCase):
+    REQUESTS = {
+        FXP.OPEN: ("/a", FXF.READ, trchat.Attributes()),
+        FXP.CLOSE: (b"h",),
+        FXP.READ: (b"h", 0, 5),
+        FXP.STAT: ("/a",),
+        FXP.OPENDIR: ("/",),
+        FXP.READDIR: (b"h",),
+        FXP.REMOVE: ("/a",),
+        FXP.MKDIR: ("/a", trchat.Attributes()),
+        FXP.RENAME: ("/a", "/b"),
+    }
+    REPLIES = {
+        FXP.STATUS: (FX.OK, "", ""),
+        FXP.HANDLE: (b"h",),
+        FXP.DATA: (b"data",),
+        FXP.NAME: ([trchat.Entry("a", "-rw a", trchat.Attributes(size=3))],),
+        FXP.ATTRS: (trchat.Attributes(size=3, permissions=0o100600),),
+        FXP.EXTENDED_REPLY: (b"x",),
+    }
+    FITTING = {
+        FXP.OPEN: FXP.HANDLE,
+        FXP.OPENDIR: FXP.HANDLE,
+        FXP.READ: FXP.DATA,
+        FXP.READDIR: FXP.NAME,
+        FXP.STAT: FXP.ATTRS,
+    }
+
+    def test_it_greets_with_version_3_and_waits_for_the_answer(self):
+        machine = trchat.SftpClientMachine()
+        self.assertEqual(machine.take_output(), b"\0\0\0\5\x01\0\0\0\3")
+        self.refused(machine.request, FXP.STAT, "/a", kind=trchat.LocalProtocolError)
+        self.assertEqual(machine.receive_data(version_packet()), [])
+        self.assertTrue(machine.ready)
+        self.assertEqual(machine.take_output(), b"")
+        self.assertEqual(machine.read_block, 32768)
+
+    def test_another_version_or_another_protocol_is_refused(self):
+        bad = [version_packet(version) for version in (0, 2, 4, 6, 1 << 31)]
+        bad += [status_packet(3, FX.OK), version_packet() * 2, b"SSH-2.0-OpenSSH_9.2\r\n"]
+        bad += [version_packet()[:-1] + b"\0\0\0\0\1", trchat.FRAME_HEAD.pack(1, 99)]
+        bad += [trchat.FRAME_HEAD.pack(trchat.SFTP_PACKET + 1, FXP.VERSION)]
+        for data in bad[:-3]:
+            self.refused(trchat.SftpClientMachine().receive_data, data)
+        self.refused(trchat.SftpClientMachine().receive_data, bad[-2])
+        self.refused(trchat.SftpClientMachine().receive_data, bad[-1])
+
+    def test_limits_raise_and_lower_the_blocks_but_not_above_ours(self):
+        most = trchat.SFTP_BLOCK
+        for limits, blocks in {
+            (262144, 261120, 261120, 59): (261120, 261120),
+            (0, 0, 0, 0): (32768, 32768),
+            (0, 1 << 40, 1 << 63, 0): (most, most),
+            (34000, 1 << 20, 1 << 20, 0): (34000 - 1024, 34000 - 1024),
+            (262144, 1000, 2000, 0): (1000, 2000),
+            (5, 0, 70000, 0): (1, 1),
+        }.items():
+            machine = trchat.SftpClientMachine()
+            machine.take_output()
+            machine.receive_data(version_packet(LIMITS=b"1"))
+            self.assertFalse(machine.ready)
+            [(kind, body)] = trchat.FrameBuffer().receive_data(machine.take_output())
+            number, name, data = trchat.decode_sftp(kind, body)
+            self.assertEqual((kind, name, data), (FXP.EXTENDED, "limits@openssh.com", b""))
+            self.assertEqual(machine.receive_data(limits_packet(number, *limits)), [])
+            self.assertEqual((machine.read_block, machine.write_block), blocks)
+            self.assertTrue(machine.ready)
+
+    def test_limits_that_are_refused_or_too_short(self):
+        machine = greeted(LIMITS=b"1")
+        self.assertEqual(machine.receive_data(status_packet(1, FX.OP_UNSUPPORTED)), [])
+        self.assertEqual((machine.ready, machine.write_block), (True, 32768))
+        self.refused(greeted(LIMITS=b"1").receive_data, limits_packet(1, 9, 9))
+
+    def ask_all(self, machine):
+        return {machine.request(kind, *values): kind for kind, values in self.REQUESTS.items()}
+
+    def reply_to(self, number, kind):
+        kind = self.FITTING.get(kind, FXP.STATUS)
+        return trchat.encode_sftp(kind, number, *self.REPLIES[kind])
+
+    def test_requests_are_packets_with_ids_of_their_own(self):
+        machine = greeted()
+        asked = self.ask_all(machine)
+        sent = trchat.FrameBuffer().receive_data(machine.take_output())
+        self.assertEqual([kind for kind, _ in sent], list(self.REQUESTS))
+        for (kind, body), number in zip(sent, asked):
+            self.assertEqual(trchat.decode_sftp(kind, body), (number, *self.REQUESTS[kind]))
+        self.assertEqual(len(set(asked)), len(self.REQUESTS))
+
+    def test_a_write_is_what_the_tables_make_of_it(self):
+        machine = greeted()
+        number = machine.request_write(b"handle", 1 << 40, b"data")
+        expected = trchat.encode_sftp(FXP.WRITE, number, b"handle", 1 << 40, b"data")
+        self.assertEqual(machine.take_output(), expected)
+
+    def test_ids_wrap_around_and_are_not_used_twice(self):
+        machine = greeted()
+        machine._last = 0xFFFFFFFE
+        self.assertEqual(machine.request(FXP.STAT, "/a"), 0xFFFFFFFF)
+        self.assertEqual(machine.request(FXP.STAT, "/a"), 0)
+        machine._last = 0xFFFFFFFE
+        self.refused(machine.request, FXP.STAT, "/a", kind=trchat.LocalProtocolError)
+
+    @EXAMPLES
+    @given(st.randoms(use_true_random=False))
+    def test_replies_in_any_order(self, chance):
+        machine = greeted()
+        asked = list(self.ask_all(machine).items())
+        chance.shuffle(asked)
+        data = b"".join(self.reply_to(*pair) for pair in asked)
+        replies = machine.receive_data(data)
+        self.assertEqual([reply.id for reply in replies], [number for number, _ in asked])
+        for reply, (_, kind) in zip(replies, asked):
+            fitting = self.FITTING.get(kind, FXP.STATUS)
+            value = None if fitting == FXP.STATUS else self.REPLIES[fitting][0]
+            self.assertEqual((reply.value, reply.error), (value, None))
+
+    def test_every_split_point(self):
+        first, machine = trchat.SftpClientMachine(), greeted()
+        first.receive_data(version_packet())
+        data = version_packet() + b"".join(
+            self.reply_to(*pair) for pair in self.ask_all(machine).items()
+        )
+        whole = machine.receive_data(data[len(version_packet()) :])
+        for cut in range(len(data) + 1):
+            machine = trchat.SftpClientMachine()
+            machine.receive_data(data[: min(cut, len(version_packet()))])
+            if cut < len(version_packet()):
+                machine.receive_data(data[cut : len(version_packet())])
+            self.ask_all(machine)
+            cut = max(cut, len(version_packet()))
+            got = machine.receive_data(data[len(version_packet()) : cut])
+            self.assertEqual(got + machine.receive_data(data[cut:]), whole)
+
+    @EXAMPLES
+    @given(
+        st.lists(st.binary(min_size=1, max_size=300), max_size=8),
+        st.lists(st.integers(1, 400), min_size=1),
+    )
+    def test_packets_in_pieces_of_any_size(self, bodies, sizes):
+        data = b"".join(map(trchat.block, bodies))
+        buffer, found, place = trchat.PacketBuffer(), [], 0
+        for size in itertools.cycle(sizes):
+            if place >= len(data):
+                break
+            found += buffer.receive_data(data[place : place + size])
+            place += size
+        self.assertEqual([bytes([kind]) + bytes(body) for kind, body in found], bodies)
+
+    def test_a_packet_in_single_bytes_takes_no_more_than_its_size(self):
+        buffer, data = trchat.PacketBuffer(), trchat.block(noise(20_000))
+        for place in range(len(data) - 1):
+            self.assertEqual(buffer.receive_data(data[place : place + 1]), [])
+            self.assertLessEqual(len(buffer._pieces), trchat.PIECES_MOST)
+        [(kind, body)] = buffer.receive_data(data[-1:])
+        self.assertEqual(bytes([kind]) + bytes(body), noise(20_000))
+
+    def test_a_small_packet_keeps_no_large_data_alive(self):
+        [(_, body), *_] = trchat.PacketBuffer().receive_data(trchat.block(b"12") * 1000)
+        self.assertEqual(len(body.obj), 2)
+        large = trchat.block(bytes(200_000))
+        self.assertIs(trchat.PacketBuffer().receive_data(large)[0][1].obj, large)
+
+    def test_a_reply_of_another_kind_is_refused(self):
+        for kind, values in self.REQUESTS.items():
+            for other, fields in self.REPLIES.items():
+                if other == self.FITTING.get(kind, FXP.STATUS):
+                    continue
+                with self.subTest(request=kind, reply=other):
+                    machine = greeted()
+                    number = machine.request(kind, *values)
+                    self.refused(machine.receive_data, trchat.encode_sftp(other, number, *fields))
+
+    def test_a_packet_that_a_server_never_sends_is_refused(self):
+        for kind, values in self.REQUESTS.items():
+            machine = greeted()
+            number = machine.request(kind, *values)
+            self.refused(machine.receive_data, trchat.encode_sftp(kind, number, *values))
+        self.refused(greeted().receive_data, version_packet())
+
+    def test_an_answer_to_nothing_or_a_second_one_is_refused(self):
+        machine = greeted()
+        number = machine.request(FXP.STAT, "/a")
+        for code in (FX.OK, FX.FAILURE):
+            self.refused(greeted().receive_data, status_packet(7, code))
+        reply = self.reply_to(number, FXP.STAT)
+        self.assertEqual(len(machine.receive_data(reply)), 1)
+        self.refused(machine.receive_data, reply)
+
+    def test_data_that_was_not_asked_for_is_refused(self):
+        for data in (b"", b"123456", bytes(1 << 17)):
+            machine = greeted()
+            number = machine.request(FXP.READ, b"h", 0, 5)
+            self.refused(machine.receive_data, trchat.encode_sftp(FXP.DATA, number, data))
+        for body in (b"", bytes(7), trchat.u32(1) + trchat.u32(3) + b"1234"):
+            machine = greeted()
+            machine.request(FXP.READ, b"h", 0, 5)
+            packet = trchat.FRAME_HEAD.pack(len(body) + 1, FXP.DATA) + body
+            self.refused(machine.receive_data, packet)
+
+    def test_a_handle_has_at_most_256_bytes(self):
+        for size in (256, 257):
+            machine = greeted()
+            number = machine.request(*(FXP.OPENDIR, "/"))
+            packet = trchat.encode_sftp(FXP.HANDLE, number, bytes(size))
+            if size == 256:
+                self.assertEqual(machine.receive_data(packet)[0].value, bytes(size))
+            else:
+                self.refused(machine.receive_data, packet)
+
+    def test_truncated_and_changed_replies_never_raise_anything_else(self):
+        machine = greeted()
+        packets = [self.reply_to(*pair) for pair in self.ask_all(machine).items()]
+        for packet in packets:
+            bodies = [packet[:5] + cut for cut in every_cut(packet[5:])]
+            bodies += every_flip(packet, 1)
+            for data in bodies:
+                machine = greeted()
+                self.ask_all(machine)
+                try:
+                    machine.receive_data(data[:4] + data[4:])
+                except trchat.RemoteProtocolError:
+                    pass
+
+    @EXAMPLES
+    @given(st.integers(1, 1 << 32 - 1), HOSTILE_TEXT, HOSTILE_TEXT)
+    def test_a_status_is_an_error_for_people(self, code, message, path):
+        machine = greeted()
+        path = path.encode("utf-8", "replace").decode()
+        message = message.encode("utf-8", "replace").decode()
+        number = machine.request(FXP.STAT, path, path=path)
+        [reply] = machine.receive_data(status_packet(number, code, message))
+        error = reply.error
+        self.assertIsInstance(error, trchat.ChatError)
+        self.assertEqual((error.status, reply.id, reply.value), (code, number, None))
+        self.assertEqual(str(error), trchat.one_line(str(error)))
+        self.assertLess(len(str(error)), 600)
+
+    def test_what_the_errors_say(self):
+        said = {
+            FX.NO_SUCH_FILE: ("a.txt is not there on the other side.", "storage"),
+            FX.PERMISSION_DENIED: ("The other side does not allow that for a.txt.", "denied"),
+            FX.FAILURE: ("The other side failed at a.txt: Quota.", "storage"),
+            99: ("The other side failed at a.txt: Quota.", "storage"),
+        }
+        for status, (text, code) in said.items():
+            error = trchat.SftpError(status, "a.txt", "Quota.")
+            self.assertEqual((error.text, error.code, error.status), (text, code, status))
+        self.assertIn("error 4", trchat.SftpError(FX.FAILURE, "{path}").text)
+        self.assertIn("{path}", trchat.SftpError(FX.FAILURE, "{path}", "{message}").text)
+
+
+def requests_of(machine) -> list:
+    """What a machine has to send, as (type, *values)."""
+    sent = trchat.FrameBuffer().receive_data(machine.take_output())
+    return [(kind, *trchat.decode_sftp(kind, body)) for kind, body in sent]
+
+
+class UploadingTest(PureCase):
+    def transfer(self, content, offset, window, block, chance, file):
+        machine = greeted()
+        machine.write_block = block
+        sending = trchat.Uploading(machine, b"h", offset, window)
+        waiting, place = [], offset
+        while place < len(content) or not sending.finished():
+            room = sending.room() if place < len(content) else 0
+            if room:
+                size = min(room, chance.randint(1, block), len(content) - place)
+                sending.send(content[place : place + size])
+                place += size
+                waiting += requests_of(machine)
+                self.assertLessEqual(room, block)
+            else:
+                self.assertTrue(waiting, "it waits for nothing")
+                _, number, handle, at, data = waiting.pop(chance.randrange(len(waiting)))
+                file[at : at + len(data)] = data
+                sending.receive(machine.receive_data(status_packet(number, FX.OK))[0])
+            self.assertLessEqual(len(waiting), trchat.SFTP_IN_FLIGHT)
+            self.assertLessEqual(sum(len(request[4]) for request in waiting), window)
+            self.assertLessEqual(place - sending.confirmed, window)
+            self.assertEqual(file[offset : sending.confirmed], content[offset : sending.confirmed])
+        return sending
+
+    @EXAMPLES
+    @given(
+        st.integers(0, 5000),
+        st.integers(0, 300),
+        st.integers(1, 3000),
+        st.integers(1, 700),
+        st.randoms(use_true_random=False),
+    )
+    def test_replies_in_any_order_within_the_window(self, size, offset, window, block, chance):
+        content = noise(size + offset)
+        file = bytearray(len(content))
+        sending = self.transfer(content, offset, window, block, chance, file)
+        self.assertEqual(file[offset:], content[offset:])
+        self.assertEqual(sending.confirmed, len(content))
+
+    def test_at_most_64_are_in_flight(self):
+        machine = greeted()
+        sending = trchat.Uploading(machine, b"h", 0, 1 << 30)
+        count = 0
+        while sending.room():
+            sending.send(b"x")
+            count += 1
+        self.assertEqual(count, 64)
+        numbers = [request[1] for request in requests_of(machine)]
+        for number in reversed(numbers):  # the first is the last to be confirmed
+            self.assertEqual(sending.confirmed, 0)
+            sending.receive(machine.receive_data(status_packet(number, FX.OK))[0])
+        self.assertEqual((sending.confirmed, sending.finished()), (64, True))
+
+    def test_a_refused_block_is_an_error_and_others_replies_are_passed_over(self):
+        machine = greeted()
+        sending = trchat.Uploading(machine, b"h", 0, 1 << 20, "a.txt")
+        other = machine.request(FXP.REMOVE, "/x")
+        sending.send(b"data")
+        sending.receive(machine.receive_data(status_packet(other, FX.FAILURE))[0])
+        [reply] = machine.receive_data(status_packet(other + 1, FX.FAILURE, "disk full"))
+        error = self.refused(sending.receive, reply, kind=trchat.SftpError)
+        self.assertIn("a.txt: disk full", error.text)
+
+
+class DownloadingTest(PureCase):
+    def held(self, loading) -> int:
+        return sum(len(block.data) for block in loading._blocks)
+
+    def transfer(self, content, offset, size, window, block, chance, short):
+        machine = greeted()
+        machine.read_block = block
+        loading = trchat.Downloading(machine, b"h", offset, size, window)
+        waiting, got = [], bytearray()
+        while not loading.finished():
+            loading.ask()
+            waiting += requests_of(machine)
+            self.assertTrue(waiting, "it waits for nothing")
+            self.assertLessEqual(len(waiting), trchat.SFTP_IN_FLIGHT)
+            ahead = max(at + length for *_, at, length in waiting) - loading.position
+            self.assertLessEqual(ahead, max(window, block))
+            _, number, handle, at, length = waiting.pop(chance.randrange(len(waiting)))
+            self.assertLessEqual(length, block)
+            data = content[at : at + (chance.randint(1, length) if short else length)]
+            packet = trchat.encode_sftp(FXP.DATA, number, data)
+            [reply] = machine.receive_data(packet if data else status_packet(number, FX.EOF))
+            got += b"".join(loading.receive(reply))
+            self.assertLessEqual(self.held(loading), window)
+            self.assertEqual(loading.position, offset + len(got))
+        return got
+
+    @EXAMPLES
+    @given(
+        st.integers(0, 5000),
+        st.integers(0, 300),
+        st.none() | st.integers(0, 7000) | st.just("right"),
+        st.integers(1, 3000),
+        st.integers(1, 700),
+        st.booleans(),
+        st.randoms(use_true_random=False),
+    )
+    def test_delivered_in_order(self, length, offset, size, window, block, short, chance):
+        content = noise(length + offset)
+        size = len(content) if size == "right" else size
+        got = self.transfer(content, offset, size, window, block, chance, short)
+        self.assertEqual(got, content[offset:])
+
+    def test_from_behind_the_end_nothing_comes(self):
+        for size in (None, 0, 10, 99):
+            got = self.transfer(bytes(10), 50, size, 1000, 100, random.Random(1), False)
+            self.assertEqual(got, b"")
+
+    def test_the_end_is_found_in_the_same_flight(self):
+        machine = greeted()
+        loading = trchat.Downloading(machine, b"h", 0, 70000, 1 << 20)
+        loading.ask()
+        asked = [request[3:] for request in requests_of(machine)]
+        self.assertEqual(asked, [(0, 32768), (32768, 32768), (65536, 4464), (70000, 32768)])
+
+    def test_behind_the_size_one_block_is_asked_for_at_a_time(self):
+        machine = greeted()
+        loading = trchat.Downloading(machine, b"h", 0, 10, 1 << 20)
+        total = 0
+        for turn in range(20):  # a file without an end
+            loading.ask()
+            asked = requests_of(machine)
+            self.assertEqual(len(asked), 2 if turn == 0 else 1)
+            for _, number, _, _, length in asked:
+                packet = trchat.encode_sftp(FXP.DATA, number, bytes(length))
+                [reply] = machine.receive_data(packet)
+                total += sum(map(len, loading.receive(reply)))
+        self.assertEqual(total, 10 + 20 * 32768)
+        self.assertFalse(loading.finished())
+
+    def test_a_server_that_feeds_single_bytes_and_holds_the_first_back(self):
+        machine = greeted()
+        loading = trchat.Downloading(machine, b"h", 0, None, 8 * 512)
+        machine.read_block = 512
+        loading.ask()
+        first, *waiting = requests_of(machine)
+        answered = 0
+        while waiting:
+            _, number, _, _, length = waiting.pop()
+            [reply] = machine.receive_data(trchat.encode_sftp(FXP.DATA, number, b"x"))
+            self.assertEqual(loading.receive(reply), [])
+            loading.ask()
+            waiting += requests_of(machine)
+            self.assertLess(len(waiting), 8)
+            answered += 1
+        self.assertEqual((answered, self.held(loading)), (7 * 512, 7 * 512))
+        [reply] = machine.receive_data(trchat.encode_sftp(FXP.DATA, first[1], bytes(512)))
+        pieces = loading.receive(reply)
+        self.assertEqual(b"".join(pieces), bytes(512) + b"x" * 7 * 512)
+
+    def test_data_behind_the_first_end_is_dropped(self):
+        for order in itertools.permutations(range(4)):
+            machine = greeted()
+            machine.read_block = 10
+            loading = trchat.Downloading(machine, b"h", 0, None, 40)
+            loading.ask()
+            asked, got = requests_of(machine), b""
+            for place in order:
+                number, at = asked[place][1], asked[place][3]
+                packet = trchat.encode_sftp(FXP.DATA, number, bytes([at]) * 10)
+                packet = status_packet(number, FX.EOF) if place == 1 else packet
+                got += b"".join(loading.receive(machine.receive_data(packet)[0]))
+            self.assertEqual((got, loading.finished()), (bytes(10), True), order)
+            loading.ask()
+            self.assertEqual(requests_of(machine), [])
+
+    def test_ends_without_end(self):
+        machine = greeted()
+        loading = trchat.Downloading(machine, b"h", 0, None, 1 << 20)
+        loading.ask()
+        for _, number, *_ in reversed(requests_of(machine)):
+            [reply] = machine.receive_data(status_packet(number, FX.EOF))
+            self.assertEqual(loading.receive(reply), [])
+        self.assertTrue(loading.finished())
+        self.assertEqual(loading.position, 0)
+
+    def test_another_error_is_raised(self):
+        machine = greeted()
+        loading = trchat.Downloading(machine, b"h", 0, None, 1 << 20, "a.txt")
+        loading.ask()
+        [reply] = machine.receive_data(status_packet(1, FX.FAILURE, "bad sector"))
+        error = self.refused(loading.receive, reply, kind=trchat.SftpError)
+        self.assertIn("a.txt: bad sector", error.text)
+
+
+class SftpClientTest(FileTest):
+    """The client against a model in memory, honest or not."""
+
+    def client(self, model, **options):
+        return trchat.SftpClient(MemoryChannel(model, **options))
+
+    def test_files_and_folders(self):
+        model = SftpModel({"": None, "/a": bytearray(b"abc")})
+        client = self.client(model)
+        self.assertEqual(client.stat("/a").size, 3)
+        self.assertIsNone(client.stat("/b"))
+        self.assertTrue(client.make_folder("/d"))
+        self.assertFalse(client.make_folder("/d"))
+        self.error_of(client.make_folder, "/a", code="storage")
+        self.assertEqual([entry.name for entry in client.list("")], ["a", "d"])
+        self.error_of(client.list, "/nowhere", code="storage")
+        client.rename("/a", "/d/a")
+        client.remove("/d/a")
+        self.assertEqual(self.error_of(client.remove, "/d/a").status, FX.NO_SUCH_FILE)
+        self.assertEqual(set(model.files), {"", "/d"})
+        self.assertEqual(model.handles, {})
+
+    def test_a_name_is_replaced_only_by_posix_rename(self):
+        for extensions, left in (({}, b"old"), ({trchat.POSIX_RENAME: b"1"}, b"new")):
+            model = SftpModel({"/a": b"new", "/b": b"old"}, extensions=extensions)
+            client = self.client(model)
+            try:
+                client.rename("/a", "/b")
+            except trchat.SftpError as error:
+                self.assertIn("name taken", error.hint)
+            self.assertEqual(model.files["/b"], left)
+
+    def test_checksums(self):
+        content = noise(5000)
+        model = SftpModel({"/a": content})
+        client = self.client(model)
+        value = client.checksum("/a", 100, 2000)
+        self.assertEqual(value, hashlib.sha256(content[100:2100]).digest())
+        self.assertEqual(model.checked, ("sha256", 100, 2000, 0))
+        self.error_of(client.checksum, "/b", 0, 1, code="storage")
+        self.assertIsNone(self.client(SftpModel(extensions={})).checksum("/a", 0, 1))
+        for name, sound in (("check-file", True), ("check-file-name", True), ("sha1", False)):
+            answer = trchat.text_block(name) + trchat.text_block("sha256") + bytes(32)
+            model.on_check_file = lambda fields, data=answer: (FXP.EXTENDED_REPLY, data)
+            if sound:
+                self.assertEqual(client.checksum("/a", 0, 1), bytes(32))
+            else:
+                self.error_of(client.checksum, "/a", 0, 1, code="protocol")
+
+    def test_transfers_with_a_shuffled_server(self):
+        content = noise(3_000_000)
+        for block, seed in ((trchat.SFTP_BLOCK, 1), (40_000, 2), (100_000, 3)):
+            model = SftpModel({"/a": content}, block)
+            client = self.client(model, shuffle=random.Random(seed))
+            digest, told, parts = hashlib.sha256(), [], []
+            end = client.download("/a", parts.append, 1000, told.append, digest, len(content))
+            self.assertTrue(b"".join(parts) == content[1000:])
+            self.assertEqual(digest.digest(), hashlib.sha256(content[1000:]).digest())
+            self.assertEqual((end, told[-1], told), (len(content), len(content), sorted(told)))
+            digest, told = hashlib.sha256(), []
+            source = io.BytesIO(content)
+            end = client.upload(source.read, "/b", 0, None, told.append, digest)
+            self.assertTrue(model.files["/b"] == content)
+            self.assertEqual(digest.digest(), hashlib.sha256(content).digest())
+            self.assertEqual((end, told[-1], told), (len(content), len(content), sorted(told)))
+            self.assertEqual((model.handles, model.synced), ({}, ["/b"]))
+
+    def test_an_upload_goes_on_from_an_offset_and_needs_the_size_it_names(self):
+        model = SftpModel({"/a": bytearray(b"0123")})
+        client = self.client(model)
+        self.assertEqual(client.upload(io.BytesIO(b"ab").read, "/a", 2), 4)
+        self.assertEqual(model.files["/a"], b"01ab")
+        self.assertEqual(client.upload(io.BytesIO(b"abcdef").read, "/b", size=4), 4)
+        self.assertEqual(model.files["/b"], b"abcd")
+        self.error_of(client.upload, io.BytesIO(b"ab").read, "/b", 0, 4, code="storage")
+
+    def test_progress_that_raises_ends_that_transfer_only(self):
+        content = noise(3_000_000)
+        model = SftpModel({"/a": content})
+        client = self.client(model)
+
+        def stop(done):
+            raise InterruptedError(str(done))
+
+        with self.assertRaises(InterruptedError):
+            client.download("/a", lambda data: None, progress=stop)
+        with self.assertRaises(InterruptedError):
+            client.upload(io.BytesIO(content).read, "/b", progress=stop)
+        self.assertEqual(model.handles, {})
+        parts = []
+        client.download("/a", parts.append)
+        self.assertTrue(b"".join(parts) == content)
+
+    def test_a_stream_that_ends_ends_every_call(self):
+        class Ended(MemoryChannel):
+            def receive(self):
+                return b""
+
+        self.error_of(trchat.SftpClient, Ended(SftpModel()), code="unreachable")
+        channel = MemoryChannel(SftpModel({"/a": b"abc"}))
+        client = trchat.SftpClient(channel)
+        channel.receive = lambda: b""
+        first = self.error_of(client.stat, "/a", code="unreachable")
+        channel.send = None  # nothing is sent any more
+        self.assertIs(self.error_of(client.list, "/"), first)
+        client.close()
+        self.assertTrue(channel.closed)
+
+    def test_a_closed_client_says_so(self):
+        client = self.client(SftpModel())
+        client.close()
+        self.error_of(client.stat, "/a", code="unreachable")
+
+    def test_a_false_reply_breaks_the_client(self):
+        model = SftpModel({"/a": bytes(100)})
+        client = self.client(model)
+        model.on_read = lambda *values: None
+        model.HANDLERS = {**model.HANDLERS, FXP.READ: lambda *_: (FXP.DATA, bytes(1 << 17))}
+        channel = client._channel
+        self.error_of(client.download, "/a", lambda data: None, code="protocol")
+        channel.send = None
+        self.error_of(client.stat, "/a", code="protocol")
+
+    def test_a_listing_without_end(self):
+        entry = trchat.Entry("x", "", trchat.Attributes())
+        for batch in ([], [entry] * 500):
+            model = SftpModel({"": None})
+            model.HANDLERS = {**model.HANDLERS, FXP.READDIR: lambda *_, b=batch: (FXP.NAME, b)}
+            client = self.client(model)
+            self.error_of(client.list, "", code="protocol")
+            self.assertEqual(model.handles, {})
+            self.assertLess(len(model.requests), 300)
+
+    def test_hashing_beside_does_not_pile_up(self):
+        gate, sizes = threading.Event(), []
+
+        class Slow:
+            def update(self, data):
+                gate.wait(10) if sizes else None
+                sizes.append(len(data))
+
+        done = threading.Event()
+
+        def feed():
+            with trchat.HashBeside(Slow()) as beside:
+                for _ in range(40):
+                    beside.update(bytes(10))
+            done.set()
+
+        thread = threading.Thread(target=feed, daemon=True)
+        thread.start()
+        self.assertFalse(done.wait(0.2))
+        self.assertEqual(sizes, [10])
+        gate.set()
+        self.assertTrue(done.wait(10))
+        thread.join()
+        self.assertEqual(len(sizes), 40)
+
+
+class SftpFilesCase(FileTest):
+    """Files of this machine, small and large, and a folder with something of everything."""
+
+    def file(self, name: str, content: bytes | None = None) -> str:
+        path = os.path.join(self.base, *name.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if content is not None:
+            with open(path, "wb") as file:
+                file.write(content)
+        return path
+
+    def assert_same(self, one, other) -> None:
+        """assertEqual for large contents, which would take minutes to show."""
+        self.assertTrue(one == other, "they differ")
+
+    def content(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    TREE = {
+        "a": b"1",
+        "a.part": b"22",
+        "d/empty": b"",
+        "d/e/f/deep": b"333",
+        "große Datei": noise(400_000),
+    }
+
+    def make_tree(self) -> str:
+        for name, data in self.TREE.items():
+            self.file("tree/" + name, data)
+        os.mkdir(self.file("tree/nothing"))
+        os.symlink("a", self.file("tree/link"))
+        os.symlink("d", self.file("tree/d/folder-link"))
+        os.mkfifo(self.file("tree/pipe"))
+        return self.file("tree")
+
+    def found(self, folder: str) -> dict:
+        """The regular files of a folder and, as None, its folders."""
+        found = {}
+        for top, folders, names in os.walk(folder):
+            for name in folders + names:
+                path = os.path.join(top, name)
+                if not os.path.islink(path) and not stat.S_ISFIFO(os.stat(path).st_mode):
+                    data = None if os.path.isdir(path) else self.content(path)
+                    found[os.path.relpath(path, folder)] = data
+        return found
+
+    SIZES = sum(map(len, TREE.values()))
+
+
+class FilesThroughSftpTest(SftpFilesCase):
+    """Whole files and folders, with a model in memory."""
+
+    def client(self, model, **options):
+        return trchat.SftpClient(MemoryChannel(model, **options))
+
+    SIZE = 6 << 20
+    EXTENSION_SETS = (None, {}, {trchat.LIMITS: b"1"})
+
+    def test_a_file_goes_and_comes(self):
+        for size in (0, 1, 300_000):
+            for number, extensions in enumerate(self.EXTENSION_SETS):
+                data, model = noise(size), SftpModel(extensions=extensions)
+                client = self.client(model)
+                sent = trchat.send_file(client, self.file("a", data), "/a")
+                expected = trchat.Transferred(size, hashlib.sha256(data).digest(), 0)
+                self.assertEqual((sent, model.files), (expected, {"/a": data}))
+                path = self.file(f"in/{size}-{number}")
+                self.assertEqual(trchat.receive_file(client, "/a", path), expected)
+                self.assert_same(self.content(path), data)
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+                self.assertFalse(os.path.exists(path + ".part"))
+
+    def cut_and_go_on(self, model, transfer, cuts):
+        """Runs a transfer over streams that are cut; what the last, whole one gives."""
+        for cut in cuts:
+            try:
+                return transfer(self.client(model, cut=cut))
+            except trchat.SftpError:
+                raise
+            except trchat.ChatError as error:
+                self.assertEqual(error.code, "unreachable")
+        return transfer(self.client(model))
+
+    @settings(EXAMPLES, max_examples=15)
+    @given(st.lists(st.integers(3, 40), min_size=1, max_size=3), st.integers(0, 2))
+    def test_sending_goes_on_after_cuts_at_any_point(self, cuts, which):
+        model = SftpModel(extensions=self.EXTENSION_SETS[which])
+        data = noise(self.SIZE)
+        path = self.file("a", data)
+        sent = self.cut_and_go_on(model, lambda c: trchat.send_file(c, path, "/a"), cuts)
+        self.assert_same((model.files, sent.size), ({"/a": data}, self.SIZE))
+        self.assertEqual(sent.sha256, hashlib.sha256(data).digest())
+
+    @settings(EXAMPLES, max_examples=15)
+    @given(st.lists(st.integers(3, 40), min_size=1, max_size=3), st.integers(0, 2))
+    def test_receiving_goes_on_after_cuts_at_any_point(self, cuts, which):
+        data = noise(self.SIZE)
+        model = SftpModel({"/a": data}, extensions=self.EXTENSION_SETS[which])
+        with tempfile.TemporaryDirectory(dir=self.base) as folder:
+            path = os.path.join(folder, "a")
+            got = self.cut_and_go_on(model, lambda c: trchat.receive_file(c, "/a", path), cuts)
+            self.assert_same((self.content(path), got.size), (data, self.SIZE))
+            self.assertEqual(os.listdir(folder), ["a"])
+        self.assertEqual(got.sha256, hashlib.sha256(data).digest())
+
+    def test_where_it_goes_on(self):
+        data = noise(self.SIZE)
+        path, have = self.file("a", data), 5 << 20
+        for extensions, start in ((None, have), ({}, have - trchat.SFTP_WINDOW)):
+            model = SftpModel({"/a.part": bytearray(data[:have])}, extensions=extensions)
+            told = []
+            sent = trchat.send_file(self.client(model), path, "/a", told.append)
+            self.assertEqual(sent.start, start)
+            self.assert_same(model.files, {"/a": data})
+            self.assertGreater(told[0], start)
+            model = SftpModel({"/a": data}, extensions=extensions)
+            target = self.file(f"{start}", None)
+            self.file(f"{start}.part", data[:have])
+            got = trchat.receive_file(self.client(model), "/a", target)
+            self.assertEqual(got.start, have)
+            self.assert_same(self.content(target), data)
+            reads = [values for kind, *values in model.requests if kind == FXP.READ]
+            self.assertGreaterEqual(min(offset for _, offset, _ in reads), have - (1 << 18))
+
+    def test_what_does_not_agree_is_sent_anew(self):
+        data = noise(self.SIZE)
+        path, have = self.file("a", data), 5 << 20
+        wrong = {  # what lies there, and whether only a checksum shows that it is wrong
+            "first byte": (bytearray(flipped(data[:have], 0)), True),
+            "last block": (bytearray(flipped(data[:have], have - trchat.SFTP_WINDOW - 1)), False),
+            "longer": (bytearray(data + b"x"), False),
+            "empty": (bytearray(), False),
+        }
+        for name, (there, needs_checksum) in wrong.items():
+            for extensions in (None,) if needs_checksum else (None, {}):
+                with self.subTest(name=name, extensions=extensions):
+                    model = SftpModel({"/a.part": bytearray(there)}, extensions=extensions)
+                    sent = trchat.send_file(self.client(model), path, "/a")
+                    self.assertEqual(sent.start, 0)
+                    self.assert_same(model.files, {"/a": data})
+
+    def test_what_does_not_agree_is_received_anew(self):
+        data = noise(self.SIZE)
+        for number, (part, extensions) in enumerate((
+            (flipped(data[: 5 << 20], 0), None),
+            (flipped(data[: 5 << 20], (5 << 20) - 1), {}),
+            (data + b"x", None),
+            (noise(1000, 2), {}),
+        )):  # fmt: skip
+            model = SftpModel({"/a": data}, extensions=extensions)
+            path = self.file(f"{number}")
+            self.file(f"{number}.part", part)
+            got = trchat.receive_file(self.client(model), "/a", path)
+            self.assertEqual(got.start, 0)
+            self.assert_same(self.content(path), data)
+
+    def test_where_nothing_may_be_read_it_is_sent_anew(self):
+        data = noise(self.SIZE)
+        model = SftpModel({"/a.part": bytearray(data[: 5 << 20])}, extensions={})
+        opened = model.on_open
+        model.HANDLERS = {
+            **model.HANDLERS,
+            FXP.OPEN: lambda _, path, flags, attributes: (
+                FX.PERMISSION_DENIED if flags == FXF.READ else opened(path, flags, attributes)
+            ),
+        }
+        sent = trchat.send_file(self.client(model), self.file("a", data), "/a")
+        self.assertEqual(sent.start, 0)
+        self.assert_same(model.files, {"/a": data})
+
+    def test_a_file_that_changes_while_it_is_sent(self):
+        data = noise(1 << 20)
+        path = self.file("a", data)
+
+        def grow():
+            with open(path, "ab") as file:
+                file.write(b"more")
+
+        def shrink():
+            os.truncate(path, 1000)
+
+        def touch():
+            os.utime(path, ns=(1, 1))
+
+        def replace():
+            self.file("b", data)
+            os.utime(self.file("b"), ns=(os.stat(path).st_mtime_ns,) * 2)
+            os.replace(self.file("b"), path)
+
+        for change in (grow, shrink, touch, replace):
+            with self.subTest(change=change.__name__):
+                self.file("a", data)
+                model, changes = SftpModel(), [change]
+                told = lambda done: changes.pop()() if changes else None  # noqa: E731
+                with mock.patch.object(trchat, "SFTP_WINDOW", 1 << 18):
+                    error = self.error_of(
+                        trchat.send_file, self.client(model), path, "/a", told, code="storage"
+                    )
+                self.assertIn("changed while it was sent", error.text)
+                self.assertEqual(set(model.files), {"/a.part"})
+
+    def test_a_file_that_changes_while_it_is_received(self):
+        def grow(model):
+            model.files["/a"] += b"x"
+
+        def shrink(model):
+            del model.files["/a"][-100:]
+
+        def touch(model):
+            model.times["/a"] = 2000
+
+        def remove(model):
+            del model.files["/a"]
+
+        for change in (grow, shrink, touch, remove):
+            with self.subTest(change=change.__name__):
+                model = SftpModel({"/a": bytearray(noise(1 << 20))})
+                changes = [change]
+                told = lambda done: changes.pop()(model) if changes else None  # noqa: E731
+                path = self.file(change.__name__)
+                args = self.client(model), "/a", path, told
+                error = self.error_of(trchat.receive_file, *args, code="storage")
+                self.assertIn("changed while it was received", error.text)
+                self.assertFalse(os.path.exists(path))
+
+    def test_a_file_without_end_ends(self):
+        model = SftpModel({"/a": bytes(100)})
+        model.HANDLERS = {**model.HANDLERS, FXP.READ: lambda _, h, o, n: (FXP.DATA, bytes(n))}
+        path = self.file("a")
+        self.error_of(trchat.receive_file, self.client(model), "/a", path, code="storage")
+        self.assertLessEqual(os.path.getsize(path + ".part"), 100)
+
+    def test_a_size_that_is_missing_or_absurd(self):
+        for size, code in ((None, "protocol"), (1 << 62, "storage"), ((1 << 64) - 1, "storage")):
+            model = SftpModel({"/a": b"x"})
+            told = trchat.Attributes(size=size, permissions=0o100644)
+            model.attributes = lambda path, told=told: told
+            error = self.error_of(
+                trchat.receive_file, self.client(model), "/a", self.file("a"), code=code
+            )
+        self.assertIn("no room", error.text)
+
+    def test_nothing_is_overwritten(self):
+        model = SftpModel({"/a": b"theirs"})
+        for kind in ("file", "folder", "link"):
+            path = self.file(kind, b"mine" if kind == "file" else None)
+            if kind == "folder":
+                os.mkdir(path)
+            if kind == "link":
+                os.symlink("nowhere", path)
+            self.error_of(trchat.receive_file, self.client(model), "/a", path, code="storage")
+        self.assertEqual(self.content(self.file("file")), b"mine")
+
+    def test_a_name_that_is_taken_at_the_last_moment(self):
+        for refusing in (False, True):  # a disk without hard links
+            model, path = SftpModel({"/a": b"theirs"}), self.file(f"late-{refusing}")
+            link = mock.patch("os.link", side_effect=OSError(errno.EPERM, "no links"))
+            with link if refusing else contextlib.nullcontext():
+                told = lambda done, path=path: self.file(os.path.basename(path), b"mine")  # noqa: E731
+                args = self.client(model), "/a", path, told
+                self.error_of(trchat.receive_file, *args, code="storage")
+                self.assertEqual(self.content(path), b"mine")
+                self.assertEqual(self.content(path + ".part"), b"theirs")
+                os.unlink(path)
+                trchat.receive_file(self.client(model), "/a", path)
+            self.assertEqual(self.content(path), b"theirs")
+
+    def test_a_link_in_place_of_the_part_is_not_followed(self):
+        model, victim = SftpModel({"/a": b"theirs"}), self.file("victim", b"mine")
+        os.symlink(victim, self.file("a.part"))
+        args = self.client(model), "/a", self.file("a")
+        self.error_of(trchat.receive_file, *args, code="storage")
+        self.assertEqual(self.content(victim), b"mine")
+
+    def test_what_is_no_file(self):
+        client = self.client(SftpModel({"/d": None}))
+        os.mkfifo(self.file("pipe"))
+        for path in (self.file("pipe"), self.base, self.file("missing")):
+            self.error_of(trchat.send_file, client, path, "/a", code="storage")
+        os.mkfifo(self.file("b.part"))
+        for remote, path in (("/d", "a"), ("/missing", "a"), ("/d", "b")):
+            self.error_of(trchat.receive_file, client, remote, self.file(path), code="storage")
+
+    def test_a_local_disk_that_fails(self):
+        data = noise(1 << 20)
+        for number, calls in (
+            (errno.EACCES, ("os.open",)),
+            (errno.ENOSPC, ("os.fsync", "os.open")),
+            (errno.EIO, ("os.fsync",)),
+        ):
+            for name in calls:
+                model = SftpModel({"/a": data})
+                client = self.client(model)
+                with mock.patch(name, side_effect=OSError(number, os.strerror(number))):
+                    path = self.file(f"{number}{name}")
+                    self.error_of(trchat.receive_file, client, "/a", path, code="storage")
+                self.assertEqual(model.handles, {})
+                trchat.receive_file(client, "/a", path)
+                self.assert_same(self.content(path), data)
+
+    def test_a_full_disk_keeps_the_part(self):
+        data, path = noise(3 << 20), self.file("a")
+        client = self.client(SftpModel({"/a": data}))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        try:
+            self.error_of(trchat.receive_file, client, "/a", path, code="storage")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        self.assertEqual(os.path.getsize(path + ".part"), 1 << 20)
+        got = trchat.receive_file(client, "/a", path)
+        self.assertEqual(got.start, 1 << 20)
+        self.assert_same(self.content(path), data)
+
+    def test_too_little_room_is_said_before_anything_comes(self):
+        model = SftpModel({"/a": bytes(5000)})
+        usage = shutil.disk_usage(self.base)._replace(free=4999)
+        with mock.patch.object(trchat.shutil, "disk_usage", return_value=usage):
+            args = self.client(model), "/a", self.file("a")
+            error = self.error_of(trchat.receive_file, *args, code="storage")
+        self.assertIn("needs 5,000 bytes, and 4,999 are free", error.text)
+        self.assertNotIn(FXP.READ, [kind for kind, *_ in model.requests])
+
+    def test_a_folder_goes_and_comes(self):
+        tree = self.make_tree()
+        for number, extensions in enumerate((None, {})):
+            model = SftpModel({"": None}, extensions=extensions)
+            told = []
+            count = trchat.send_tree(self.client(model), tree, "/t", told.append)
+            self.assertEqual(count, trchat.TreeCount(5, 5, self.SIZES, 3))
+            self.assertEqual(told[-1], self.SIZES)
+            self.assertEqual(told, sorted(told))
+            sent = {p[3:]: d for p, d in model.files.items() if p.startswith("/t/")}
+            self.assertEqual(sent, self.found(tree))
+            target = self.file(f"in-{number}")
+            got = trchat.receive_tree(self.client(model), "/t", target)
+            self.assertEqual(got, trchat.TreeCount(5, 5, self.SIZES, 0))
+            self.assertEqual(self.found(target), self.found(tree))
+
+    def test_links_and_devices_are_left_out_of_what_comes(self):
+        model = SftpModel({"/t": None, "/t/a": b"1"})
+        kinds = (stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK, 0)
+        entries = [
+            trchat.Entry(f"x{kind}", "", trchat.Attributes(size=1, permissions=kind | 0o644))
+            for kind in kinds
+        ]
+        entries.append(trchat.Entry("unknown", "", trchat.Attributes()))
+        entries.append(trchat.Entry("a", "", model.attributes("/t/a")))
+        model.listings["/t"] = entries
+        got = trchat.receive_tree(self.client(model), "/t", self.file("in"))
+        self.assertEqual(got, trchat.TreeCount(1, 1, 1, 7))
+        self.assertEqual(self.found(self.file("in")), {"a": b"1"})
+
+    def test_names_that_are_paths_are_refused(self):
+        for name in ("../x", "/x", "x/y", "..//", "x\0y", "", "x/../../y"):
+            for kind in (stat.S_IFREG, stat.S_IFDIR):
+                with self.subTest(name=name):
+                    model = SftpModel({"/t": None, f"/t/{name}": b"1"})
+                    told = trchat.Attributes(size=1, permissions=kind | 0o755)
+                    model.listings["/t"] = [trchat.Entry(name, "", told)]
+                    args = self.client(model), "/t", self.file("in/deeper")
+                    self.error_of(trchat.receive_tree, *args, code="protocol")
+                    self.assertEqual(self.found(self.file("in")), {"deeper": None})
+                    shutil.rmtree(self.file("in"))
+
+    def test_dots_in_a_listing_are_passed_over(self):
+        model = SftpModel({"/t": None})
+        got = trchat.receive_tree(self.client(model), "/t", self.file("in"))
+        self.assertEqual(got, trchat.TreeCount(0, 1, 0, 0))
+
+    def test_names_that_steer_a_terminal_are_left_out(self):
+        names = ["\x1b[2J", "a\nb", "\u202etxt.exe", "\udcff", "good"]
+        model = SftpModel({"/t": None, **{f"/t/{name}": b"1" for name in names}})
+        got = trchat.receive_tree(self.client(model), "/t", self.file("in"))
+        self.assertEqual(got, trchat.TreeCount(1, 1, 1, 4))
+        self.assertEqual(self.found(self.file("in")), {"good": b"1"})
+
+    def test_names_that_windows_cannot_have(self):
+        for name in ("con", "NUL.txt", "com1", "a:b", "a?", "x.", "x ", "lpt9.tar.gz", 'a"'):
+            self.assertTrue(trchat._fits_here(name))
+            with mock.patch.object(os, "name", "nt"):
+                self.assertFalse(trchat._fits_here(name), name)
+        with mock.patch.object(os, "name", "nt"), mock.patch.object(os, "sep", "\\"):
+            self.assertTrue(trchat._fits_here("console.txt"))
+            with self.assertRaises(trchat.RemoteProtocolError):
+                trchat._fits_here("..\\x")
+
+    def test_a_name_that_is_listed_twice_overwrites_nothing(self):
+        model = SftpModel({"/t": None, "/t/a": b"1"}, extensions={})
+        entry = trchat.Entry("a", "", model.attributes("/t/a"))
+        model.listings["/t"] = [entry, entry]
+        args = self.client(model), "/t", self.file("in")
+        self.error_of(trchat.receive_tree, *args, code="storage")
+        self.assertEqual(self.found(self.file("in")), {"a": b"1"})
+
+    def test_folders_without_end(self):
+        model = SftpModel({"/t": None})
+        folder = trchat.Attributes(permissions=stat.S_IFDIR | 0o755)
+        model.attributes = lambda path: folder
+        model.listings = mock.Mock(get=lambda *_: [trchat.Entry("d", "", folder)])
+        args = self.client(model), "/t", self.file("in")
+        self.error_of(trchat.receive_tree, *args, code="protocol")
+        with mock.patch.object(trchat, "TREE_MOST", 20):
+            many = [trchat.Entry(f"x{n}", "", trchat.Attributes()) for n in range(30)]
+            model.listings = {"/t": many}
+            self.error_of(trchat.receive_tree, *args, code="protocol")
+            self.assertLess(len(self.found(self.file("in"))), 70)
+
+    def test_a_folder_goes_on_after_cuts(self):
+        tree, model = self.make_tree(), SftpModel({"": None})
+        again = lambda client: trchat.send_tree(client, tree, "/t")  # noqa: E731
+        for cut in range(4, 60, 5):
+            with contextlib.suppress(trchat.ChatError):
+                again(self.client(model, cut=cut))
+        self.assertEqual(again(self.client(model)), trchat.TreeCount(5, 5, self.SIZES, 3))
+        sent = {p[3:]: d for p, d in model.files.items() if p.startswith("/t/")}
+        self.assertEqual(sent, self.found(tree))
+        model.requests.clear()
+        again(self.client(model))  # it is all there
+        self.assertNotIn(FXP.WRITE, [kind for kind, *_ in model.requests])
+
+        target = self.file("in")
+        again = lambda client: trchat.receive_tree(client, "/t", target)  # noqa: E731
+        for cut in range(4, 60, 5):
+            with contextlib.suppress(trchat.ChatError):
+                again(self.client(model, cut=cut))
+        self.assertEqual(again(self.client(model)), trchat.TreeCount(5, 5, self.SIZES, 0))
+        self.assertEqual(self.found(target), self.found(tree))
+
+    def test_a_folder_is_not_received_into_what_is_other(self):
+        model = SftpModel({"/t": None, "/t/a": b"1"})
+        os.mkdir(self.file("elsewhere"))
+        os.symlink("elsewhere", self.file("in"))
+        args = self.client(model), "/t", self.file("in")
+        self.error_of(trchat.receive_tree, *args, code="storage")
+        self.assertEqual(os.listdir(self.file("elsewhere")), [])
+        self.file("there/a", b"2")
+        args = self.client(model), "/t", self.file("there")
+        self.error_of(trchat.receive_tree, *args, code="storage")
+        self.assertEqual(self.found(self.file("there")), {"a": b"2"})
+
+
+@needs_sftp_server
+class OpenSSHServerTest(SftpFilesCase):
+    """The client against OpenSSH's own server, over pipes."""
+
+    def setUp(self):
+        super().setUp()
+        self.there = os.path.join(self.base, "there")
+        os.mkdir(self.there)
+
+    def connect(self, *arguments, **options):
+        channel = PipeChannel(SFTP_SERVER, *arguments, cwd=self.there, **options)
+        self.addCleanup(channel.close)
+        return trchat.SftpClient(channel)
+
+    def test_it_agrees_on_blocks_and_extensions(self):
+        client = self.connect()
+        self.assertEqual(client._machine.read_block, trchat.SFTP_BLOCK)
+        self.assertTrue(client.offers(trchat.FSYNC) and client.offers(trchat.POSIX_RENAME))
+        self.assertIsNone(client.checksum("a", 0, 1))
+
+    def test_files_and_folders_there(self):
+        client = self.connect()
+        self.assertTrue(client.make_folder("d"))
+        self.assertFalse(client.make_folder("d"))
+        self.assertIsNone(client.stat("missing"))
+        self.assertEqual(client.upload(io.BytesIO(b"abc").read, "d/a"), 3)
+        self.assertEqual(client.upload(io.BytesIO(b"new").read, "d/b"), 3)
+        client.rename("d/a", "d/b")
+        self.assertEqual([(e.name, e.attributes.size) for e in client.list("d")], [("b", 3)])
+        self.assertEqual(client.read("d/b", 1, 10), b"bc")
+        client.remove("d/b")
+        self.assertEqual(self.error_of(client.remove, "d/b").status, FX.NO_SUCH_FILE)
+        for n in range(300):
+            self.file(f"there/d/{n}", b"")
+        self.assertEqual({e.name for e in client.list("d")}, {str(n) for n in range(300)})
+
+    def test_a_file_goes_and_comes_there(self):
+        client = self.connect()
+        for size in (0, 1, trchat.SFTP_BLOCK, trchat.SFTP_BLOCK + 1, 10 << 20):
+            data = noise(size)
+            sent = trchat.send_file(client, self.file("a", data), "a")
+            self.assertEqual(sent, trchat.Transferred(size, hashlib.sha256(data).digest(), 0))
+            self.assertEqual(self.found(self.there), {"a": data})
+            path = self.file(f"in/{size}")
+            self.assertEqual(trchat.receive_file(client, "a", path), sent)
+            self.assertEqual(self.content(path), data)
+
+    def cut_often(self, transfer, size, seed):
+        """Runs a transfer over pipes that are cut at random points until it is done."""
+        chance = random.Random(seed)
+        for _ in range(4):
+            client = self.connect(cut=chance.randrange(1000, size))
+            try:
+                transfer(client)
+                return
+            except trchat.ChatError as error:
+                self.assertEqual(error.code, "unreachable")
+            client.close()
+        transfer(self.connect())
+
+    def test_sending_goes_on_after_interruptions(self):
+        size, starts = 16 << 20, []
+        for seed in range(4):
+            data, path = noise(size, seed), self.file("a", noise(size, seed))
+            run = lambda c: starts.append(trchat.send_file(c, path, "a").start)  # noqa: E731
+            self.cut_often(run, size, seed)
+            self.assert_same(self.content(self.file("there/a")), data)
+            self.assertEqual(os.listdir(self.there), ["a"])
+        self.assertGreater(max(starts), 0)
+
+    def test_receiving_goes_on_after_interruptions(self):
+        size, starts = 16 << 20, []
+        for seed in range(4):
+            data, path = noise(size, seed), self.file(f"in/{seed}")
+            self.file("there/a", data)
+            run = lambda c: starts.append(trchat.receive_file(c, "a", path).start)  # noqa: E731
+            self.cut_often(run, size, seed)
+            self.assert_same(self.content(path), data)
+        self.assertGreater(max(starts), 0)
+
+    def test_a_folder_goes_and_comes_there(self):
+        tree, client = self.make_tree(), self.connect()
+        count = trchat.send_tree(client, tree, "t")
+        self.assertEqual(count, trchat.TreeCount(5, 5, self.SIZES, 3))
+        self.assertEqual(self.found(self.file("there/t")), self.found(tree))
+        os.symlink("/etc", self.file("there/t/etc"))
+        got = trchat.receive_tree(client, "t", self.file("in"))
+        self.assertEqual(got, trchat.TreeCount(5, 5, self.SIZES, 1))
+        self.assertEqual(self.found(self.file("in")), self.found(tree))
+
+    def test_a_server_that_only_reads(self):
+        client, path = self.connect("-R"), self.file("a", b"abc")
+        self.file("there/b", b"abc")
+        self.error_of(trchat.send_file, client, path, "a", code="denied")
+        self.error_of(client.make_folder, "d", code="denied")
+        trchat.receive_file(client, "b", self.file("b"))
+        self.assertEqual(self.found(self.there), {"b": b"abc"})
+
+    def test_a_server_whose_disk_is_full(self):
+        def limited():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
+
+        data = noise(8 << 20)
+        path, client = self.file("a", data), self.connect(preexec_fn=limited)
+        self.error_of(trchat.send_file, client, path, "a", code="storage")
+        self.assertIsNotNone(client.stat("a.part"))  # the client goes on
+        self.assertEqual(trchat.send_file(self.connect(), path, "a").size, len(data))
+        self.assert_same(self.content(self.file("there/a")), data)
+
+    def test_a_disk_here_that_is_full(self):
+        disk = self.file("disk")
+        os.mkdir(disk)
+        mounted = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]
+        if subprocess.run(mounted, capture_output=True).returncode:
+            self.skipTest("no small disk can be mounted")
+        self.addCleanup(subprocess.run, ["umount", disk], check=True)
+        data, path = noise(4 << 20), os.path.join(disk, "a")
+        self.file("there/a", data)
+        client = self.connect()
+        error = self.error_of(trchat.receive_file, client, "a", path, code="storage")
+        self.assertIn("no room", error.text)
+        with mock.patch.object(trchat, "_check_space"):
+            error = self.error_of(trchat.receive_file, client, "a", path, code="storage")
+        self.assertIn("No space left", error.text)
+        self.assertGreater(os.path.getsize(path + ".part"), 1 << 20)
+        trchat.receive_file(client, "a", self.file("a"))
+        self.assert_same(self.content(self.file("a")), data)
+
+    def test_a_transfer_that_another_thread_ends(self):
+        self.file("there/a", noise(8 << 20))
+        client = self.connect()
+        started, caught = threading.Event(), []
+
+        def run():
+            try:
+                client.download("a", lambda data: (started.set(), stopped.wait(10)))
+            except trchat.ChatError as error:
+                caught.append(error)
+
+        stopped = threading.Event()
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self.assertTrue(started.wait(10))
+        client._channel.process.kill()
+        stopped.set()
+        thread.join(10)
+        self.assertEqual([error.code for error in caught], ["unreachable"])
+
+    def test_memory_stays_flat(self):
+        self.file("there/a", b"")
+        os.truncate(self.file("there/a"), 256 << 20)
+        code = (
+            "import sys, resource, hashlib; sys.dont_write_bytecode = True\n"
+            "import test_trchat as t\n"
+            "c = t.trchat.SftpClient(t.PipeChannel(t.SFTP_SERVER))\n"
+            "run = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = run()\n"
+            "t.trchat.receive_file(c, 'a', 'b')\n"
+            "t.trchat.send_file(c, 'b', 'c')\n"
+            "print(run() - before)\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=self.there, env=environment, capture_output=True, text=True
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertLess(int(done.stdout), 40 << 10)  # KiB; the window is 4 MiB
+
+
+def asyncssh_server(folder: str):
+    """(port, stop) of an asyncssh server without passwords that shows a folder."""
+    import asyncio
+
+    import asyncssh
+
+    class Open(asyncssh.SSHServer):
+        def begin_auth(self, username):
+            return False
+
+    loop, started = asyncio.new_event_loop(), queue.Queue()
+
+    async def serve():
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        factory = lambda channel: asyncssh.SFTPServer(channel, chroot=folder)  # noqa: E731
+        return await asyncssh.listen(
+            "127.0.0.1", 0, server_host_keys=[key], server_factory=Open, sftp_factory=factory
+        )
+
+    def run():
+        asyncio.set_event_loop(loop)
+        started.put(loop.run_until_complete(serve()).get_port())
+        loop.run_forever()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def stop():
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+
+    return started.get(timeout=10), stop
+
+
+@unittest.skipUnless(importlib.util.find_spec("asyncssh"), "asyncssh is not installed")
+@unittest.skipUnless(shutil.which("ssh"), "ssh is not installed")
+class AsyncSSHServerTest(SftpFilesCase):
+    """Through a real ssh to asyncssh's server, which names no limits of ours."""
+
+    def test_files_and_folders_go_and_come(self):
+        there = self.file("there")
+        os.mkdir(there)
+        port, stop = asyncssh_server(there)
+        self.addCleanup(stop)
+        quiet = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        command = ["ssh", "-F", "/dev/null", "-q", *quiet, "-p", str(port), "-s", "x@127.0.0.1"]
+        channel = PipeChannel(*command, "sftp")
+        self.addCleanup(channel.close)
+        client = trchat.SftpClient(channel)
+        data = noise(10 << 20)
+        sent = trchat.send_file(client, self.file("a", data), "/a")
+        self.assertEqual(self.found(there), {"a": data})
+        self.assertEqual(trchat.receive_file(client, "/a", self.file("b")), sent)
+        tree = self.make_tree()
+        count = trchat.send_tree(client, tree, "/t")
+        self.assertEqual(count, trchat.TreeCount(5, 5, self.SIZES, 3))
+        got = trchat.receive_tree(client, "/t", self.file("in"))
+        self.assertEqual(got, trchat.TreeCount(5, 5, self.SIZES, 0))
+        self.assertEqual(self.found(self.file("in")), self.found(tree))
+
+
 class NamesTest(PureCase):
     """Which names there may be (UTS #39), and which of them are taken for each other."""
 

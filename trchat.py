@@ -40,52 +40,61 @@ or thread: bytes in, events out) and each uses only parts above itself:
  24. SFTP packets *
  25. SFTP server machine *
  26. Safe file names *
- 27. Sealed records *
- 28. Sealed files *
- 29. Conversations *
- 30. Keys and widths *
- 31. Line editor *
- 32. Screen *
- 33. Settings *
- 34. Settings and paths
- 35. Events and threads
- 36. Dependencies
- 37. Vault
- 38. Rooted folders
- 39. History and outbox
- 40. Contacts
- 41. SOCKS5
- 42. Network
- 43. Port mapping
- 44. A mapped port, and addresses
- 45. Tunnels
- 46. Tunnels through ngrok
- 47. Tunnels through ssh and tor
- 48. Runs of sftp
- 49. Files on SFTP servers
- 50. Connections of a server
- 51. Relay server
- 52. Where to connect
- 53. Channels
- 54. Connections
- 55. Records of a chat
- 56. Chat client
- 57. Commands
- 58. Chat commands: talking and rooms
- 59. Chat commands: people and servers
- 60. Chat commands: records
- 61. Console commands
- 62. Terminal input
- 63. Terminal
- 64. Words for events
- 65. Faces: terminal and JSON lines
- 66. Activities
- 67. Chatting directly
- 68. Demonstration
- 69. Session
- 70. Shell commands
- 71. Command line
- 72. Menu and door
+ 27. SFTP client machine *
+ 28. Sealed records *
+ 29. Sealed files *
+ 30. Conversations *
+ 31. Keys and widths *
+ 32. Line editor *
+ 33. Screen *
+ 34. Settings *
+ 35. Settings and paths
+ 36. Events and threads
+ 37. Dependencies
+ 38. Vault
+ 39. Rooted folders
+ 40. SFTP client
+ 41. Files through SFTP
+ 42. History and outbox
+ 43. Contacts
+ 44. Transfers on record
+ 45. SOCKS5
+ 46. Network
+ 47. Port mapping
+ 48. A mapped port, and addresses
+ 49. Tunnels
+ 50. Tunnels through ngrok
+ 51. Tunnels through ssh and tor
+ 52. Runs of sftp
+ 53. Files on SFTP servers
+ 54. Connections of a server
+ 55. Relay server
+ 56. Where to connect
+ 57. Channels
+ 58. Connections
+ 59. Records of a chat
+ 60. Files on their way
+ 61. Shared folders
+ 62. Files by way of a server
+ 63. File desk
+ 64. Chat client
+ 65. Commands
+ 66. Chat commands: talking and rooms
+ 67. Chat commands: people and servers
+ 68. Chat commands: files
+ 69. Chat commands: records
+ 70. Console commands
+ 71. Terminal input
+ 72. Terminal
+ 73. Words for events
+ 74. Faces: terminal and JSON lines
+ 75. Activities
+ 76. Chatting directly
+ 77. Demonstration
+ 78. Session
+ 79. Shell commands
+ 80. Command line
+ 81. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -4157,7 +4166,7 @@ class Messages:
             self._owe_found(message, person.fingerprint, person.name)
         self._report_absent(person.name, others)
 
-    def say(self, room_name: str, text: str, kind: int = SAID) -> None:
+    def say(self, room_name: str, text: str, kind: int = SAID) -> Outgoing:
         """Sends text to a room; answered by `sent` or `queued`."""
         room = self.machine.require_room(room_name)
         room.require_voice()
@@ -4176,6 +4185,7 @@ class Messages:
             self.delivery.add(message)
             self._answer(message, "queued")
         self.machine.settle()
+        return message
 
     def _check_key(self, person) -> None:
         if person.key_changed:
@@ -4255,7 +4265,7 @@ class Messages:
         head = (message.id, sequence, moment, message.kind, message.room or "")
         return encode_content(TEXT, *head, message.lifetime, message.text)
 
-    def tell(self, name: str, text: str, kind: int = SAID) -> None:
+    def tell(self, name: str, text: str, kind: int = SAID) -> Outgoing:
         """Sends text to one person; answered by `sent` or `queued`, or an error."""
         message = self._new_message("", text, kind)
         directory, (wanted, mark) = self.machine.directory, split_mark(name)
@@ -4272,6 +4282,7 @@ class Messages:
         else:
             self._look_up(check_name(wanted), message, mark)
         self.machine.settle()
+        return message
 
     def _send_direct(self, message: Outgoing, fingerprint: bytes, name: str) -> None:
         """To one whose key is known; for a contact it waits in the outbox as long as it takes."""
@@ -5647,6 +5658,7 @@ _CONTENT_HANDLERS: dict = {
 SFTP_VERSION = 3
 SFTP_PACKET = 256 << 10  # bytes of a packet after its length field, as in OpenSSH
 SFTP_BLOCK = SFTP_PACKET - 1024  # bytes that one READ or WRITE carries
+SFTP_HANDLE_MOST = 256  # bytes of a handle (section 4)
 
 
 class FXP:
@@ -5840,7 +5852,6 @@ SFTP_HANDLES = 256  # files and folders open at once
 SFTP_UNREAD = 128 * (SFTP_PACKET + 4)  # bytes: the most that a usual client has on its way
 SFTP_NAMES = 32 << 10  # bytes of one batch of names, so that clients with small packets cope
 SFTP_OFFSET = (1 << 63) - 1  # the last byte of the largest file there can be
-SFTP_HANDLE_MOST = 256  # bytes (section 4)
 HASH_STEP = 32  # blocks that are hashed before a driver may look around: a few milliseconds
 WRITE_FIELDS = 4 + 4 + SFTP_HANDLE_MOST + 8 + 4  # bytes in front of the data of a WRITE, at most
 
@@ -6231,12 +6242,13 @@ def _check_offset(offset: int) -> None:
 
 
 # ==================================================================================================
-# Part 26. Safe file names | pure | uses 28
+# Part 26. Safe file names | pure | uses -
 #
 # What a file may be called so that it is the same on Windows, macOS and Linux, and harms on none.
 # ==================================================================================================
 
 FILE_NAME_MOST = 255  # bytes in UTF-8, of what a file system takes
+PART_ENDING = ".part"  # of a file that is still coming
 SAFE_NAME_MOST = 200  # bytes in UTF-8, of a name made from a proposal: `.part` or ` (2)` still fit
 EXTENSION_MOST = 40  # bytes; what is longer is no extension
 UNSAFE_SIGNS = '<>:"/\\|?*'  # separators, drives, alternate streams, wildcards: Windows' own list
@@ -6309,7 +6321,364 @@ def _is_reserved(name: str) -> bool:
 
 
 # ==================================================================================================
-# Part 27. Sealed records | pure | uses 1-3
+# Part 27. SFTP client machine | pure | uses 1, 2, 8, 24
+#
+# The client's side of an SFTP stream without the stream: requests out, replies in, in any order
+# and in pieces of any size. Uploading and Downloading keep several requests in flight; what is on
+# its way, asked for ahead or held back until its turn stays within a window.
+# ==================================================================================================
+
+SFTP_IN_FLIGHT = 64  # requests of one transfer that may wait for their replies, as in OpenSSH
+SFTP_WINDOW = 4 << 20  # bytes of one transfer that may be on their way
+SFTP_BLOCK_PLAIN = 32 << 10  # a block for a server that names no limits (section 3: all take it)
+PIECES_MOST = 64  # in which a packet may wait for its end before they are joined
+
+# Extensions that are used where they are offered; their names, as their server lists them.
+LIMITS = "limits@openssh.com"
+POSIX_RENAME = "posix-rename@openssh.com"
+FSYNC = "fsync@openssh.com"
+CHECK_FILE = "check-file-name"  # draft-ietf-secsh-filexfer-extensions-00, section 3
+
+# What answers a request, but for a STATUS that refuses it; all others are answered by a STATUS.
+SFTP_REPLIES = {
+    FXP.OPEN: FXP.HANDLE,
+    FXP.OPENDIR: FXP.HANDLE,
+    FXP.READ: FXP.DATA,
+    FXP.READDIR: FXP.NAME,
+    FXP.STAT: FXP.ATTRS,
+}
+SFTP_EXTENDED_REPLIES = {LIMITS: FXP.EXTENDED_REPLY, CHECK_FILE: FXP.EXTENDED_REPLY}
+SFTP_REFUSALS = {
+    FX.EOF: ("{path} ends here.", "", "storage"),
+    FX.NO_SUCH_FILE: ("{path} is not there on the other side.", "Check the name.", "storage"),
+    FX.PERMISSION_DENIED: (
+        "The other side does not allow that for {path}.",
+        "Ask the person there.",
+        "denied",
+    ),
+    FX.OP_UNSUPPORTED: ("The other side cannot do that with {path}.", "", "protocol"),
+}
+SFTP_FAILURE = (
+    "The other side failed at {path}: {message}.",
+    "Its disk may be full, or the name taken.",
+    "storage",
+)
+
+
+class SftpError(ChatError):
+    """A request that the other side refused: `status` is its code, one of FX."""
+
+    def __init__(self, status: int, path: str, message: str = ""):
+        text, hint, code = SFTP_REFUSALS.get(status, SFTP_FAILURE)
+        path = one_line(path)[:200] or "a file"
+        reason = one_line(message)[:200].rstrip(". ") or f"error {status}"
+        super().__init__(text.format(path=path, message=reason), hint, code)
+        self.status = status
+
+
+class SftpReply(Record):
+    """The answer to request `id`: its value, or the error with which it was refused.
+
+    By the reply's type the value is None (STATUS), bytes (HANDLE, EXTENDED_REPLY), a memoryview
+    (DATA), a list of Entry (NAME) or Attributes (ATTRS).
+    """
+
+    id: int
+    value: Any
+    error: SftpError | None
+
+
+class PacketBuffer:
+    """Bytes in, whole packets out as (type, body), as FrameBuffer has it, but copied less.
+
+    A body is a memoryview; it keeps no more than twice its size of what came in memory.
+    """
+
+    def __init__(self):
+        self._head = b""  # of the length field, while it is incomplete
+        self._missing = 0  # bytes of the packet of which there are pieces
+        self._pieces: list = []
+
+    def receive_data(self, data: bytes) -> list:
+        """The packets that `data` completes; it must not change afterwards."""
+        view, packets = memoryview(data), []
+        while len(view):
+            if not self._missing:
+                view = self._begin(view)
+            piece, view = view[: self._missing], view[self._missing :]
+            if len(piece):
+                self._pieces.append(piece)
+                self._missing -= len(piece)
+                if not self._missing:
+                    packets.append(self._packet(len(data)))
+                elif len(self._pieces) > PIECES_MOST:
+                    self._pieces = [b"".join(self._pieces)]
+        return packets
+
+    def _begin(self, view):
+        """Takes what is there of a length field; the rest of the data."""
+        taken = 4 - len(self._head)
+        self._head += view[:taken]
+        if len(self._head) == 4:
+            self._missing, self._head = int.from_bytes(self._head, "big"), b""
+            check_frame_size(self._missing, SFTP_PACKET)
+        return view[taken:]
+
+    def _packet(self, size_of_data: int) -> tuple:
+        packet = self._pieces[0]
+        if len(self._pieces) > 1 or 2 * len(packet) < size_of_data:
+            packet = memoryview(b"".join(self._pieces))
+        self._pieces = []
+        return packet[0], packet[1:]
+
+
+class SftpClientMachine:
+    """Makes requests and takes replies; what is to be sent waits in take_output.
+
+    It begins by agreeing on version 3 and by asking for the server's limits; requests may be made
+    once it is `ready`. A RemoteProtocolError means that the stream must be given up.
+    """
+
+    def __init__(self):
+        self.ready = False
+        self.extensions: dict | None = None  # what the server offers: name -> data
+        self.read_block = self.write_block = SFTP_BLOCK_PLAIN
+        self._packets = PacketBuffer()
+        self._waiting: dict = {}  # id -> (type of its reply, its path, bytes asked for)
+        self._last, self._limits = 0, -1  # ids of the last request, and of that for the limits
+        self._output = [encode_sftp(FXP.INIT, SFTP_VERSION, b"")]
+
+    def take_output(self) -> bytes:
+        pieces, self._output = self._output, []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def request(self, kind: int, *values, path: str = "") -> int:
+        """The id of a new request; `path` is what its errors speak of."""
+        asked = values[2] if kind == FXP.READ else 0
+        number = self._await(SFTP_REPLIES.get(kind, FXP.STATUS), path, asked)
+        self._output.append(encode_sftp(kind, number, *values))
+        return number
+
+    def request_extended(self, name: str, data: bytes, path: str = "") -> int:
+        number = self._await(SFTP_EXTENDED_REPLIES.get(name, FXP.STATUS), path)
+        self._output.append(encode_sftp(FXP.EXTENDED, number, name, data))
+        return number
+
+    def request_write(self, handle: bytes, offset: int, data: bytes, path: str = "") -> int:
+        """A WRITE, whose data is not copied before take_output."""
+        number = self._await(FXP.STATUS, path)
+        fields = u32(number) + block(handle) + u64(offset) + u32(len(data))
+        head = FRAME_HEAD.pack(1 + len(fields) + len(data), FXP.WRITE)
+        self._output += [head + fields, data]
+        return number
+
+    def _await(self, kind: int, path: str, asked: int = 0) -> int:
+        if self.extensions is None:
+            raise LocalProtocolError("the server has not been greeted")
+        self._last = (self._last + 1) & 0xFFFFFFFF
+        if self._last in self._waiting:
+            raise LocalProtocolError("a request has waited through all ids")
+        self._waiting[self._last] = kind, path, asked
+        return self._last
+
+    def receive_data(self, data: bytes) -> list:
+        """The SftpReply to every request that `data` answers, in the order of the answers."""
+        replies = []
+        for kind, body in self._packets.receive_data(data):
+            if self.extensions is None:
+                self._on_version(kind, bytes(body))
+                continue
+            reply = self._reply(kind, body)
+            if reply.id == self._limits:
+                self._on_limits(reply)
+            else:
+                replies.append(reply)
+        return replies
+
+    def _on_version(self, kind: int, body: bytes) -> None:
+        if kind != FXP.VERSION:
+            raise RemoteProtocolError("The other side does not speak SFTP.")
+        version, extensions = decode_sftp(kind, body)
+        if version != SFTP_VERSION:
+            raise RemoteProtocolError(f"The other side speaks version {version} of SFTP, not 3.")
+        self.extensions = decode_extensions(extensions)
+        if LIMITS in self.extensions:
+            self._limits = self.request_extended(LIMITS, b"")
+        else:
+            self.ready = True
+
+    def _on_limits(self, reply: SftpReply) -> None:
+        """u64 bytes of a packet, of a READ, of a WRITE (0: not said), and number of handles."""
+        self.ready, self._limits = True, -1
+        if reply.error is None:
+            fields = Reader(reply.value)
+            packet, read, write = (fields.number(8) for _ in range(3))
+            most = min(SFTP_BLOCK, max(packet - 1024, 1)) if packet else SFTP_BLOCK
+            self.read_block = min(read or SFTP_BLOCK_PLAIN, most)
+            self.write_block = min(write or SFTP_BLOCK_PLAIN, most)
+
+    def _reply(self, kind: int, body) -> SftpReply:
+        values = _data_reply(body) if kind == FXP.DATA else decode_sftp(kind, bytes(body))
+        wanted, path, asked = self._waiting.pop(values[0], (None, "", 0))
+        refused = kind == FXP.STATUS and values[1] != FX.OK
+        if wanted is None or kind != wanted and not refused:
+            raise RemoteProtocolError("The other side answers what was not asked.")
+        if kind == FXP.DATA and not 0 < len(values[1]) <= asked:
+            raise RemoteProtocolError("The other side sends more data than was asked for, or none.")
+        if kind == FXP.HANDLE and len(values[1]) > SFTP_HANDLE_MOST:
+            raise RemoteProtocolError("The handle of a file is too long.")
+        if refused:
+            return SftpReply(values[0], None, SftpError(values[1], path, values[2]))
+        return SftpReply(values[0], None if kind == FXP.STATUS else values[1], None)
+
+
+def _data_reply(body) -> tuple:
+    """(id, data) of a DATA, as decode_sftp gives it, but the data is not copied."""
+    fields = Reader(bytes(body[:8]))
+    number, size = fields.number(4), fields.number(4)
+    if size != len(body) - 8:
+        raise RemoteProtocolError("A block of data has not the length it says.")
+    return number, body[8:]
+
+
+class Uploading:
+    """The blocks of a file on their way to an open handle, from `offset` on.
+
+    As long as room() is not 0, the next bytes of the file may be given to send(). Replies come in
+    any order; what is before `confirmed` is written, and nothing a window beyond it was sent.
+    """
+
+    def __init__(self, machine, handle: bytes, offset: int, window: int, path: str = ""):
+        self._machine, self._handle, self._path = machine, handle, path
+        self._window, self._next = window, offset
+        self._starts: dict = {}  # id -> offset, of the blocks in flight, in the file's order
+        self.confirmed = offset
+
+    def room(self) -> int:
+        """Bytes that the next block may have; 0: wait for a reply."""
+        most = min(self._machine.write_block, self._window)
+        left = self._window - (self._next - self.confirmed)
+        return most if left >= most and len(self._starts) < SFTP_IN_FLIGHT else 0
+
+    def send(self, data: bytes) -> None:
+        number = self._machine.request_write(self._handle, self._next, data, self._path)
+        self._starts[number] = self._next
+        self._next += len(data)
+
+    def receive(self, reply: SftpReply) -> None:
+        """Takes a reply; one to another request is passed over. SftpError if it was refused."""
+        if self._starts.pop(reply.id, None) is None:
+            return
+        if reply.error is not None:
+            raise reply.error
+        self.confirmed = next(iter(self._starts.values()), self._next)
+
+    def finished(self) -> bool:
+        """Whether all that was sent is written."""
+        return not self._starts
+
+
+class _Block:
+    """A part of a file that is being read: bytes from `start` to `end`, and what has come."""
+
+    __slots__ = ("start", "end", "data")
+
+    def __init__(self, start: int, end: int):
+        self.start, self.end = start, end
+        self.data: Any = b""
+
+    def next_byte(self) -> int:
+        return self.start + len(self.data)
+
+    def take(self, data) -> None:
+        """More of the block; only what comes in pieces is copied."""
+        if not len(self.data):
+            self.data = data
+            return
+        if type(self.data) is not bytearray:
+            self.data = bytearray(self.data)
+        self.data += data
+
+
+class Downloading:
+    """A file's blocks on their way from an open handle, from `offset` to the file's end.
+
+    `size` is what the other side says the file has, or None: up to there blocks are asked for
+    ahead, beyond it one at a time. Data behind the file's first end is dropped.
+    """
+
+    def __init__(self, machine, handle: bytes, offset: int, size, window: int, path: str = ""):
+        self._machine, self._handle, self._path = machine, handle, path
+        self._window, self._size, self._next = window, size, offset
+        self._blocks = collections.deque()  # in the file's order
+        self._asked: dict = {}  # id -> block
+        self._end: int | None = None  # where the file ends, once that is known
+        self.position = offset  # all before it has been delivered
+
+    def ask(self) -> None:
+        """Makes the READs for which there is room."""
+        while self._end is None and self._may_ask():
+            block = _Block(self._next, self._next + self._next_length())
+            self._blocks.append(block)
+            self._next = block.end
+            self._read(block)
+
+    def _next_length(self) -> int:
+        most = min(self._machine.read_block, self._window)
+        if self._size is not None and self._next < self._size:
+            return min(most, self._size - self._next)  # so that the next READ finds the end
+        return most
+
+    def _may_ask(self) -> bool:
+        if not self._blocks:
+            return True
+        within = self._next + self._next_length() - self.position <= self._window
+        known = self._size is None or self._next <= self._size
+        return within and known and len(self._blocks) < SFTP_IN_FLIGHT
+
+    def _read(self, block: _Block) -> None:
+        offset = block.next_byte()
+        values = (self._handle, offset, block.end - offset)
+        self._asked[self._machine.request(FXP.READ, *values, path=self._path)] = block
+
+    def receive(self, reply: SftpReply) -> list:
+        """The data that is next in the file, in pieces. SftpError if a READ was refused."""
+        block = self._asked.pop(reply.id, None)
+        if block is None:
+            return []
+        if reply.error is None:
+            block.take(reply.value)
+            if block.next_byte() < self._wanted(block):
+                self._read(block)
+        elif reply.error.status == FX.EOF:
+            self._end = min(block.next_byte(), self._wanted(block))
+        else:
+            raise reply.error
+        return self._deliver()
+
+    def _wanted(self, block: _Block) -> int:
+        """Up to where a block is needed."""
+        return block.end if self._end is None else min(block.end, self._end)
+
+    def _deliver(self) -> list:
+        pieces = []
+        while self._blocks and not self.finished():
+            block = self._blocks[0]
+            wanted = self._wanted(block)
+            if block.next_byte() < wanted:
+                break
+            pieces.append(memoryview(block.data)[: wanted - block.start])
+            self.position = wanted
+            self._blocks.popleft()
+        return pieces
+
+    def finished(self) -> bool:
+        """Whether the file's end has been delivered."""
+        return self._end is not None and self.position >= self._end
+
+
+# ==================================================================================================
+# Part 28. Sealed records | pure | uses 1-3
 #
 # What is kept on disk, sealed with AES-256-GCM: small boxes, and logs to which is only ever added.
 # A log is one record after another:
@@ -6322,8 +6691,6 @@ def _is_reserved(name: str) -> bool:
 # write the file can leave records out, repeat or reorder them, and sees their sizes and expiries;
 # to read one, or to alter one unnoticed, takes the key.
 # ==================================================================================================
-
-heapq = Lazy("heapq")
 
 RECORD_LABEL = PROTOCOL + b" record"
 RECORD_MARKER = b"\x9etr\xd1"  # cannot overlap itself
@@ -6487,7 +6854,7 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 28. Sealed files | pure | uses 1-3, 8, 9
+# Part 29. Sealed files | pure | uses 1-3, 8, 9, 26
 #
 # A file for somebody who fetches it later, from a server that nobody needs to trust. It is sealed
 # chunk by chunk with STREAM (Hoang, Reyhanitabar, Rogaway, Vizár: "Online Authenticated-Encryption
@@ -6740,18 +7107,11 @@ def _sftp_folder(path: str) -> str:
 REFERENCE_PREFIX = "trchat-file:"
 OBJECT_SUFFIX = ".trchat"
 OBJECT_NAME = LazyPattern(r"[0-9a-f]{32}\.trchat\Z")
-FILE_NAME_MOST = 255  # characters
 _encode_reference, _decode_reference = codec("u8 s n16 n32 u64 n32 s")
 
 
 def new_object_name() -> str:
     return random_bytes(16).hex() + OBJECT_SUFFIX
-
-
-def plain_file_name(name: str) -> str:
-    """A file's name to tell others: one part, one line, nothing that could steer a terminal."""
-    clean = one_line(name).replace("/", "_").replace("\\", "_")[:FILE_NAME_MOST].strip()
-    return "file" if clean in ("", ".", "..") else clean
 
 
 class SealedReference(Record):
@@ -6787,7 +7147,7 @@ class SealedReference(Record):
         return reference
 
     def _is_usual(self) -> bool:
-        named = plain_file_name(self.file_name) == self.file_name
+        named = safe_file_name(self.file_name) == self.file_name
         return named and self.size < 1 << 63 and self.place().url() == self.url
 
     def place(self) -> SftpPlace:
@@ -6804,7 +7164,7 @@ class SealedReference(Record):
 
 
 # ==================================================================================================
-# Part 29. Conversations | pure | uses 1, 2, 27
+# Part 30. Conversations | pure | uses 1, 2
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -6922,7 +7282,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 30. Keys and widths | pure | uses 2
+# Part 31. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -7248,7 +7608,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 31. Line editor | pure | uses 2, 30
+# Part 32. Line editor | pure | uses 2, 31
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -7587,7 +7947,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 32. Screen | pure | uses 30
+# Part 33. Screen | pure | uses 31
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -7790,7 +8150,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 33. Settings | pure | uses 1, 2
+# Part 34. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -7858,6 +8218,8 @@ SETTINGS = {
         ("quiet", _check_switch, "off", "who joins and leaves is not shown", ON_OFF),
         ("colour", _check_choice, "auto", "names in colour", ("auto", "on", "off")),
         ("history", _check_switch, "on", "what was said is kept, for /tail and /search", ON_OFF),
+        ("accept-files", _check_choice, "ask", "files offered to you: ask, take those of contacts "
+         "at once, or never", ("contacts", "ask", "never")),
         ("outbox", _check_duration, "30d",
          "how long a message waits for somebody who is away", ()),
     )
@@ -7981,7 +8343,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 34. Settings and paths | uses 1, 2, 4, 33
+# Part 35. Settings and paths | uses 1, 2, 4, 34
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -8262,7 +8624,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 35. Events and threads | uses 2, 34
+# Part 36. Events and threads | uses 2, 35
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -8376,7 +8738,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 36. Dependencies | uses 1, 34
+# Part 37. Dependencies | uses 1, 35
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -8737,7 +9099,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 37. Vault | uses 1-4, 34
+# Part 38. Vault | uses 1-4, 35
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -9000,7 +9362,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 38. Rooted folders | uses 1, 2, 24-26, 28, 34
+# Part 39. Rooted folders | uses 1, 2, 24-26, 35
 #
 # A folder of this computer as an SFTP server shows it, with no way out. A path is walked name by
 # name, each opened in the folder before it and never through a link, so that it does not help to
@@ -9019,7 +9381,6 @@ OPEN_FLAGS = sum(
 )
 FOLDER_FLAGS = OPEN_FLAGS | getattr(os, "O_DIRECTORY", 0)
 OWNER_BITS, OTHERS_BITS = 0o700, 0o077
-PART_ENDING = ".part"  # of a file that is still coming
 # What a file system without hard links says (FAT), or one that may not make this one.
 WITHOUT_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK,
                  errno.ENOSYS)  # fmt: skip
@@ -9453,7 +9814,685 @@ def free_name(folder_path: str, name: str) -> str:
 
 
 # ==================================================================================================
-# Part 39. History and outbox | uses 1-3, 27, 34, 35
+# Part 40. SFTP client | uses 1, 2, 24, 27, 35, 36
+#
+# Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
+# than a window of a file is in memory, and its hash is made beside, in the same pass.
+# ==================================================================================================
+
+HASH_AHEAD = 8  # blocks that may wait to be hashed
+LISTING_MOST = 100_000  # names in one folder
+
+
+class HashBeside:
+    """Feeds a hashlib object (or none) in a thread, as hashlib lets others run while it works."""
+
+    def __init__(self, digest):
+        self._digest, self._blocks, self._thread = digest, None, None
+
+    def __enter__(self) -> HashBeside:
+        return self
+
+    def update(self, data) -> None:
+        if self._digest is None:
+            return
+        if self._blocks is None:  # a file of one block is not worth a thread
+            self._digest.update(data)
+            self._blocks = queue.Queue(HASH_AHEAD)
+            return
+        if self._thread is None:
+            self._thread = spawn("hash", self._routine_hash)
+        self._blocks.put(data)
+
+    def _routine_hash(self) -> None:
+        for data in iter(self._blocks.get, None):
+            self._digest.update(data)
+
+    def __exit__(self, *_error) -> None:
+        """Waits until everything is in the digest."""
+        if self._thread is not None:
+            self._blocks.put(None)
+            self._thread.join()
+
+
+class SftpClient:
+    """A client of the server at the other end of `channel`.
+
+    A channel has send(data), which may block until there is room, receive(), which blocks and
+    gives b"" once the other side has ended, and close(); both raise ChatError when the stream is
+    broken. While send blocks, the server's replies must go somewhere, else both wait for ever:
+    either the channel takes them in meanwhile, or the buffers between hold what SFTP_IN_FLIGHT
+    requests or replies without data take, 64 KiB (a pipe's usual size).
+
+    Every call raises SftpError where the server refuses, and ChatError where the stream is broken
+    or the server breaks the protocol; after that all calls do. An exception from `read`, `write`
+    or `progress` ends that transfer only. Another thread ends a call by closing the channel.
+    """
+
+    def __init__(self, channel):
+        self._channel, self._machine = channel, SftpClientMachine()
+        self._broken: ChatError | None = None
+        self._flush()
+        while not self._machine.ready:
+            self._receive()
+            self._flush()
+
+    def close(self) -> None:
+        self._broken = self._broken or ChatError("The transfer was ended.", code="unreachable")
+        self._channel.close()
+
+    def _flush(self) -> None:
+        output = self._machine.take_output()
+        if output:
+            self._guarded(self._channel.send, output)
+
+    def _receive(self) -> list:
+        return self._guarded(self._next_replies)
+
+    def _next_replies(self) -> list:
+        data = self._channel.receive()
+        if not data:
+            text, hint = "The other side ended the transfer.", "Try again: it goes on from there."
+            raise ChatError(text, hint, "unreachable")
+        return self._machine.receive_data(data)
+
+    def _guarded(self, function, *args):
+        if self._broken is not None:
+            raise self._broken
+        try:
+            return function(*args)
+        except ChatError as error:
+            self._broken = error
+            raise
+
+    def _await(self, number: int):
+        """The value of one reply; late ones to a transfer that was given up are dropped."""
+        self._flush()
+        while True:
+            for reply in self._receive():
+                if reply.id == number and reply.error is not None:
+                    raise reply.error
+                if reply.id == number:
+                    return reply.value
+
+    def call(self, kind: int, *values, path: str):
+        """Makes one request and waits; the value of an SftpReply. `path` is for its errors."""
+        return self._await(self._machine.request(kind, *values, path=path))
+
+    def call_extended(self, name: str, data: bytes, path: str):
+        return self._await(self._machine.request_extended(name, data, path))
+
+    def offers(self, extension: str) -> bool:
+        return extension in self._machine.extensions
+
+    def stat(self, path: str) -> Attributes | None:
+        """The attributes of what is at a path, behind links; None if nothing is."""
+        try:
+            return self.call(FXP.STAT, path, path=path)
+        except SftpError as error:
+            if error.status != FX.NO_SUCH_FILE:
+                raise
+            return None
+
+    def make_folder(self, path: str) -> bool:
+        """Makes a folder; False if it is there."""
+        try:
+            self.call(FXP.MKDIR, path, Attributes(), path=path)
+            return True
+        except SftpError:
+            found = self.stat(path)
+            if found is None or not stat.S_ISDIR(found.permissions or 0):
+                raise
+            return False
+
+    def remove(self, path: str) -> None:
+        self.call(FXP.REMOVE, path, path=path)
+
+    def rename(self, old: str, new: str) -> None:
+        """Renames a file; one called `new` is replaced if the server offers posix-rename."""
+        if self.offers(POSIX_RENAME):
+            self.call_extended(POSIX_RENAME, encode_path(old) + encode_path(new), new)
+        else:
+            self.call(FXP.RENAME, old, new, path=new)
+
+    def sync(self, handle: bytes, path: str) -> bool:
+        """Has the server put an open file on its disk; False if it offers no such thing."""
+        if not self.offers(FSYNC):
+            return False
+        self.call_extended(FSYNC, block(handle), path)
+        return True
+
+    def checksum(self, path: str, offset: int, length: int) -> bytes | None:
+        """SHA-256 of a part of a file (length 0: to its end); None if the server offers none.
+
+        Some servers repeat the extension's name before the algorithm's.
+        """
+        if not self.offers(CHECK_FILE):
+            return None
+        data = encode_path(path) + text_block("sha256") + u64(offset) + u64(length) + u32(0)
+        fields = Reader(self.call_extended(CHECK_FILE, data, path))
+        algorithm = fields.text()
+        algorithm = fields.text() if algorithm.startswith("check-file") else algorithm
+        value = fields.rest()
+        if algorithm != "sha256" or len(value) != 32:
+            raise RemoteProtocolError("The other side gives another checksum than was asked for.")
+        return value
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """A small part of a file; fewer bytes where the file ends."""
+        data = b""
+        with OpenedThere(self, FXP.OPEN, path, FXF.READ, Attributes()) as handle:
+            while len(data) < length:
+                most = min(length - len(data), self._machine.read_block)
+                try:
+                    data += self.call(FXP.READ, handle, offset + len(data), most, path=path)
+                except SftpError as error:
+                    if error.status != FX.EOF:
+                        raise
+                    break
+        return data
+
+    def download(
+        self, path, write, start=0, progress=None, digest=None, size=None, window=SFTP_WINDOW
+    ) -> int:
+        """Gives a file's bytes from `start` on to write(data), in order; returns where it ended.
+
+        `data` is bytes-like and stays valid. progress(bytes) hears how much of the file is
+        written, `digest` (a hashlib object) is fed the same data. `size`: what the file is thought
+        to have; it saves a few requests.
+        """
+        with (
+            HashBeside(digest) as beside,
+            OpenedThere(self, FXP.OPEN, path, FXF.READ, Attributes()) as handle,
+        ):
+            loading, done = Downloading(self._machine, handle, start, size, window, path), start
+            while not loading.finished():
+                loading.ask()
+                self._flush()
+                for data in [d for reply in self._receive() for d in loading.receive(reply)]:
+                    beside.update(data)
+                    write(data)
+                    done += len(data)
+                    if progress is not None:
+                        progress(done)
+        return done
+
+    def upload(
+        self, read, path, start=0, size=None, progress=None, digest=None, window=SFTP_WINDOW
+    ) -> int:
+        """Writes what read(most) gives, until b"", into a file from `start` on; where it ended.
+
+        From 0 on it is a new file, or replaces one. It is on the server's disk at the end if the
+        server offers that. With `size` no more is read; less is a ChatError `storage`.
+        progress(bytes) hears how much is confirmed, `digest` (a hashlib object) is fed the data.
+        """
+        flags = FXF.WRITE | FXF.CREAT | (0 if start else FXF.TRUNC)
+        with (
+            HashBeside(digest) as beside,
+            OpenedThere(self, FXP.OPEN, path, flags, Attributes()) as handle,
+        ):
+            sending, done = Uploading(self._machine, handle, start, window, path), start
+            ended = False
+            while not (ended and sending.finished()):
+                room = 0 if ended else sending.room()
+                most = room if size is None else min(room, size - done)
+                data = read(most) if most > 0 else b""
+                if data:
+                    sending.send(data)
+                    self._flush()
+                    beside.update(data)
+                    done += len(data)
+                elif room:
+                    ended = True
+                else:
+                    self._confirm(sending, progress)
+            if size is not None and done != size:
+                raise changed_meanwhile(path, "sent")
+            self.sync(handle, path)
+        return done
+
+    def _confirm(self, sending: Uploading, progress) -> None:
+        for reply in self._receive():
+            before = sending.confirmed
+            sending.receive(reply)
+            if progress is not None and sending.confirmed != before:
+                progress(sending.confirmed)
+
+    def list(self, path: str):
+        """The entries of a folder but `.` and `..`; what the server calls them is not checked."""
+        entries: Any = []
+        with OpenedThere(self, FXP.OPENDIR, path) as handle:
+            while True:
+                try:
+                    more = self.call(FXP.READDIR, handle, path=path)
+                except SftpError as error:
+                    if error.status != FX.EOF:
+                        raise
+                    break
+                entries += [entry for entry in more if entry.name not in (".", "..")]
+                if not more or len(entries) > LISTING_MOST:
+                    raise RemoteProtocolError("The other side's listing of a folder has no end.")
+        return entries
+
+
+class OpenedThere:
+    """A file or folder that is open on the other side, for `with`: gives its handle.
+
+    Closing it is part of success; after an error it is tried, so that the client can go on.
+    """
+
+    def __init__(self, client: SftpClient, kind: int, path: str, *values):
+        self._client, self._path = client, path
+        self._handle = client.call(kind, path, *values, path=path)
+
+    def __enter__(self) -> bytes:
+        return self._handle
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self._client.call(FXP.CLOSE, self._handle, path=self._path)
+        except ChatError:
+            if error is None:
+                raise
+
+
+def changed_meanwhile(path: str, done: str) -> ChatError:
+    text = f"{one_line(path)[:200]} changed while it was {done}."
+    return ChatError(text, "Try again once nothing writes to it.", "storage")
+
+
+# ==================================================================================================
+# Part 41. Files through SFTP | uses 1, 2, 24, 26, 27, 35, 40
+#
+# Whole files and folders. A file grows under a name ending in .part and gets its own when it is
+# whole and on the disk; what an interruption left there is compared with the original before the
+# transfer goes on from it. Names that the other side lists are never followed out of the folder.
+# ==================================================================================================
+
+TREE_MOST, TREE_DEPTH = 1_000_000, 64  # names in a tree, and folders within folders
+JUNCTION = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT: on Windows, a link to a folder
+NT_UNFIT = LazyPattern(r'[<>:"|?*]|[. ]\Z|(?i:con|prn|aux|nul|com\d|lpt\d)(\.|\Z)')
+
+DISK_HINTS = {
+    errno.ENOSPC: "Free some space on that disk and try again: it goes on from there.",
+    errno.EDQUOT: "Your share of that disk is used up.",
+    errno.EFBIG: "A file on that disk cannot be so large.",
+    errno.EACCES: "Check its permissions, or choose another folder.",
+    errno.EPERM: "Check its permissions, or choose another folder.",
+    errno.ELOOP: "There is a link in its place; move it away.",
+    errno.ENOENT: "It, or its folder, is gone.",
+}
+
+
+def _on_disk(action: str, path: str, function, *args):
+    """function(*args), with an OSError as ChatError `storage`."""
+    try:
+        return function(*args)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        hint = DISK_HINTS.get(error.errno, "Choose another folder.")
+        raise ChatError(f"{action} {one_line(path)} failed: {reason}.", hint, "storage") from None
+
+
+def _not_regular(path: str) -> ChatError:
+    return ChatError(f"{one_line(path)[:200]} is no file.", "Choose a file or a folder.", "storage")
+
+
+def _already_there(path: str) -> ChatError:
+    return ChatError(f"{one_line(path)} is already there.", "Choose another name.", "storage")
+
+
+class LocalFile:
+    """A regular file of this machine, opened for one transfer, for `with`."""
+
+    def __init__(self, path: str, flags: int, action: str):
+        self.path, self._action = path, action
+        flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        handle = self._disk(os.open, path, flags, 0o600)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise _not_regular(path)
+        self._file = os.fdopen(handle, "r+b" if flags & os.O_RDWR else "rb", 0)
+
+    def _disk(self, function, *args):
+        return _on_disk(self._action, self.path, function, *args)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self._file.close()
+
+    def size(self) -> int:
+        return self._disk(os.fstat, self._file.fileno()).st_size
+
+    def seek(self, offset: int) -> None:
+        self._disk(self._file.seek, offset)
+
+    def read(self, most: int) -> bytes:
+        return self._disk(self._file.read, most)
+
+
+class SourceFile(LocalFile):
+    """A file that is sent; links are followed if `follow`."""
+
+    def __init__(self, path: str, follow: bool):
+        self._state = _on_disk("Reading", path, self._state_of, path)
+        flags = os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+        super().__init__(path, flags, "Reading")
+
+    @staticmethod
+    def _state_of(path: str) -> tuple:
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns, found.st_ino
+
+    def check_unchanged(self) -> None:
+        """ChatError unless the file is what it was when it was opened."""
+        if self._disk(self._state_of, self.path) != self._state:
+            raise changed_meanwhile(self.path, "sent")
+
+
+class PartFile(LocalFile):
+    """A file that is received, private and under its .part name until it is whole.
+
+    It is to get `size` bytes. Nothing that is at `path` is ever overwritten.
+    """
+
+    def __init__(self, path: str, size: int):
+        self._final, self._room = path, size
+        if os.path.lexists(path):
+            raise _already_there(path)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        super().__init__(path + PART_ENDING, flags, "Writing")
+        if os.name == "posix":
+            self._disk(os.fchmod, self._file.fileno(), 0o600)
+
+    def start_at(self, offset: int) -> None:
+        self._disk(self._file.truncate, offset)
+        self.seek(offset)
+        self._room -= offset
+
+    def write(self, data) -> None:
+        """Adds to the file; ChatError if it gets longer than it was to be."""
+        view = memoryview(data)
+        self._room -= len(view)
+        if self._room < 0:
+            raise changed_meanwhile(self._final, "received")
+        while len(view):  # a disk that gets full takes a part first
+            view = view[self._disk(self._file.write, view) :]
+
+    def finish(self) -> None:
+        """Puts the file on the disk and gives it its name."""
+        self._disk(os.fsync, self._file.fileno())
+        self._file.close()
+        self._disk(rename_free, self.path, self._final)
+        self._disk(_sync_folder, os.path.dirname(self._final) or ".")
+
+
+def rename_free(old: str, new: str) -> None:
+    """Renames a file; FileExistsError if the name is taken."""
+    if os.name == "posix":
+        try:
+            os.link(old, new)
+            os.unlink(old)
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without hard links: FAT, say
+            if os.path.lexists(new):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+    os.rename(old, new)  # Windows refuses a name that is taken by itself
+
+
+DISK_MARGIN = 16 << 20  # bytes of a disk that a transfer leaves free
+
+
+def check_space(*needs: tuple) -> None:
+    """ChatError `storage` unless (folder, bytes) will fit, all together where they share a disk."""
+    for folder, _ in needs:
+        device = os.stat(folder).st_dev
+        needed = sum(size for other, size in needs if os.stat(other).st_dev == device)
+        free = _on_disk("Writing", folder, shutil.disk_usage, folder).free
+        if needed + DISK_MARGIN > free:
+            sizes = f"{needed:,} bytes are needed, and {free:,} are free"
+            text = f"There is too little space in {one_line(folder)}: {sizes}."
+            raise ChatError(text, "Free some space on that disk.", "storage")
+
+
+class Transferred(Record):
+    """A file that went over: its size, its SHA-256, and how many bytes were there before."""
+
+    size: int
+    sha256: bytes
+    start: int
+
+
+def _verified_start(client: SftpClient, remote: str, file: LocalFile, have: int) -> tuple:
+    """(how many of the first `have` bytes both ends have, their SHA-256): all of them or none.
+
+    Without a checksum from the server its last block is compared.
+    """
+    digest, last = hashlib.sha256(), b""
+    file.seek(0)
+    for position in range(0, have, SFTP_BLOCK):
+        last = file.read(min(SFTP_BLOCK, have - position))
+        digest.update(last)
+    try:
+        theirs = client.checksum(remote, 0, have)
+        if theirs is None:
+            agreed = client.read(remote, have - len(last), len(last)) == last
+        else:
+            agreed = theirs == digest.digest()
+    except SftpError:  # a box to drop files in, say, from which nothing may be read
+        agreed = False
+    return (have, digest) if agreed else (0, hashlib.sha256())
+
+
+def send_file(
+    client: SftpClient, path: str, remote: str, progress=None, resume=True, follow=True
+) -> Transferred:
+    """Sends a file; a file called `remote` is replaced where the server renames that way.
+
+    progress(bytes) hears how much of it is over. ChatError `storage` if the file cannot be read or
+    changes meanwhile; what is over stays there, and with `resume` the next try goes on from it.
+    """
+    part = remote + PART_ENDING
+    with SourceFile(path, follow) as source:
+        size, (start, digest) = source.size(), (0, hashlib.sha256())
+        have = _size_there(client, part) if resume else 0
+        have = have if have <= size else 0
+        if not client.offers(CHECK_FILE):
+            have -= SFTP_WINDOW  # a server may write blocks in any order: the last may have gaps
+        if have > 0:
+            start, digest = _verified_start(client, part, source, have)
+        source.seek(start)
+        client.upload(source.read, part, start, size, progress, digest)
+        source.check_unchanged()
+    client.rename(part, remote)
+    return Transferred(size, digest.digest(), start)
+
+
+def _size_there(client: SftpClient, path: str) -> int:
+    found = client.stat(path)
+    return found.size or 0 if found is not None else 0
+
+
+def receive_file(client: SftpClient, remote: str, path: str, progress=None) -> Transferred:
+    """Receives a file under the name `path`, which must be free.
+
+    progress(bytes) hears how much of it is here. ChatError `storage` if it cannot be written or
+    changes meanwhile; what is here stays, and the next try goes on from it.
+    """
+    found = _file_there(client, remote)
+    with PartFile(path, found.size) as part:
+        have, start, digest = part.size(), 0, hashlib.sha256()
+        if 0 < have <= found.size:
+            start, digest = _verified_start(client, remote, part, have)
+        part.start_at(start)
+        check_space((os.path.dirname(path) or ".", found.size - start))
+        size = client.download(remote, part.write, start, progress, digest, found.size)
+        after = client.stat(remote)
+        if after is None or (size, after.size, after.mtime) != (found.size, size, found.mtime):
+            raise changed_meanwhile(remote, "received")
+        part.finish()
+    return Transferred(size, digest.digest(), start)
+
+
+def _file_there(client: SftpClient, path: str) -> Attributes:
+    """The attributes of a regular file on the other side, with its size."""
+    found = client.stat(path)
+    if found is None:
+        raise SftpError(FX.NO_SUCH_FILE, path)
+    if not stat.S_ISREG(found.permissions or stat.S_IFREG):
+        raise _not_regular(path)
+    if found.size is None:
+        raise RemoteProtocolError("The other side does not say how large a file is.")
+    return found
+
+
+class TreeCount(Record):
+    """What of a folder went over: files, folders, bytes, and how many names were left out.
+
+    `digests`: path below the folder, with slashes -> SHA-256 of each file.
+    """
+
+    files: int
+    folders: int
+    size: int
+    left_out: int
+    digests: dict
+
+
+def _transfer_kind(mode: int, reparse_tag: int = 0) -> str:
+    """`file`, `folder`, or "" for links and devices, which are not transferred."""
+    if reparse_tag == JUNCTION:
+        return ""
+    return {stat.S_IFREG: "file", stat.S_IFDIR: "folder"}.get(stat.S_IFMT(mode), "")
+
+
+def _entries_here(folder: str) -> list:
+    """(name, kind) of what is in a folder, sorted, so that `a` goes over before `a.part`."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            info = entry.stat(follow_symlinks=False)
+            found.append(
+                (entry.name, _transfer_kind(info.st_mode, getattr(info, "st_reparse_tag", 0)))
+            )
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def send_tree(client: SftpClient, folder: str, remote: str, progress=None) -> TreeCount:
+    """Sends a folder: the regular files and folders in it, but no links and devices.
+
+    Files that are there already, as a checksum shows, are not sent again. progress(bytes) hears
+    the sum over all files.
+    """
+    count, waiting = TreeCount(0, 0, 0, 0, {}), [(folder, remote)]
+    while waiting:
+        here, there = waiting.pop()
+        new = client.make_folder(there)
+        count.folders += 1
+        for name, kind in _on_disk("Reading", here, _entries_here, here):
+            path, target = os.path.join(here, name), f"{there}/{name}"
+            if kind == "folder":
+                waiting.append((path, target))
+            elif kind == "file":
+                told = _progress_after(progress, count.size)
+                sent = None if new else _sent_before(client, path, target)
+                sent = sent or send_file(client, path, target, told, not new, False)
+                count.files, count.size = count.files + 1, count.size + sent.size
+                count.digests[target[len(remote) + 1 :]] = sent.sha256
+            else:
+                count.left_out += 1
+    return count
+
+
+def _progress_after(progress, before: int):
+    """The `progress` of one file of a tree."""
+    return progress and (lambda done: progress(before + done))
+
+
+def _sent_before(client: SftpClient, path: str, remote: str) -> Transferred | None:
+    if not client.offers(CHECK_FILE):
+        return None
+    with SourceFile(path, False) as source:
+        return _same_file(client, remote, source, _size_there(client, remote))
+
+
+def _same_file(client, remote: str, file: LocalFile, size: int) -> Transferred | None:
+    """A file that both ends have, whole."""
+    if size != file.size():
+        return None
+    start, digest = _verified_start(client, remote, file, size)
+    return Transferred(size, digest.digest(), size) if start == size else None
+
+
+def receive_tree(client: SftpClient, remote: str, folder: str, progress=None) -> TreeCount:
+    """Receives a folder: its regular files and folders, but no links, devices or names that
+    cannot be here. `folder` must be free, or hold what an earlier try left.
+
+    RemoteProtocolError if the other side lists what is no name, or too much.
+    """
+    count, waiting = TreeCount(0, 0, 0, 0, {}), [(remote, folder, 0)]
+    while waiting:
+        there, here, depth = waiting.pop()
+        _make_folder_here(here)
+        count.folders += 1
+        for name, kind, size in _entries_there(client, there):
+            path, source = os.path.join(here, name), f"{there}/{name}"
+            if kind == "folder":
+                waiting.append((source, path, depth + 1))
+            elif kind == "file":
+                told = _progress_after(progress, count.size)
+                got = _received_before(client, source, path, size)
+                got = got or receive_file(client, source, path, told)
+                count.files, count.size = count.files + 1, count.size + got.size
+                count.digests[source[len(remote) + 1 :]] = got.sha256
+            else:
+                count.left_out += 1
+        names = len(waiting) + count.files + count.folders + count.left_out
+        if names > TREE_MOST or depth > TREE_DEPTH:
+            raise RemoteProtocolError("The other side's folder has no end.")
+    return count
+
+
+def _make_folder_here(folder: str) -> None:
+    if not os.path.isdir(folder) or os.path.islink(folder):
+        _on_disk("Making", folder, os.mkdir, folder, 0o700)
+
+
+def _entries_there(client: SftpClient, folder: str) -> list:
+    """(name, kind, size) of what is in a folder of the other side, sorted as _entries_here."""
+    found = []
+    for entry in client.list(folder):
+        kind = _transfer_kind(entry.attributes.permissions or 0)
+        found.append((entry.name, kind if _fits_here(entry.name) else "", entry.attributes.size))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _fits_here(name: str) -> bool:
+    """Whether a listed name can be one here; RemoteProtocolError if it is a path."""
+    separators = {"/", "\0", os.sep, os.altsep or os.sep}
+    if name in ("", ".", "..") or not separators.isdisjoint(name):
+        raise RemoteProtocolError(f"The other side lists {one_line(name)[:80]!r} as a name.")
+    return one_line(name) == name and not (os.name == "nt" and NT_UNFIT.search(name))
+
+
+def _received_before(client, remote: str, path: str, size) -> Transferred | None:
+    """A file of a tree that an earlier try has received; ChatError if another is in its place."""
+    if not os.path.lexists(path):
+        return None
+    if client.offers(CHECK_FILE) and not os.path.islink(path):
+        with LocalFile(path, os.O_RDONLY, "Reading") as file:
+            same_file = _same_file(client, remote, file, size)
+        if same_file is not None:
+            return same_file
+    raise _already_there(path)
+
+
+# ==================================================================================================
+# Part 42. History and outbox | uses 1-3, 28, 35, 36
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -9933,7 +10972,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 40. Contacts | uses 1-4, 6, 34
+# Part 43. Contacts | uses 1-4, 6, 35
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -10374,7 +11413,115 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 41. SOCKS5 | uses 1, 2, 4, 34
+# Part 44. Transfers on record | uses 1, 2, 28, 35
+#
+# What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
+# a transfer by a number, `f3`, programs by the id of the message that offered it.
+# ==================================================================================================
+
+OFFER_SECONDS = 30 * 86400.0  # how long an offer that nobody took is remembered
+TRANSFERS_MOST = 1000
+PENDING, WANTED, ENDED = "offered", "wanted", "ended"  # states of a transfer
+
+
+class Transfer(Record):
+    """One offer, of ours (`own`) or of somebody else's.
+
+    `peers`: fingerprint (hex) -> name of those it was offered to, or of whoever offered it; `done`:
+    those of them who have it. `path`: the file that is sent, or where what comes is put: its
+    partial beside it ends in `.part`. `stamp`: what the file looked like when it was offered.
+    """
+
+    id: str
+    number: int
+    own: bool
+    name: str
+    size: int
+    files: int
+    room: str
+    peers: dict
+    done: list
+    path: str
+    stamp: list
+    reference: str
+    created: float
+    state: str
+
+    @property
+    def handle(self) -> str:
+        return f"f{self.number}"
+
+    def peer(self) -> tuple:
+        """(identity, name) of who offered it to us."""
+        ((fingerprint, name),) = self.peers.items()
+        return bytes.fromhex(fingerprint), name
+
+
+TRANSFER_KINDS = {
+    "id": str, "number": int, "own": bool, "name": str, "size": int, "files": int, "room": str,
+    "peers": dict, "done": list, "path": str, "stamp": list, "reference": str, "created": float,
+    "state": str,
+}  # fmt: skip
+
+
+class TransferBook:
+    """All transfers of a profile. `shares` holds the folders shared: {path, peers, write}."""
+
+    def __init__(self, path: str, vault_key: bytes, post):
+        self._path, self._key, self._post = path, vault_key, post
+        self.transfers: dict = {}  # id -> Transfer
+        self.shares: list = []
+        data = read_file(path)
+        if data is not None:
+            self._load(data)
+
+    def _load(self, data: bytes) -> None:
+        try:
+            held = parse_json(open_box(self._key, b"transfers", data), self._path, dict)
+            for entry in held["transfers"]:
+                if any(type(entry[key]) is not kind for key, kind in TRANSFER_KINDS.items()):
+                    raise ValueError
+                transfer = Transfer(**entry)
+                if transfer.created > time.time() - OFFER_SECONDS:
+                    self.transfers[transfer.id] = transfer
+            self.shares = [
+                {"path": s["path"], "peers": dict(s["peers"]), "write": s["write"]}
+                for s in held["shares"]
+            ]
+        except (KeyError, TypeError, ValueError, ChatError):
+            raise damaged_file(self._path) from None
+
+    def save(self) -> None:
+        """Has the storekeeper write what is not over."""
+        left = [vars(t) for t in self.transfers.values() if t.state != ENDED]
+        held = json_bytes({"transfers": left, "shares": self.shares})
+        self._post(write_file, self._path, seal_box(self._key, b"transfers", held))
+
+    def add(self, transfer: Transfer) -> None:
+        """Under the lowest number that is free."""
+        taken = {t.number for t in self.transfers.values()}
+        transfer.number = next(n for n in range(1, len(taken) + 2) if n not in taken)
+        self.transfers[transfer.id] = transfer
+        while len(self.transfers) > TRANSFERS_MOST:
+            del self.transfers[next(iter(self.transfers))]
+        self.save()
+
+    def find(self, word: str) -> Transfer:
+        """By number (`f3`, `3`) or the beginning of its id; ChatError if it is not one."""
+        word = word.strip().casefold()
+        number = word[1:] if word[:1] == "f" and word[1:].isdigit() else word
+        everything = self.transfers.values()
+        found = [t for t in everything if str(t.number) == number]
+        if not found and len(word) >= 6:
+            found = [t for t in everything if t.id.startswith(word)]
+        if len(found) != 1:
+            text = f"There is no file {one_line(word)[:40]}."
+            raise ChatError(text, "/files lists what is offered.")
+        return found[0]
+
+
+# ==================================================================================================
+# Part 45. SOCKS5 | uses 1, 2, 4, 35
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -10458,7 +11605,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 42. Network | uses 1-4, 34, 37, 41
+# Part 46. Network | uses 1-4, 35, 38, 45
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -10711,7 +11858,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 43. Port mapping | uses 1-3, 9, 10, 34, 35, 42
+# Part 47. Port mapping | uses 1-3, 9, 10, 35, 36, 46
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -11177,7 +12324,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 44. A mapped port, and addresses | uses 1-4, 9, 10, 34, 35, 42, 43
+# Part 48. A mapped port, and addresses | uses 1-4, 9, 10, 35, 36, 46, 47
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -11536,7 +12683,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 45. Tunnels | uses 1, 2, 34, 35
+# Part 49. Tunnels | uses 1, 2, 35, 36
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -11929,7 +13076,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 46. Tunnels through ngrok | uses 2, 3, 34, 45
+# Part 50. Tunnels through ngrok | uses 2, 3, 35, 49
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -12176,7 +13323,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 47. Tunnels through ssh and tor | uses 1-4, 34, 35, 45, 46
+# Part 51. Tunnels through ssh and tor | uses 1-4, 35, 36, 49, 50
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -12532,7 +13679,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 48. Runs of sftp | uses 1-3, 28, 34, 45, 47
+# Part 52. Runs of sftp | uses 1-3, 29, 35, 49, 51
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -12803,7 +13950,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 49. Files on SFTP servers | uses 1, 2, 28, 34, 39, 48
+# Part 53. Files on SFTP servers | uses 1, 2, 26, 29, 35, 41, 42, 52
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -12816,7 +13963,6 @@ class SftpSession:
 LOST_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # before each new attempt after a lost connection
 READ_BLOCK = 1 << 20
 FIRST_PIECE, MOST_PIECE, PIECE_SECONDS = 1 << 20, 256 << 20, 2.0  # a quick piece is doubled
-DISK_MARGIN = 16 << 20  # bytes of a disk that a transfer leaves free
 LISTED_SIZE = LazyPattern(r"\s(\d+)\s+[A-Z][a-z]{2}\s+\d+\s+[\d:]+\s")  # of a line of `ls -n`
 FORGET_SECONDS = 7 * 86400  # after this long a download that was given up begins anew
 
@@ -12882,16 +14028,6 @@ def sealed_folder(paths: Paths) -> str:
     except OSError:
         pass  # another transfer was quicker
     return folder
-
-
-def check_space(*needs: tuple) -> None:
-    """ChatError `storage` unless (folder, bytes) will fit, all together where they share a disk."""
-    for folder, _ in needs:
-        device = os.stat(folder).st_dev
-        needed = sum(size for other, size in needs if os.stat(other).st_dev == device)
-        if needed + DISK_MARGIN > shutil.disk_usage(folder).free:
-            text = f"There is too little space in {folder}: {needed:,} bytes are needed for a time."
-            raise ChatError(text, "Free some space on that disk.", "storage")
 
 
 def _unlink(path: str) -> None:
@@ -13014,7 +14150,7 @@ def upload_sealed(
             upload.run()
     except OSError as error:
         raise storage_error("Sending", path, error) from None
-    name, url = plain_file_name(os.path.basename(path)), resolved_place(place).url()
+    name, url = safe_file_name(os.path.basename(path)), resolved_place(place).url()
     return SealedReference(url, upload.name, key, upload.size, upload.digest.digest(), name)
 
 
@@ -13126,7 +14262,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 50. Connections of a server | uses 1
+# Part 54. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -13213,7 +14349,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 51. Relay server | uses 1, 2, 8, 34, 35, 37, 42, 50
+# Part 55. Relay server | uses 1, 2, 8, 35, 36, 38, 46, 54
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -13682,7 +14818,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 52. Where to connect | uses 1, 2, 4, 9, 34, 35, 42
+# Part 56. Where to connect | uses 1, 2, 4, 9, 35, 36, 46
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -13822,7 +14958,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 53. Channels | uses 1, 2, 34
+# Part 57. Channels | uses 1, 2, 35
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -13910,7 +15046,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 54. Connections | uses 1, 3, 34, 35, 42, 51-53
+# Part 58. Connections | uses 1, 3, 35, 36, 46, 55-57
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -14158,7 +15294,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 55. Records of a chat | uses 1, 2, 8, 17, 27, 29, 34, 37, 39, 40
+# Part 59. Records of a chat | uses 1, 2, 8, 16, 17, 28, 30, 35, 38, 42-44
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -14195,6 +15331,7 @@ class Profile:
         self.contacts = open_contacts(paths, key, self.save)
         self.history = History(paths.file("history"), key)
         self.outbox = Outbox(paths.file("outbox"), key)
+        self.transfers = TransferBook(paths.file("transfers.json"), key, self.save)
         self.failed: Any = None  # called with a ChatError when something could not be written
 
     def save(self, function, *args) -> None:
@@ -14250,6 +15387,8 @@ class Writing:
 
 class NoRecords:
     """Nothing is kept."""
+
+    profile: Any = None
 
     def attach(self, chat) -> None:
         """A chat begins."""
@@ -14425,16 +15564,17 @@ class ChatRecords(NoRecords):
         """Keeps what was said, if the owner wants that."""
         kind = event["event"]
         message = event.get("_message")
-        if kind in ("sent", "queued") and message.id.hex() in self._writing:
+        answers = kind in ("sent", "queued") or kind == "offer" and message is not None
+        if answers and message.id.hex() in self._writing:
             self._confirm_kept(connection, message)
         late = message is not None and message.kept  # it may be taken back until it has arrived
         if kind == "delivered" and self._unfiled.pop(event["id"], None) is not None:
             late = True
         if not self.profile.settings.history:
             return
-        if kind == "message":
+        if kind == "message" or kind == "offer" and message is None:
             self._file_message(connection, event)
-        elif kind == "delivered" and late or kind in ("sent", "queued") and not late:
+        elif kind == "delivered" and late or answers and not late:
             self._file_own(connection, message)
 
     def _file_message(self, connection, event: dict) -> None:
@@ -14443,7 +15583,8 @@ class ChatRecords(NoRecords):
             key, title = direct_key(parse_fingerprint(event["fingerprint"])), "@" + event["from"]
         else:
             key, title = room_key(server, event["room"]), "#" + event["room"]
-        entry = {**event, "own": False, "to": [], "action": event.get("action", False)}
+        action = event.get("action", False) or event["event"] == "offer"
+        entry = {**event, "own": False, "to": [], "action": action}
         self._file(key, title, entry, event.get("disappear", 0))
 
     def _file_own(self, connection, message: Outgoing) -> None:
@@ -14457,11 +15598,14 @@ class ChatRecords(NoRecords):
         else:
             ((fingerprint, name),) = readers.items()
             key, title = direct_key(fingerprint), "@" + name
+        text = message.text
+        if message.kind == OFFERED:
+            text = offer_words(decode_offer(text))
         entry = {
             "id": message.id.hex(), "room": message.room or None, "direct": not message.room,
             "from": machine.name, "fingerprint": fingerprint_text(machine.identity.fingerprint),
-            "verified": True, "text": message.text, "time": rfc3339(message.created),
-            "own": True, "to": sorted(readers.values()), "action": message.kind == ACTION,
+            "verified": True, "text": text, "time": rfc3339(message.created),
+            "own": True, "to": sorted(readers.values()), "action": message.kind != SAID,
         }  # fmt: skip
         self._file(key, title, entry, message.lifetime)
 
@@ -14542,7 +15686,1092 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 56. Chat client | uses 1, 2, 17, 20, 29, 34, 35, 51, 54, 55
+# Part 60. Files on their way | uses 1-3, 25, 26, 35, 39-41
+#
+# One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
+# the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
+# until it is whole, compared and renamed.
+# ==================================================================================================
+
+CONTENT = "/content"
+PROGRESS_SECONDS = 0.5  # between two reports of one transfer
+HASH_BLOCK = 1 << 20
+
+
+class Running:
+    """A transfer on its way between us and one person. `report(run)` is called now and then."""
+
+    def __init__(self, transfer: Transfer, fingerprint: bytes, name: str, report):
+        self.transfer, self.fingerprint, self.name = transfer, fingerprint, name
+        self._report = report
+        self.channel: Any = None
+        self.done, self.size = 0, transfer.size
+        self.sha256 = b""
+        self.cancelled = ""
+        self.ended = threading.Event()  # its thread touches no file any more
+        self._started = self._reported = 0.0
+        self._first = 0
+
+    def note(self, done: int) -> None:
+        """In the thread: so many bytes are over there, or here. ChatError if it was cancelled."""
+        now = time.monotonic()
+        if self.cancelled:
+            raise ChatError(self.cancelled, code="unreachable")
+        if not self._started:
+            self._started = self._reported = now
+            self._first = done
+        self.done = done
+        if now - self._reported >= PROGRESS_SECONDS:
+            self._reported = now
+            self._report(self)
+
+    def cancel(self, why: str) -> None:
+        self.cancelled = why
+        if self.channel is not None:
+            self.channel.give_up(why)
+
+    def fields(self) -> dict:
+        """For a `progress` event: `rate` (bytes a second since it began) and `left` (seconds)."""
+        transfer, seconds = self.transfer, time.monotonic() - self._started
+        rate = (self.done - self._first) / seconds if self._started and seconds > 0 else 0.0
+        left = (self.size - self.done) / rate if rate else 0.0
+        whom = {"to": [self.name]} if transfer.own else {"from": self.name}
+        return {
+            "id": transfer.id, **whom, "name": transfer.name, "size": self.size, "done": self.done,
+            "rate": int(rate), "left": round(left), "number": transfer.handle,
+        }  # fmt: skip
+
+
+# Sending
+
+
+def measure(path: str) -> tuple:
+    """(name, size, files, stamp) of what is to be offered; ChatError if it cannot be."""
+    full = os.path.abspath(path)
+    name = os.path.basename(full) or "files"
+    try:
+        state = os.stat(full)
+        if stat.S_ISDIR(state.st_mode):
+            files, size = _measure_tree(full)
+            if not files:
+                raise ChatError(f"{one_line(path)} holds no file.", "Choose another folder.")
+            return name, size, files, []
+        if not stat.S_ISREG(state.st_mode):
+            text = f"{one_line(path)} is neither a file nor a folder."
+            raise ChatError(text, "Devices and pipes are not sent.")
+        with open(full, "rb"):
+            return name, state.st_size, 0, file_stamp(state)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        text = f"{one_line(path)} cannot be read: {reason}."
+        raise ChatError(text, "Tab completes paths.", "storage") from None
+
+
+def file_stamp(state) -> list:
+    """What changes when a file does: its size, the time of its last change, its inode."""
+    return [state.st_size, state.st_mtime_ns, state.st_ino]
+
+
+def _measure_tree(path: str) -> tuple:
+    """(number, bytes) of the regular files below a folder; links are not followed."""
+    files = size = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            state = os.lstat(os.path.join(folder, name))
+            if stat.S_ISREG(state.st_mode):
+                files, size = files + 1, size + state.st_size
+    return files, size
+
+
+def send_content(run: Running) -> bytes:
+    """Sends what was offered over the run's channel; its SHA-256 (of a folder: tree_digest)."""
+    transfer = run.transfer
+    if transfer.stamp:
+        _check_stamp(transfer)
+    client = SftpClient(run.channel)
+    if transfer.files:
+        digest = tree_digest(send_tree(client, transfer.path, CONTENT, run.note).digests)
+    else:
+        digest = send_file(client, transfer.path, CONTENT, run.note).sha256
+    client.close()
+    return digest
+
+
+def _check_stamp(transfer: Transfer) -> None:
+    try:
+        stamp = file_stamp(os.stat(transfer.path))
+    except OSError as error:
+        raise storage_error("Reading", transfer.path, error) from None
+    if stamp != transfer.stamp:
+        text = f"{transfer.name} has changed since it was offered."
+        raise ChatError(text, "Offer it again.", "denied")
+
+
+def tree_digest(digests: dict) -> bytes:
+    """SHA-256 of a folder: of the lines that `sha256sum` prints for its files, sorted by path.
+
+    `digests`: path below the folder, with slashes -> SHA-256.
+    """
+    lines = [f"{digest.hex()}  {path}\n" for path, digest in sorted(digests.items())]
+    return sha256("".join(lines).encode("utf-8", "surrogateescape"))
+
+
+# Receiving
+
+
+class DropFolder:
+    """What the sender of one offer sees of our disk: CONTENT, and nothing else.
+
+    `folder` is the inbox, a RootedFolder; there the content is `part`, a file or, if `is_tree`, a
+    folder. No more than `size` bytes are taken. `error`: why our disk does not take it.
+    """
+
+    def __init__(self, folder, part: str, is_tree: bool, size: int, note):
+        self._folder, self._part, self._is_tree = folder, part, is_tree
+        self._size, self._note = size, note
+        self._sizes: dict = {}  # path -> bytes written
+        self.whole = False  # whether the sender has given a file its last name
+        self.digest: bytes | None = None  # of a file that was written from its beginning to its end
+        self.error: ChatError | None = None
+
+    def _inside(self, path: str) -> str:
+        """Where a path lies in the inbox."""
+        top, slash, rest = path.lstrip("/").partition("/")
+        if top != (CONTENT if self._is_tree else CONTENT + PART_ENDING)[1:]:
+            kind = errno.ENOENT if top == CONTENT[1:] else errno.EACCES
+            raise OSError(kind, "there is only what was offered")
+        return "/" + self._part + slash + rest
+
+    def open(self, path: str, flags: int, attributes: Attributes) -> DropFile:
+        inside = self._inside(path)
+        return DropFile(self, path, self.guarded(self._folder.open, inside, flags, attributes))
+
+    def guarded(self, function, *args):
+        """What our own disk has against it ends the transfer; all else the sender is told."""
+        try:
+            return function(*args)
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                self.error = storage_error("Writing", self._part, error)
+                raise self.error from None
+            raise
+
+    def grow(self, path: str, end: int) -> None:
+        """A file is about to reach `end` bytes."""
+        before = self._sizes.get(path, 0)
+        if end > before:
+            total = sum(self._sizes.values()) - before + end
+            if total > self._size:
+                raise OSError(errno.EFBIG, "more than was offered")
+            self._sizes[path] = end
+            self._note(total)
+
+    def rename(self, old: str, new: str, replace: bool) -> None:
+        if not self._is_tree and (old, new) == (CONTENT + PART_ENDING, CONTENT):
+            self.whole = True
+        else:
+            self.guarded(self._folder.rename, self._inside(old), self._inside(new), replace)
+            self._sizes[new] = self._sizes.pop(old, 0)
+
+    def real_path(self, path: str) -> str:
+        return "/" + path.lstrip("/")
+
+    def list(self, path: str):
+        return self._folder.list(self._inside(path))
+
+    def stat(self, path: str) -> Attributes:
+        return self._folder.stat(self._inside(path))
+
+    def lstat(self, path: str) -> Attributes:
+        return self._folder.lstat(self._inside(path))
+
+    def set_attributes(self, path: str, attributes: Attributes) -> None:
+        self.guarded(self._folder.set_attributes, self._inside(path), attributes)
+
+    def remove(self, path: str) -> None:
+        self._folder.remove(self._inside(path))
+
+    def make_folder(self, path: str, attributes: Attributes) -> None:
+        self.guarded(self._folder.make_folder, self._inside(path), attributes)
+
+    def remove_folder(self, path: str) -> None:
+        self._folder.remove_folder(self._inside(path))
+
+    def space(self, path: str):
+        return self._folder.space("/")
+
+
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EMFILE,
+)  # fmt: skip
+
+
+class DropFile:
+    """A file of a DropFolder, hashed while it is written from its beginning to its end."""
+
+    def __init__(self, drop: DropFolder, path: str, file):
+        self._drop, self._path, self._file = drop, path, file
+        self._digest, self._hashed = hashlib.sha256(), 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._file.read(offset, size)
+
+    def write(self, offset: int, data) -> None:
+        self._drop.grow(self._path, offset + len(data))
+        if not self._hashed and offset:
+            self._hash_start(offset)
+        self._drop.guarded(self._file.write, offset, data)
+        if offset == self._hashed:
+            self._digest.update(data)
+            self._hashed += len(data)
+
+    def _hash_start(self, end: int) -> None:
+        """What an earlier attempt has left."""
+        while self._hashed < end:
+            data = self._file.read(self._hashed, min(HASH_BLOCK, end - self._hashed))
+            if not data:
+                break
+            self._digest.update(data)
+            self._hashed += len(data)
+
+    def stat(self) -> Attributes:
+        return self._file.stat()
+
+    def set_attributes(self, attributes: Attributes) -> None:
+        self._drop.guarded(self._file.set_attributes, attributes)
+
+    def sync(self) -> None:
+        self._drop.guarded(self._file.sync)
+
+    def close(self) -> None:
+        if self._hashed and self._hashed == self._file.stat().size:
+            self._drop.digest = self._digest.digest()
+        self._file.close()
+
+
+def reserve_part(path: str, is_tree: bool) -> None:
+    """Makes the partial of a transfer, so that no other takes its name."""
+    part = path + PART_ENDING
+    try:
+        if is_tree:
+            os.mkdir(part, 0o700)
+        else:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise storage_error("Making", part, error) from None
+
+
+def receive_content(run: Running) -> None:
+    """Serves the sender until it has ended; what came is the partial."""
+    transfer = run.transfer
+    inbox, name = os.path.split(transfer.path)
+    try:
+        folder = RootedFolder(inbox, True)
+    except OSError as error:
+        raise storage_error("Opening", inbox, error) from None
+    drop = DropFolder(folder, name + PART_ENDING, bool(transfer.files), transfer.size, run.note)
+    try:
+        serve_sftp(run.channel, drop)
+    finally:
+        folder.close()
+    run.sha256 = drop.digest or b""
+
+
+def serve_sftp(channel: Channel, folder) -> None:
+    """Answers an SFTP client until it ends the stream."""
+    machine = SftpServerMachine(folder)
+    try:
+        for data in iter(channel.receive, b""):
+            machine.receive_data(data)
+            for reply in iter(machine.next_reply, None):
+                if reply:  # nothing: it takes a while, and the stream may be looked at
+                    channel.send(reply)
+        channel.close()
+    except ChatError as error:
+        channel.give_up(error.text)
+        raise
+    finally:
+        machine.close()
+
+
+def finish_content(run: Running, expected: bytes) -> str:
+    """Compares what came with its SHA-256 and gives it its name; the path. ChatError if false."""
+    transfer, part = run.transfer, run.transfer.path + PART_ENDING
+    try:
+        if transfer.files:
+            run.sha256 = hash_tree(part)
+        elif not run.sha256:
+            run.sha256 = hash_file(part)
+        if run.sha256 != expected:
+            remove_part(part)
+            text = f"What came of {transfer.name} is not what was sent; it was thrown away."
+            raise ChatError(text, f"/get {transfer.handle} tries again.", "protocol")
+        path = transfer.path
+        if os.path.lexists(path):
+            folder = os.path.dirname(path)
+            path = os.path.join(folder, free_name(folder, transfer.name))
+        rename_free(part, path)
+        return path
+    except OSError as error:
+        raise storage_error("Renaming", part, error) from None
+
+
+def hash_file(path: str) -> bytes:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for data in iter(functools.partial(file.read, HASH_BLOCK), b""):
+            digest.update(data)
+    return digest.digest()
+
+
+def hash_tree(path: str) -> bytes:
+    digests = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            full = os.path.join(folder, name)
+            digests[os.path.relpath(full, path).replace(os.sep, "/")] = hash_file(full)
+    return tree_digest(digests)
+
+
+def remove_part(part: str) -> None:
+    """Throws away what came, if it is still there."""
+    if os.path.isdir(part):
+        shutil.rmtree(part, ignore_errors=True)
+    elif os.path.exists(part):
+        os.unlink(part)
+
+
+# ==================================================================================================
+# Part 61. Shared folders | uses 1-3, 8, 16, 24, 26, 35, 36, 39-41, 44, 60
+#
+# Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
+# look is a stream and a thread of its own.
+# ==================================================================================================
+
+OF_A_FOLDER = (
+    "folder:"  # what the reference of a transfer from somebody's shared folder begins with
+)
+
+
+class SharedFolders:
+    """Several shared folders as one, for an SftpServerMachine: each is a name at the top.
+
+    `folders`: name -> RootedFolder.
+    """
+
+    def __init__(self, folders: dict):
+        self._folders = folders
+
+    def _at(self, path: str) -> tuple:
+        """(the folder that a path leads into, the path there)."""
+        name, _, rest = path.strip("/").partition("/")
+        if name not in self._folders:
+            raise OSError(errno.ENOENT if name else errno.EACCES, "only folders are shared here")
+        return self._folders[name], "/" + rest
+
+    def open(self, path: str, flags: int, attributes: Attributes):
+        folder, inside = self._at(path)
+        return folder.open(inside, flags, attributes)
+
+    def list(self, path: str):
+        if path.strip("/"):
+            folder, inside = self._at(path)
+            return folder.list(inside)
+        now = time.time()
+        tops = [(name, folder.stat("/")) for name, folder in self._folders.items()]
+        return iter([Entry(name, listing_line(name, top, now), top) for name, top in tops])
+
+    def stat(self, path: str) -> Attributes:
+        folder, inside = self._at(path) if path.strip("/") else (self._first(), "/")
+        return folder.stat(inside)
+
+    def lstat(self, path: str) -> Attributes:
+        folder, inside = self._at(path) if path.strip("/") else (self._first(), "/")
+        return folder.lstat(inside)
+
+    def _first(self) -> RootedFolder:
+        return next(iter(self._folders.values()))
+
+    def set_attributes(self, path: str, attributes: Attributes) -> None:
+        folder, inside = self._at(path)
+        folder.set_attributes(inside, attributes)
+
+    def remove(self, path: str) -> None:
+        folder, inside = self._at(path)
+        folder.remove(inside)
+
+    def make_folder(self, path: str, attributes: Attributes) -> None:
+        folder, inside = self._at(path)
+        folder.make_folder(inside, attributes)
+
+    def remove_folder(self, path: str) -> None:
+        folder, inside = self._at(path)
+        folder.remove_folder(inside)
+
+    def rename(self, old: str, new: str, replace: bool) -> None:
+        (folder, inside), (other, there) = self._at(old), self._at(new)
+        if folder is not other:
+            raise OSError(errno.EXDEV, "not from one shared folder to another")
+        folder.rename(inside, there, replace)
+
+    def real_path(self, path: str) -> str:
+        return "/" + "/".join(path_parts(path))
+
+    def space(self, path: str):
+        return self._first().space("/")
+
+    def close(self) -> None:
+        for folder in self._folders.values():
+            folder.close()
+
+
+def open_shares(shares: list):
+    """One folder to be served, of a person's shares {path, write}; ChatError if it is gone."""
+    folders: dict = {}
+    for share in shares:
+        try:
+            folder = RootedFolder(share["path"], share["write"])
+        except OSError as error:
+            raise storage_error("Opening", share["path"], error) from None
+        name = os.path.basename(share["path"]) or "files"
+        names = [name, *(f"{name} ({n})" for n in range(2, len(shares) + 1))]
+        folders[next(n for n in names if n not in folders)] = folder
+    return SharedFolders(folders) if len(folders) > 1 else next(iter(folders.values()))
+
+
+class Shares:
+    """What we share with whom, and what we look at of others'."""
+
+    def __init__(self, desk, chat, book: TransferBook):
+        self._desk, self._chat, self._book = desk, chat, book
+        self._told: set = set()  # (connection, identity) of those whose first look was told
+        self._open_to: dict = {}  # Channel -> paths of the folders that it shows
+
+    # Ours
+
+    def share(self, path: str, people: dict, write: bool) -> None:
+        """Lets people (identity in hex -> name) look into a folder; more of them, or anew."""
+        full = os.path.abspath(os.path.expanduser(path))
+        if not os.path.isdir(full):
+            raise ChatError(f"{one_line(path)} is not a folder.", "Tab completes paths.")
+        entry = next((s for s in self._book.shares if s["path"] == full), None)
+        if entry is None:
+            entry = {"path": full, "peers": {}, "write": write}
+            self._book.shares.append(entry)
+        entry["peers"].update(people)
+        entry["write"] = write
+        self._book.save()
+
+    def end(self, path: str) -> None:
+        """Shares a folder no longer; whoever is looking into it is cut off."""
+        full = os.path.abspath(os.path.expanduser(path))
+        left = [s for s in self._book.shares if s["path"] != full]
+        if len(left) == len(self._book.shares):
+            raise ChatError(f"{one_line(path)} is not shared.", "/share lists what is.")
+        self._book.shares = left
+        self._book.save()
+        for channel in [c for c, paths in self._open_to.items() if full in paths]:
+            channel.give_up("It is no longer shared.")
+
+    def serve(self, connection, person, stream: Stream) -> None:
+        """Somebody wants to look."""
+        key = person.fingerprint.hex()
+        found = [s for s in self._book.shares if key in s["peers"]]
+        if not found:
+            connection.machine.streams.reset(stream, "They share nothing with you.")
+            return
+        if (connection, key) not in self._told:
+            self._told.add((connection, key))
+            names = ", ".join(os.path.basename(s["path"]) for s in found)
+            self._chat.show_notice(f"{person.name} opens what you share: {names}.")
+        channel = connection.channel(stream)
+        self._open_to[channel] = [share["path"] for share in found]
+        spawn("share folder", self._routine_serve, channel, found)
+
+    def _routine_serve(self, channel: Channel, found: list) -> None:
+        try:
+            folder = open_shares(found)
+        except ChatError as error:
+            channel.give_up("The folder cannot be opened.")
+            self._desk.post(self._chat.show_error, error)
+            return
+        try:
+            serve_sftp(channel, folder)
+        except ChatError:
+            pass  # it was broken off: nothing of ours is lost
+        finally:
+            folder.close()
+            self._desk.post(self._open_to.pop, channel, None)
+
+    # Theirs
+
+    def _open(self, fingerprint: bytes, name: str) -> Channel:
+        """A stream to somebody's shared folders, in the owner thread."""
+        connection, person = self._desk.person(fingerprint)
+        if person is None:
+            raise ChatError(f"{name} is not here.", "/names shows who is.", "no-such-person")
+        return connection.open_stream(person, FOR_FOLDER, bytes(16))
+
+    def look(self, fingerprint: bytes, name: str, path: str) -> None:
+        """Lists what somebody shares."""
+        spawn("list folder", self._routine_look, self._open(fingerprint, name), name, path)
+
+    def _routine_look(self, channel: Channel, name: str, path: str) -> None:
+        try:
+            client = SftpClient(channel)
+            entries = sorted(client.list(path), key=lambda entry: entry.name)
+            client.close()
+        except ChatError as error:
+            self._desk.post(self._chat.show_error, error)
+            return
+        self._desk.post(self._show, name, path, entries)
+
+    def _show(self, name: str, path: str, entries: list) -> None:
+        rows, lines = [], []
+        for entry in entries:
+            is_folder = stat.S_ISDIR(entry.attributes.permissions or 0)
+            size = entry.attributes.size or 0
+            rows.append({"name": entry.name, "size": size, "folder": is_folder})
+            shown = one_line(entry.name) + ("/" if is_folder else "")
+            lines.append(shown if is_folder else f"{shown}  {size_words(size)}")
+        where = f"{name}:{path}"
+        text = "\n".join([f"{where} holds {len(rows)} names.", *lines])
+        self._chat.show_notice(text, name=name, path=path, entries=rows)
+
+    def get(self, fingerprint: bytes, name: str, path: str) -> Transfer:
+        """Begins to fetch a file or a folder of somebody's."""
+        title = safe_file_name(path.rstrip("/").rpartition("/")[2] or name)
+        transfer = Transfer(
+            random_bytes(16).hex(), 0, False, title, 0, 0, "", {fingerprint.hex(): name}, [], "",
+            [], OF_A_FOLDER + path, time.time(), WANTED,
+        )  # fmt: skip
+        self._book.add(transfer)
+        return transfer
+
+    def fetch(self, transfer: Transfer) -> None:
+        """Fetches it, or goes on with it."""
+        fingerprint, name = transfer.peer()
+        channel = self._open(fingerprint, name)
+        run = self._desk.start(transfer, fingerprint, name)
+        run.channel = channel
+        spawn("fetch file", self._routine_fetch, run)
+
+    def _routine_fetch(self, run: Running) -> None:
+        remote, path = run.transfer.reference[len(OF_A_FOLDER) :], run.transfer.path
+        try:
+            client = SftpClient(run.channel)
+            there = client.stat(remote)
+            if there is not None and stat.S_ISDIR(there.permissions or 0):
+                run.sha256, run.transfer.size = self._fetch_tree(run, client, remote)
+            else:
+                run.size = there.size if there is not None and there.size else 0
+                received = receive_file(client, remote, path, run.note)
+                run.sha256, run.transfer.size = received.sha256, received.size
+            client.close()
+        except ChatError as error:
+            run.channel.give_up(error.text)
+            self._desk.post(self._desk.fetching_failed, run, error)
+            return
+        finally:
+            run.ended.set()
+        self._desk.post(self._desk.fetched, run)
+
+    def _fetch_tree(self, run: Running, client: SftpClient, remote: str) -> tuple:
+        """(SHA-256, bytes) of a folder, which has its name then."""
+        part = run.transfer.path + PART_ENDING
+        if os.path.isfile(part):
+            os.unlink(part)  # nobody knew that it would be a folder
+        count = receive_tree(client, remote, part, run.note)
+        try:
+            os.rename(part, run.transfer.path)
+        except OSError as error:
+            raise storage_error("Renaming", part, error) from None
+        return tree_digest(count.digests), count.size
+
+
+# ==================================================================================================
+# Part 62. Files by way of a server | uses 1-3, 26, 29, 35, 36, 41, 44, 53, 60
+#
+# For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
+# offer carries what is needed to fetch and open it.
+# ==================================================================================================
+
+
+class ByServer:
+    """Puts files on SFTP servers and fetches them."""
+
+    def __init__(self, desk, chat, paths: Paths):
+        self._desk, self._chat, self._paths = desk, chat, paths
+
+    def send(self, path: str, connection, target: str, url: str, accept_key: str) -> None:
+        """Offers a file to somebody, once it lies on the server."""
+        place = SftpPlace.parse(url)
+        transfer = Transfer(
+            random_bytes(16).hex(), 0, True, os.path.basename(path), 0, 0, "",
+            {"": place.address()}, [], path, [], url, time.time(), WANTED,
+        )  # fmt: skip
+        self._desk.book.add(transfer)
+        run = self._desk.start(transfer, b"", place.address())
+        spawn("send by server", self._routine_send, run, place, connection, target, accept_key)
+
+    def _routine_send(self, run: Running, place, connection, target: str, accept_key: str) -> None:
+        path = os.path.abspath(run.transfer.path)
+        try:
+            measured = measure(path)
+            if measured[2]:
+                text = f"{one_line(path)} is a folder, which does not go by a server."
+                raise ChatError(text, "Pack it first: zip -r files.zip FOLDER.")
+            run.size = measured[1]
+            watch = functools.partial(self._watch, run)
+            reference = upload_sealed(self._paths, place, path, random_bytes(32), watch, accept_key)
+        except ChatError as error:
+            self._desk.post(self._desk.sending_failed, run, error)
+            return
+        self._desk.post(self._sent, run, measured, connection, target, reference.encode())
+
+    def _watch(self, run: Running, done: int, total: int) -> None:
+        """`total`: of the sealed file, which is a little longer."""
+        run.note(run.size * done // max(1, total))
+
+    def _sent(self, run: Running, measured: tuple, connection, target: str, reference: str) -> None:
+        self._desk.dismiss(run)
+        self._desk.send_offer(run.transfer.path, measured, connection, target, reference)
+
+    def fetch(self, transfer: Transfer, accept_key: str = "") -> None:
+        """Fetches what was offered, or goes on with it."""
+        fingerprint, name = transfer.peer()
+        run = self._desk.start(transfer, fingerprint, name)
+        spawn("fetch by server", self._routine_fetch, run, accept_key)
+
+    def _routine_fetch(self, run: Running, accept_key: str) -> None:
+        path, part = run.transfer.path, run.transfer.path + PART_ENDING
+        try:
+            reference = SealedReference.decode(run.transfer.reference)
+            watch = functools.partial(self._watch, run)
+            download_sealed(self._paths, reference, part, watch, accept_key)
+            run.sha256 = reference.sha256
+            rename_free(part, path)
+        except OSError as error:
+            self._desk.post(self._desk.fetching_failed, run, storage_error("Making", path, error))
+        except ChatError as error:
+            self._desk.post(self._desk.fetching_failed, run, error)
+        else:
+            self._desk.post(self._desk.fetched, run)
+        finally:
+            run.ended.set()
+
+
+# ==================================================================================================
+# Part 63. File desk | uses 1, 2, 8, 16, 26, 29, 35, 36, 39, 41, 44, 60-62
+#
+# Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
+# (disks, streams, other programs) is done by threads that answer to the owner's inbox.
+# ==================================================================================================
+
+RUNNING_MOST = 8  # transfers of ours on their way at a time; the others wait for their turn
+
+
+class FileDesk:
+    """The transfers of one chat, and its shared folders."""
+
+    def __init__(self, chat, profile):
+        self._chat, self._profile = chat, profile
+        self.book: TransferBook = profile.transfers
+        self.shares = Shares(self, chat, self.book)
+        self.by_server = ByServer(self, chat, profile.paths)
+        self.running: dict = {}  # (id, identity) -> Running
+        self._turns: list = []  # (connection, person, transfer) of ours that wait for their turn
+        self._messages: dict = {}  # id -> Outgoing that offers it
+        self._handlers = {
+            "_stream": self._on_stream, "_want": self._on_want, "_done": self._on_done,
+            "_kept_offer": self._on_kept, "_cancel": self._on_cancel, "_seen": self._on_seen,
+            "offer": self._on_offer, "delivered": self._on_delivered,
+            "undelivered": self._on_undelivered,
+        }  # fmt: skip
+
+    def handle(self, connection, event: dict) -> None:
+        handler = self._handlers.get(event["event"])
+        if handler is not None:
+            handler(connection, event)
+
+    def post(self, function, *args) -> None:
+        """From a transfer's thread: has the owner do something."""
+        self._chat.inbox.post(self._chat.guarded, function, *args)
+
+    def person(self, fingerprint: bytes) -> tuple:
+        """(connection, Person) of somebody who is here, or (None, None)."""
+        for connection in self._chat.connections:
+            for person in connection.machine.directory.people.values():
+                if person.fingerprint == fingerprint and person.confirmed:
+                    return connection, person
+        return None, None
+
+    def _tell(self, fingerprint: bytes, kind: int, transfer: Transfer, *values) -> None:
+        """Sends a content about a transfer to somebody, if they are here."""
+        connection, person = self.person(fingerprint)
+        if person is not None:
+            number = bytes.fromhex(transfer.id)
+            connection.machine.directory.send(person, kind, number, *values)
+
+    def _publish(self, event: str, transfer: Transfer, name: str, **fields) -> None:
+        whom = {"to": [name]} if transfer.own else {"from": name}
+        about = {"id": transfer.id, **whom, "name": transfer.name, "size": transfer.size}
+        self._chat.events.publish({"event": event, **about, **fields, "number": transfer.handle})
+        self._chat.note_status()
+
+    def _fail(self, transfer: Transfer, name: str, why: str) -> None:
+        self._publish("file-failed", transfer, name, text=why)
+
+    def start(self, transfer: Transfer, fingerprint: bytes, name: str) -> Running:
+        """A transfer begins, or begins anew."""
+        self._stop(transfer, fingerprint, "It was begun anew.")
+        run = Running(transfer, fingerprint, name, functools.partial(self.post, self._report))
+        self.running[transfer.id, fingerprint] = run
+        return run
+
+    def _stop(self, transfer: Transfer, fingerprint: bytes, why: str):
+        """Ends a transfer that may be on its way; its Running, or None."""
+        run = self.running.pop((transfer.id, fingerprint), None)
+        if run is not None:
+            run.cancel(why)
+            self._take_turns()
+        return run
+
+    def dismiss(self, run: Running) -> bool:
+        """A transfer has ended; False if it had made way for another before."""
+        current = self._is_current(run)
+        if current:
+            del self.running[run.transfer.id, run.fingerprint]
+            self._take_turns()
+            self._chat.note_status()
+        return current
+
+    def _is_current(self, run: Running) -> bool:
+        return self.running.get((run.transfer.id, run.fingerprint)) is run
+
+    def _report(self, run: Running) -> None:
+        if self._is_current(run):
+            self._chat.events.publish({"event": "progress", **run.fields()})
+            self._chat.note_status()
+
+    def _end(self, transfer: Transfer) -> None:
+        transfer.state = ENDED
+        self.book.save()
+
+    # Offering
+
+    def offer(self, path: str, connection, target: str) -> None:
+        """Offers a file or a folder to a room ("#room") or a person."""
+        spawn("measure", self._routine_measure, path, connection, target)
+
+    def _routine_measure(self, path: str, connection, target: str) -> None:
+        try:
+            measured = measure(path)
+        except ChatError as error:
+            self.post(self._chat.show_error, error)
+            return
+        self.post(self.send_offer, os.path.abspath(path), measured, connection, target)
+
+    def send_offer(
+        self, path: str, measured: tuple, connection, target: str, reference: str = ""
+    ) -> None:
+        name, size, files, stamp = measured
+        text = encode_offer(Offer(name, size, files, reference))
+        messages, room = connection.machine.messages, target[1:] if target[0] == "#" else ""
+        message = (
+            messages.say(room, text, OFFERED) if room else messages.tell(target, text, OFFERED)
+        )
+        transfer = Transfer(
+            message.id.hex(), 0, True, name, size, files, room, {}, [], path, stamp, reference,
+            time.time(), PENDING,
+        )  # fmt: skip
+        self._messages[transfer.id] = message
+        self.book.add(transfer)
+        self._note_readers(transfer)
+
+    def _note_readers(self, transfer: Transfer) -> None:
+        """Who has been offered it, as far as that is known by now."""
+        message = self._messages.get(transfer.id)
+        if message is not None:
+            readers = {**message.pending, **message.done}
+            known = {f.hex(): name for f, name in readers.items() if f}
+            if known.items() - transfer.peers.items():
+                transfer.peers.update(known)
+                self.book.save()
+
+    def _on_offer(self, connection, event: dict) -> None:
+        transfer = self.book.transfers.get(event["id"])
+        if "_message" not in event:
+            self._note_foreign(connection, event)
+        elif transfer is not None:
+            self._note_readers(transfer)
+            event["number"] = transfer.handle
+
+    def _on_delivered(self, connection, event: dict) -> None:
+        transfer = self.book.transfers.get(event["id"])
+        if transfer is not None:
+            self._note_readers(transfer)
+
+    def _on_undelivered(self, connection, event: dict) -> None:
+        """Nobody has heard of an offer of ours."""
+        transfer = self.book.transfers.get(event["id"])
+        if transfer is not None and not transfer.room:
+            self._end(transfer)
+
+    # Sending
+
+    def _on_want(self, connection, event: dict) -> None:
+        person, number = event["person"], event["id"]
+        transfer = self.book.transfers.get(number.hex())
+        if transfer is None or not transfer.own or transfer.state == ENDED or transfer.reference:
+            fit = False
+        else:
+            self._note_readers(transfer)
+            fit = person.fingerprint.hex() in transfer.peers
+        if not fit:
+            why = "It is no longer offered."
+            connection.machine.directory.send(person, CANCEL, number, 1, why)
+            return
+        self._stop(transfer, person.fingerprint, "It was begun anew.")
+        self._turns.append((connection, person, transfer))
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Begins what waits, as long as few are on their way."""
+        while self._turns and sum(r.transfer.own for r in self.running.values()) < RUNNING_MOST:
+            connection, person, transfer = self._turns.pop(0)
+            if connection.machine.directory.people.get(person.id) is person:
+                run = self.start(transfer, person.fingerprint, person.name)
+                number = bytes.fromhex(transfer.id)
+                run.channel = connection.open_stream(person, FOR_OFFER, number)
+                spawn("send file", self._routine_send, run)
+
+    def _routine_send(self, run: Running) -> None:
+        try:
+            run.sha256 = send_content(run)
+        except ChatError as error:
+            run.channel.give_up(error.text)
+            self.post(self.sending_failed, run, error)
+            return
+        self.post(self._all_sent, run)
+
+    def _all_sent(self, run: Running) -> None:
+        """It is for the other side to compare it now."""
+        if self._is_current(run):
+            self._tell(run.fingerprint, DONE, run.transfer, run.sha256)
+
+    def sending_failed(self, run: Running, error: ChatError) -> None:
+        """It was interrupted, and the other side asks again when it can; or it cannot be."""
+        if not self.dismiss(run):
+            return
+        if error.code != "unreachable" or run.transfer.reference:
+            for_good = int(error.code == "denied")
+            self._tell(run.fingerprint, CANCEL, run.transfer, for_good, error.text)
+            self._fail(run.transfer, run.name, str(error))
+
+    def _on_kept(self, connection, event: dict) -> None:
+        """The other side has all of it."""
+        fingerprint = event["person"].fingerprint
+        run = self.running.get((event["id"].hex(), fingerprint))
+        if run is None or not run.transfer.own or not run.sha256:
+            return
+        self.dismiss(run)
+        transfer = run.transfer
+        if event["sha256"] != run.sha256:
+            self._fail(transfer, run.name, "What arrived is not what was sent.")
+            return
+        transfer.done.append(fingerprint.hex())
+        if not transfer.room:
+            self._end(transfer)
+        self._publish("file-sent", transfer, run.name, sha256=run.sha256.hex())
+
+    # Receiving
+
+    def _note_foreign(self, connection, event: dict) -> None:
+        """An offer of somebody else's."""
+        if event["id"] in self.book.transfers:
+            return
+        if event["_reference"]:
+            event["_question"] = SealedReference.decode(event["_reference"]).question()
+        event["name"] = safe_file_name(event["name"])
+        transfer = Transfer(
+            event["id"], 0, False, event["name"], event["size"], event["files"],
+            event["room"] or "", {event["fingerprint"][7:]: event["from"]}, [], "", [],
+            event["_reference"], time.time(), PENDING,
+        )  # fmt: skip
+        self.book.add(transfer)
+        event["number"] = transfer.handle
+        policy = self._profile.settings.get("accept-files")
+        known = transfer.peer()[0] in self._chat.trust.contacts
+        if policy == "never":
+            self._refuse(transfer, "They take no files.")
+        elif policy == "contacts" and known and not transfer.reference:
+            self.post(self.want, transfer)  # after the offer itself has been shown
+
+    def want(self, transfer: Transfer, accept_key: str = "") -> None:
+        """Takes an offer, or goes on with it; `accept_key` of a server that it lies on."""
+        if transfer.own or transfer.state == ENDED:
+            raise ChatError(f"{transfer.handle} is nothing to be fetched.", "/files lists all.")
+        fingerprint, name = transfer.peer()
+        if not transfer.path or not os.path.lexists(transfer.path + PART_ENDING):
+            self._make_room(transfer)  # also if what had come was moved away
+        transfer.state = WANTED
+        self.book.save()
+        connection, person = self.person(fingerprint)
+        if transfer.reference[: len(OF_A_FOLDER)] == OF_A_FOLDER and person is not None:
+            self.shares.fetch(transfer)
+        elif transfer.reference.startswith(REFERENCE_PREFIX):
+            self.by_server.fetch(transfer, accept_key)
+        elif person is None:
+            text = f"{name} is not here: {transfer.name} comes when you both are."
+            self._chat.show_notice(text, id=transfer.id)
+        else:
+            self._tell(fingerprint, WANT, transfer)
+
+    def _make_room(self, transfer: Transfer) -> None:
+        """A partial in the inbox, if the disk has room for all of it."""
+        inbox = self._profile.paths.file("inbox")
+        make_private_folder(inbox)
+        check_space((inbox, transfer.size))
+        transfer.path = os.path.join(inbox, free_name(inbox, transfer.name))
+        reserve_part(transfer.path, bool(transfer.files))
+
+    def _on_seen(self, connection, event: dict) -> None:
+        """Somebody is here: what of theirs we want goes on."""
+        for transfer in list(self.book.transfers.values()):
+            wanted = not transfer.own and transfer.state == WANTED
+            by_server = transfer.reference.startswith(REFERENCE_PREFIX)
+            if wanted and not by_server and transfer.peer()[0] == event["fingerprint"]:
+                self._chat.guarded(self.want, transfer)
+
+    def _on_stream(self, connection, event: dict) -> None:
+        person, stream = event["person"], event["stream"]
+        transfer = self.book.transfers.get(event["id"].hex())
+        if event["purpose"] == FOR_FOLDER:
+            self.shares.serve(connection, person, stream)
+            return
+        wanted = transfer is not None and not transfer.own and transfer.state == WANTED
+        if not wanted or transfer.peer()[0] != person.fingerprint:
+            connection.machine.streams.reset(stream, "It is not wanted.")
+            return
+        older = self._stop(transfer, person.fingerprint, "It was begun anew.")
+        run = self.start(transfer, person.fingerprint, person.name)
+        run.channel = connection.channel(stream)
+        spawn("receive file", self._routine_receive, run, older)
+
+    def _routine_receive(self, run: Running, older) -> None:
+        try:
+            if older is not None:
+                older.ended.wait()  # two must not write to one file
+            receive_content(run)
+        except ChatError as error:
+            self.post(self._receiving_failed, run, error)
+        finally:
+            run.ended.set()
+
+    def _receiving_failed(self, run: Running, error: ChatError) -> None:
+        """It was interrupted, or our disk does not take it: what is here stays."""
+        if self.dismiss(run) and error.code != "unreachable":
+            run.transfer.state = PENDING
+            self.book.save()
+            why = f"{self._chat.machine.name} cannot take it now."
+            self._tell(run.fingerprint, CANCEL, run.transfer, 0, why)
+            self._fail(run.transfer, run.name, str(error))
+
+    def _on_done(self, connection, event: dict) -> None:
+        """The sender says that all has gone out: it is compared, and gets its name."""
+        run = self.running.get((event["id"].hex(), event["person"].fingerprint))
+        if run is not None and not run.transfer.own:
+            spawn("check file", self._routine_check, run, event["sha256"])
+
+    def _routine_check(self, run: Running, expected: bytes) -> None:
+        run.ended.wait()
+        try:
+            path = finish_content(run, expected)
+        except ChatError as error:
+            self.post(self._receiving_failed, run, error)
+            return
+        self.post(self.received, run, path)
+
+    def fetching_failed(self, run: Running, error: ChatError) -> None:
+        """Of what we fetch ourselves; what is here stays, for /get to go on with."""
+        lost = error.code == "unreachable" and not run.transfer.reference.startswith(
+            REFERENCE_PREFIX
+        )
+        if self.dismiss(run) and not lost:
+            run.transfer.state = PENDING
+            self.book.save()
+            self._fail(run.transfer, run.name, str(error))
+
+    def fetched(self, run: Running) -> None:
+        self.received(run, run.transfer.path)
+
+    def received(self, run: Running, path: str) -> None:
+        transfer = run.transfer
+        self.dismiss(run)
+        transfer.path, transfer.done = path, list(transfer.peers)
+        self._end(transfer)
+        if not transfer.reference:
+            self._tell(run.fingerprint, KEPT, transfer, run.sha256)
+        self._publish("received", transfer, run.name, path=path, sha256=run.sha256.hex())
+
+    # Taking back, refusing
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Takes an offer back, refuses one, or stops what is on its way."""
+        if transfer.state == ENDED:
+            raise ChatError(f"{transfer.handle} is over.", "/files lists what is not.")
+        self._note_readers(transfer)
+        for fingerprint in map(bytes.fromhex, transfer.peers):
+            why = "It was taken back." if transfer.own else "They do not want it."
+            self._tell(fingerprint, CANCEL, transfer, 1, why)
+            self._clear(transfer, self._stop(transfer, fingerprint, "It was cancelled."))
+        self._end(transfer)
+        self._chat.note_status()
+        text = f"✗ {transfer.name} is cancelled."
+        self._chat.show_notice(text, id=transfer.id, number=transfer.handle, cancelled=True)
+
+    def _refuse(self, transfer: Transfer, why: str) -> None:
+        self._tell(transfer.peer()[0], CANCEL, transfer, 1, why)
+        self._end(transfer)
+
+    def _clear(self, transfer: Transfer, run) -> None:
+        """What came of an offer that is over is thrown away."""
+        if not transfer.own and transfer.path:
+            spawn("clear", self._routine_clear, transfer.path + PART_ENDING, run)
+
+    def _routine_clear(self, part: str, run) -> None:
+        if run is not None:
+            run.ended.wait()
+        remove_part(part)
+
+    def _on_cancel(self, connection, event: dict) -> None:
+        """The other side takes an offer back, or does not want it; or cannot go on at present."""
+        person, for_good = event["person"], event["for_good"]
+        transfer = self.book.transfers.get(event["id"].hex())
+        if transfer is None or transfer.state == ENDED:
+            return
+        self._note_readers(transfer)
+        if person.fingerprint.hex() not in transfer.peers:
+            return
+        run = self._stop(transfer, person.fingerprint, event["why"])
+        if for_good and not transfer.own:
+            self._clear(transfer, run)
+        if for_good and not (transfer.own and transfer.room):
+            self._end(transfer)
+        elif not transfer.own:
+            transfer.state = PENDING
+            self.book.save()
+        self._fail(transfer, person.name, event["why"])
+
+    def unfinished(self) -> bool:
+        """Whether something is on its way."""
+        return bool(self.running or self._turns)
+
+
+# ==================================================================================================
+# Part 64. Chat client | uses 1, 2, 17, 20, 30, 35, 36, 55, 58, 59, 63
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -14575,6 +16804,7 @@ class ChatClient:
         self.leaving = ""
         self.undelivered = 0
         self.door: Any = None  # a host's RelayServer, whose newcomers are asked about
+        self.desk: FileDesk | None = None  # its files, once it has begun
         self.wipe = False  # whether the profile is to be destroyed when all is over
         self.wants_status = False  # whether a face shows what `_status` events carry
         self._leave_by = 0.0
@@ -14599,6 +16829,8 @@ class ChatClient:
         """Starts the owner with the first server's link."""
         self.selector.register(self.inbox.wake_socket, READ)
         self.records.attach(self)
+        if self.records.profile is not None:
+            self.desk = FileDesk(self, self.records.profile)
         self.begin(self.first, link)
         spawn("chat", self._routine_chat)
 
@@ -14763,6 +16995,7 @@ class ChatClient:
             self.close(self.conversations.open(connection, "#" + event["room"]))
         if kind.startswith("_"):
             self._guarded_records(self.records.note_internal, connection, event)
+            self._guarded_records(self._note_files, connection, event)
             return
         if kind == "message" and event["direct"] and self._came_before(event):
             return
@@ -14773,10 +17006,15 @@ class ChatClient:
         if "id" in event:
             own = fingerprint_text(connection.machine.identity.fingerprint)
             event["_key"] = (event.get("fingerprint", own), event["id"])
-        if kind == "message":
+        foreign = kind in ("message", "offer") and "_message" not in event
+        if kind == "offer":
+            self._guarded_records(self._note_files, connection, event)
+        if foreign:
             self._note_message(connection, conversation, event)
         elif kind in ("sent", "queued"):
             conversation.unread, conversation.called = 0, False  # whoever answers has read
+        if kind in ("delivered", "undelivered"):
+            self._guarded_records(self._note_files, connection, event)
         self.undelivered += kind == "undelivered"
         if kind == "ready" and connection.on_ready is not None:
             self._guarded_records(connection.on_ready)
@@ -14789,6 +17027,14 @@ class ChatClient:
         if kind in ("ready", "request") or kind == "notice" and waits:
             self.settled.set()
 
+    def _note_files(self, connection: Connection, event: dict) -> None:
+        if self.desk is not None:
+            self.desk.handle(connection, event)
+
+    def note_status(self) -> None:
+        """Something has changed that a status line shows."""
+        self._status_due = True
+
     def _guarded_records(self, function, *args) -> None:
         """What cannot be written is said, and costs nothing else."""
         try:
@@ -14799,9 +17045,9 @@ class ChatClient:
     def _conversation_of(self, connection: Connection, event: dict):
         """Where an event belongs, or None: it concerns all, or a room that was left."""
         kind = event["event"]
-        if kind == "message":
+        if kind in ("message", "offer") and "_message" not in event:
             target = event["from"] if event["direct"] else "#" + event["room"]
-        elif kind in ("sent", "queued"):
+        elif kind in ("sent", "queued", "offer"):
             room = event["_message"].room
             target = "#" + room if room else (event["to"] or [""])[0]
         elif kind in ROOM_EVENTS and event.get("room") in connection.machine.rooms:
@@ -14859,6 +17105,11 @@ class ChatClient:
         unfinished = any(c.machine.messages.unfinished() for c in self.connections)
         if unfinished and now < self._leave_by:
             return
+        if self.desk is not None and self.desk.unfinished() and self.leaving == "eof":
+            return  # a script waits for its files as long as they take
+        if self.desk is not None and self.desk.running:
+            text = f"{len(self.desk.running)} files are on their way: they go on next time."
+            self.show_notice(text, files=len(self.desk.running))
         for connection in self.connections:
             connection.say_goodbye(self.leaving)
         waiting = len({n for c in self.connections for n in c.machine.messages.delivery.kept})
@@ -14886,6 +17137,7 @@ def describe_status(chat: ChatClient) -> dict:
         "queued": len(waiting),
         "others": others,
         "away": machine.directory.away,
+        "files": [run.fields() for run in chat.desk.running.values()] if chat.desk else [],
     }
     return {**status, **(_room_status if here.is_room else _direct_status)(machine, here.target)}
 
@@ -14922,7 +17174,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 57. Commands | uses 1, 2
+# Part 65. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -15077,7 +17329,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 58. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 57
+# Part 66. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 65
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -15106,7 +17358,8 @@ def _connection_of(client, name: str) -> Connection:
 HELP_GROUPS = (
     ("Talking", "msg reply me win join leave rooms names topic nick away back"),
     ("People", "contacts code verify accept-key whois ignore block unblock invite"),
-    ("Records", "tail search export clear outbox cancel"),
+    ("Files", "file get files cancel share ls"),
+    ("Records", "tail search export clear outbox"),
     ("Running a room", "lock requests admit deny kick ban unban mute op rekey"),
     ("Servers, settings", "connect disconnect ip set bell quiet wipe help quit"),
 )
@@ -15407,7 +17660,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 59. Chat commands: people and servers | uses 1, 2, 4, 23, 34, 35, 44, 52, 57, 58
+# Part 67. Chat commands: people and servers | uses 1, 2, 4, 23, 35, 36, 48, 56, 65, 66
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -15710,7 +17963,181 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 60. Chat commands: records | uses 1, 2, 6, 33, 34, 39, 57, 58
+# Part 68. Chat commands: files | uses 1, 2, 16, 35, 44, 65, 66
+#
+# What a person may type about files: to offer, take and share them.
+# ==================================================================================================
+
+
+def split_paths(text: str) -> list:
+    """The words of a line; quotes hold a path with spaces together, on POSIX a backslash does."""
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    words.escape = "" if os.name == "nt" else "\\"
+    try:
+        return list(words)
+    except ValueError:
+        raise ChatError("A quote is not closed.", 'Write /file "my photo.jpg".') from None
+
+
+def _desk(client) -> FileDesk:
+    client.records.require()
+    return client.desk
+
+
+def _take_option(words: list, option: str) -> str:
+    """Takes an option and its value out of a line's words; "" if it is not there."""
+    if option not in words[:-1]:
+        return ""
+    place = words.index(option)
+    del words[place]
+    return words.pop(place)
+
+
+def _chat_file(client, rest: str) -> None:
+    usage = "/file PATH, and @NAME or #ROOM for others than who is in view"
+    words, target = split_paths(_need(rest, usage)), client.current
+    via, key = _take_option(words, "--via"), _take_option(words, "--accept-key")
+    _need(" ".join(words), usage)
+    for word in (words[0], words[-1]):
+        if word[:1] in "@#" and len(words) > 1 and not os.path.lexists(word):
+            target = word if word[0] == "#" else _nickname(client.connection, word)
+            words.remove(word)
+            break
+    for path in words:
+        path = os.path.expanduser(path)
+        if via:
+            _desk(client).by_server.send(path, client.connection, target, via, key)
+        else:
+            _desk(client).offer(path, client.connection, target)
+
+
+def _chat_get(client, rest: str) -> None:
+    desk = _desk(client)
+    name, colon, path = rest.partition(":")
+    if colon:
+        _get_shared(client, name, path)
+        return
+    open_offers = [t for t in desk.book.transfers.values() if not t.own and t.state == PENDING]
+    if not rest and not open_offers:
+        raise ChatError("Nothing is offered to you.", "/files lists all.")
+    words = rest.split()
+    key = _take_option(words, "--accept-key")
+    for word in words or [open_offers[-1].handle]:
+        desk.want(desk.book.find(word), key)
+
+
+def _get_shared(client, name: str, path: str) -> None:
+    desk, (fingerprint, shown) = _desk(client), _somebody(client, name)
+    desk.want(desk.shares.get(fingerprint, shown, "/" + path.lstrip("/")))
+
+
+def _somebody(client, name: str) -> tuple:
+    """(identity, name) of somebody who is here, or of a contact."""
+    connection = _connection_of(client, name)
+    person = connection.machine.directory.find(name)
+    contact = connection.machine.directory.find_contact(name)
+    if person is not None:
+        return person.fingerprint, person.name
+    if contact is None:
+        text = f"{one_line(name)[:40]} is not here, and no contact."
+        raise ChatError(text, "/names and /contacts show who is.", "no-such-person")
+    return contact, split_mark(name)[0]
+
+
+def _chat_files(client, rest: str) -> None:
+    desk = _desk(client)
+    rows, lines = [], []
+    for transfer in desk.book.transfers.values():
+        runs = [run for run in desk.running.values() if run.transfer is transfer]
+        state = _file_state(transfer, runs)
+        row = {"id": transfer.id, "number": transfer.handle, "name": transfer.name}
+        whom = {"to" if transfer.own else "from": sorted(transfer.peers.values())}
+        rows.append({**row, **whom, "size": transfer.size, "state": state, "path": transfer.path})
+        arrow = "to" if transfer.own else "from"
+        people = (
+            f"#{transfer.room}"
+            if transfer.room and transfer.own
+            else ", ".join(sorted(transfer.peers.values()))
+        )
+        size = size_words(transfer.size)
+        lines.append(f"{transfer.handle}  {transfer.name}  {size}  {arrow} {people}: {state}")
+    text = "\n".join(lines) or "No files are offered. /file PATH offers one."
+    client.show_notice(text, files=rows)
+
+
+def _file_state(transfer: Transfer, runs: list) -> str:
+    if runs:
+        done = sum(run.done for run in runs) * 100 // max(1, sum(run.size for run in runs))
+        return f"on its way, {done} %"
+    if transfer.state == ENDED:
+        return "done" if transfer.done else "over"
+    if transfer.state == WANTED:
+        return "goes on when you both are here"
+    return f"offered, {len(transfer.done)} have it" if transfer.own else "offered"
+
+
+def cancel_file(client, word: str) -> bool:
+    """Whether /cancel means a file, which is cancelled then."""
+    try:
+        transfer = _desk(client).book.find(word)
+    except ChatError:
+        return False
+    client.desk.cancel(transfer)
+    return True
+
+
+def _chat_share(client, rest: str) -> None:
+    desk, usage = _desk(client), "/share FOLDER NAME..., with --write if they may change it"
+    words = split_paths(rest)
+    write, end = "--write" in words, "--end" in words
+    words = [word for word in words if word not in ("--write", "--end")]
+    if not words:
+        _list_shares(client, desk)
+    elif end:
+        desk.shares.end(words[0])
+        client.show_notice(f"{one_line(words[0])} is no longer shared.", path=words[0])
+    elif len(words) == 1:
+        raise ChatError("With whom?", f"Write {usage}.")
+    else:
+        people = dict(_somebody(client, name) for name in words[1:])
+        desk.shares.share(words[0], {f.hex(): name for f, name in people.items()}, write)
+        may = "read and change" if write else "read"
+        names = ", ".join(people.values())
+        text = f"{names} may {may} {one_line(words[0])}: /ls {client.machine.name}, or `sftp`."
+        client.show_notice(f"{text} /share --end {one_line(words[0])} ends it.", path=words[0])
+
+
+def _list_shares(client, desk: FileDesk) -> None:
+    lines = []
+    for share in desk.book.shares:
+        may = "read and change" if share["write"] else "read"
+        people = ", ".join(share["peers"].values())
+        lines.append(f"{one_line(share['path'])}: {people} may {may} it")
+    shares = [{**s, "peers": sorted(s["peers"].values())} for s in desk.book.shares]
+    client.show_notice("\n".join(lines) or "You share no folder.", shares=shares)
+
+
+def _chat_ls(client, rest: str) -> None:
+    name, _, path = _need(rest, "/ls NAME, or /ls NAME:FOLDER").partition(":")
+    fingerprint, shown = _somebody(client, name)
+    _desk(client).shares.look(fingerprint, shown, "/" + path.lstrip("/"))
+
+
+for _row in (
+    ("file", "/file PATH... [@NAME|#ROOM]", "offer a file or a folder", ("send",), _chat_file),
+    ("get", "/get [ID...|NAME:PATH]", "take what is offered, or from a shared folder", (),
+     _chat_get),
+    ("files", "/files", "the files offered and on their way", (), _chat_files),
+    ("share", "/share FOLDER NAME... [--write]", "let people look into a folder; --end FOLDER",
+     (), _chat_share),
+    ("ls", "/ls NAME[:FOLDER]", "what somebody shares with you", (), _chat_ls),
+):  # fmt: skip
+    command("chat", *_row[:3], _row[4], _row[3])
+
+
+# ==================================================================================================
+# Part 69. Chat commands: records | uses 1, 2, 6, 34, 35, 42, 65, 66, 68
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -15731,6 +18158,8 @@ def _chat_outbox(client, rest: str) -> None:
 def _chat_cancel(client, rest: str) -> None:
     word = _need(rest, "/cancel ID").casefold()
     client.records.require()
+    if cancel_file(client, word):
+        return
     found = [number for number in client.records.waiting if number.startswith(word)]
     if len(found) != 1:
         raise ChatError(f"{one_line(rest)[:40]} is not one message.", "/outbox lists them.")
@@ -15919,7 +18348,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 61. Console commands | uses 1, 2, 8, 51, 57
+# Part 70. Console commands | uses 1, 2, 8, 55, 65
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -16039,7 +18468,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 62. Terminal input | uses 34
+# Part 71. Terminal input | uses 35
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -16245,7 +18674,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 63. Terminal | uses 2, 30-32, 34, 62
+# Part 72. Terminal | uses 2, 31-33, 35, 71
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -16607,7 +19036,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 64. Words for events | uses 2, 8, 30, 57, 58
+# Part 73. Words for events | uses 2, 8, 16, 31, 65, 66
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -16643,6 +19072,8 @@ class ChatWords:
             self._open[event["id"]] = event["_message"].text
             if kind == "sent":
                 self._sent.add(event["id"])
+        elif kind in ("delivered", "undelivered") and event["_message"].kind == OFFERED:
+            event["_waited"] = False
         elif kind == "delivered":
             self._confirmed = True
             self._open.pop(event["id"], None)
@@ -16714,8 +19145,31 @@ class ChatWords:
     def _on_undelivered(self, event: dict, here: bool) -> str:
         text = self._open.pop(event["id"], "")
         start = one_line(event["_message"].text if "_message" in event else text)[:40]
+        if "_message" in event and event["_message"].kind == OFFERED:
+            start = decode_offer(event["_message"].text).name
         whom = ", ".join(event["to"]) or "anybody"
         return f'✗ Not confirmed by {whom}: "{start}". Send it again if it matters.'
+
+    def _on_offer(self, event: dict, here: bool):
+        if "_message" in event:
+            whom = f"#{event['room']}" if event["room"] else ", ".join(event["to"])
+            return f"↑ You offer {event['name']} ({size_words(event['size'])}) to {whom}."
+        who = self._nick(shown_name(event), event["fingerprint"])
+        number = event["number"]
+        lines = [f"{local_clock(event['time'])} * {who} {event['text']}: /get {number} takes it"]
+        if "_question" in event:
+            lines.append(f"  {event['_question']}")
+        return "\n".join(lines)
+
+    def _on_received(self, event: dict, here: bool) -> str:
+        return f"✓ {event['name']} from {event['from']} is here: {event['path']}"
+
+    def _on_file_sent(self, event: dict, here: bool) -> str:
+        return f"✓ {', '.join(event['to'])} has {event['name']}."
+
+    def _on_file_failed(self, event: dict, here: bool) -> str:
+        other = f"from {event['from']}" if "from" in event else f"to {', '.join(event['to'])}"
+        return f"✗ {event['name']} {other}: {printable(event['text'])}"
 
     def _on_joined(self, event: dict, here: bool) -> str:
         mark = {"name": event["name"], "fingerprint": event["fingerprint"]}
@@ -16780,6 +19234,7 @@ class ChatWords:
         pieces += self._readers(status)
         if status["queued"]:
             pieces.append(f"{status['queued']} queued")
+        pieces += map(_transfer_words, status["files"])
         if status["away"]:
             pieces.append("you are away")
         return " · ".join(pieces)
@@ -16800,6 +19255,13 @@ class ChatWords:
         lifetime = status.get("lifetime")
         gone = [f"gone after {short_duration(lifetime)}"] if lifetime else []
         return [*room, *away, *gone, f"encrypted to {_reader_names(readers)}", *epoch, "PQ"]
+
+
+def _transfer_words(run: dict) -> str:
+    """`↓ photo.jpg 45% 3.2 MB/s 12s` of a file on its way."""
+    percent = f"{run['done'] * 100 // run['size']}%" if run["size"] else size_words(run["done"])
+    rate = f" {size_words(run['rate'])}/s {run['left']}s" if run["rate"] else ""
+    return f"{'↑' if 'to' in run else '↓'} {run['name'][:24]} {percent}{rate}"
 
 
 def _reader_names(readers: list) -> str:
@@ -16831,12 +19293,36 @@ def _local_time(moment: str):
         return there  # somebody's clock says so, at the end of what a calendar holds
 
 
+PATH_COMMANDS = ("/file", "/send", "/share")
+
+
+def _complete_path(before: str) -> tuple:
+    """(start, names) of the last path of a line; one with spaces is quoted."""
+    start = before.rfind(" ") + 1
+    if before.count('"') % 2:
+        start = before.rindex('"')
+    typed = before[start:].strip('"')
+    folder, name = os.path.split(os.path.expanduser(typed))
+    try:
+        entries = list(os.scandir(folder or "."))
+    except OSError:
+        entries = []
+    found = []
+    for entry in entries:
+        if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
+            path = typed[: len(typed) - len(name)] + entry.name + (os.sep if entry.is_dir() else "")
+            found.append(f'"{path}"' if " " in path else path)
+    return start, sorted(found)
+
+
 def complete_chat(client: ChatClient):
     """Tab completion: commands in column 0, else the names of people and rooms."""
 
     def complete(before: str) -> tuple:
         start = before.rfind(" ") + 1
         word = before[start:]
+        if before.split(" ", 1)[0] in PATH_COMMANDS and start and not word.startswith(("@", "#")):
+            return _complete_path(before)
         if start == 0 and word.startswith("/"):
             rows = [row for row in COMMANDS.values() if row.chat]
             names = ["/" + name for row in rows for name in (row.name, *row.aliases)]
@@ -16855,7 +19341,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 65. Faces: terminal and JSON lines | uses 2, 30, 34, 35, 57, 63, 64
+# Part 74. Faces: terminal and JSON lines | uses 2, 31, 35, 36, 65, 72, 73
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -17196,7 +19682,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 66. Activities | uses 1-4, 11, 13, 23, 34, 35, 37, 42, 44, 45, 47, 51, 52, 55-57, 61, 65
+# Part 75. Activities | uses 1-4, 11, 13, 23, 35, 36, 38, 46, 48, 49, 51, 55, 56, 59, 64, 65, 70, 74
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -17583,7 +20069,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 67. Chatting directly | uses 1, 2, 4, 23, 34, 37, 51, 52, 55, 56, 65, 66
+# Part 76. Chatting directly | uses 1, 2, 4, 23, 35, 38, 55, 56, 59, 64, 74, 75
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -17764,7 +20250,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 68. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 37, 42, 51, 52, 56, 57
+# Part 77. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 38, 46, 55, 56, 64, 65
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -17946,7 +20432,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 69. Session | uses 1, 2, 30, 34, 36, 37, 63, 65
+# Part 78. Session | uses 1, 2, 31, 35, 37, 38, 72, 74
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -18031,7 +20517,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 70. Shell commands | uses 1, 2, 4, 33-35, 37, 39, 40, 44, 47, 52, 55, 59, 63, 65-69
+# Part 79. Shell commands | uses 1, 2, 4, 34-36, 38, 42, 43, 48, 51, 56, 59, 67, 72, 74-78
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -18373,7 +20859,7 @@ class UsageError(Exception):
 
 
 # ==================================================================================================
-# Part 71. Command line | uses 1, 8, 34, 57, 59, 70
+# Part 80. Command line | uses 1, 8, 35, 65, 67, 79
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -18541,7 +21027,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 72. Menu and door | uses 1, 2, 4, 33-35, 42, 52, 57, 59, 65, 69-71
+# Part 81. Menu and door | uses 1, 2, 4, 34-36, 46, 56, 65, 67, 74, 78-80
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

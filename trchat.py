@@ -10416,8 +10416,11 @@ def _progress_after(progress, before: int):
 def _sent_before(client: SftpClient, path: str, remote: str) -> Transferred | None:
     if not client.offers(CHECK_FILE):
         return None
+    there = client.stat(remote)
+    if there is None or there.size is None:
+        return None
     with SourceFile(path, False) as source:
-        return _same_file(client, remote, source, _size_there(client, remote))
+        return _same_file(client, remote, source, there.size)
 
 
 def _same_file(client, remote: str, file: LocalFile, size: int) -> Transferred | None:
@@ -15090,7 +15093,8 @@ class Connection:
         self._pump()
         if self.machine.broken and self._link is not None:
             self._lose(self.machine.broken)
-        self.publish()
+        while self.publish():
+            self._pump()  # what was made of the events has to go out, too
         if self._retry_at is not None and now >= self._retry_at and not self.reason:
             self._retry_at = None
             spawn("redial", self._routine_redial)
@@ -15099,13 +15103,15 @@ class Connection:
         times = [self.machine.next_deadline(), self._retry_at]
         return min((t for t in times if t is not None), default=None)
 
-    def publish(self) -> None:
-        """Hands the machine's events on; handling one may make another."""
+    def publish(self) -> bool:
+        """Hands the machine's events on, if there are any; handling one may make another."""
+        events = bool(self.machine.events)
         while self.machine.events:
             for event in self.machine.take_events():
                 if event["event"] == "_online":
                     self._report_back()
                 self.chat.handle_event(self, event)
+        return events
 
     def _report_back(self) -> None:
         if self._attempt:
@@ -15902,7 +15908,7 @@ class DropFolder:
 
 
 DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EMFILE,
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE,
 )  # fmt: skip
 
 

@@ -90,11 +90,12 @@ or thread: bytes in, events out) and each uses only parts above itself:
  74. Faces: terminal and JSON lines
  75. Activities
  76. Chatting directly
- 77. Demonstration
- 78. Session
- 79. Shell commands
- 80. Command line
- 81. Menu and door
+ 77. SFTP for other programs
+ 78. Demonstration
+ 79. Session
+ 80. Shell commands
+ 81. Command line
+ 82. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -4172,7 +4173,7 @@ class Messages:
         room.require_voice()
         for person in room.members.values():
             if person is not None and room.is_member(person.fingerprint):
-                self._check_key(person)
+                self.check_key(person)
         message = self._new_message(room.name, text, kind)
         if room.can_send(self.machine.now) and not room.waiting:
             self._seal_room(room, message)
@@ -4187,7 +4188,7 @@ class Messages:
         self.machine.settle()
         return message
 
-    def _check_key(self, person) -> None:
+    def check_key(self, person) -> None:
         if person.key_changed:
             text = f"The key of {person.name} has changed; nothing was sent."
             hint = f"Compare /code {person.name} by voice, then /accept-key {person.name}."
@@ -4273,7 +4274,7 @@ class Messages:
         if wanted == self.machine.name:
             raise ChatError("That is you.", "/names shows who else is here.", "no-such-person")
         if person is not None:
-            self._check_key(person)
+            self.check_key(person)
             self._send_direct(message, person.fingerprint, person.name)
         elif contact is not None:
             directory.names.setdefault(contact, wanted)
@@ -4384,7 +4385,7 @@ class Messages:
     def set_timer(self, name: str, seconds: int) -> None:
         """Agrees with somebody who is here that direct messages disappear after so long."""
         person = self.machine.directory.require(name)
-        self._check_key(person)
+        self.check_key(person)
         self._asked_timers.add(person.fingerprint)
         self.machine.directory.send(person, TIMER, seconds, 0)
         self._note_timer(person, seconds, "You")
@@ -4429,6 +4430,7 @@ class Messages:
 
     def on_absent(self, name: str) -> None:
         """The server knows nobody of this name."""
+        self.machine.emit("_absent", name=name)
         self._report_absent(name, self._lookups.pop(name, []))
 
     def _report_absent(self, name: str, messages: list) -> None:
@@ -16389,6 +16391,7 @@ class FileDesk:
         self.running: dict = {}  # (id, identity) -> Running
         self._turns: list = []  # (connection, person, transfer) of ours that wait for their turn
         self._messages: dict = {}  # id -> Outgoing that offers it
+        self.watcher: Any = None  # called with (connection, event) of all that the machines tell
         self._handlers = {
             "_stream": self._on_stream, "_want": self._on_want, "_done": self._on_done,
             "_kept_offer": self._on_kept, "_cancel": self._on_cancel, "_seen": self._on_seen,
@@ -16400,6 +16403,8 @@ class FileDesk:
         handler = self._handlers.get(event["event"])
         if handler is not None:
             handler(connection, event)
+        if self.watcher is not None:
+            self.watcher(connection, event)
 
     def post(self, function, *args) -> None:
         """From a transfer's thread: has the owner do something."""
@@ -20256,7 +20261,118 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 77. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 38, 46, 55, 56, 64, 65
+# Part 77. SFTP for other programs | uses 1, 2, 8, 24, 35, 36, 59, 64, 75
+#
+# `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
+# answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
+# ==================================================================================================
+
+PERSON_SECONDS = 20.0  # how long the person may take to be found and to answer
+
+
+class SftpBridge:
+    """Standard input and output joined to the folders that somebody shares with us."""
+
+    def __init__(self, client: ChatClient, name: str):
+        self._client, self._name = client, name
+        self._channel: Channel | None = None
+        self._error: ChatError | None = None
+        self._found = threading.Event()
+
+    def run(self, link: Link, read, write) -> None:
+        """Until either side has ended; ChatError if it could not begin or was broken off.
+
+        `read(size)` gives b"" at the end of the input, `write(data)` writes all of it.
+        """
+        client = self._client
+        spawn("errors", self._routine_errors, client.events.subscribe())
+        try:
+            client.start(link)
+            client.call(self._watch)
+            self._found.wait(PERSON_SECONDS)
+            if self._channel is None:
+                raise self._error or self._nobody()
+            spawn("input", self._routine_input, self._channel, read)
+            for data in iter(self._channel.receive, b""):
+                write(data)
+        finally:
+            client.leave("interrupted")
+            client.ended.wait(LEAVE_SECONDS["error"] + STORE_SECONDS)
+
+    def _nobody(self) -> ChatError:
+        text = f"{one_line(self._name)[:40]} is not on this server."
+        return ChatError(text, "Both of you have to be there.", "no-such-person")
+
+    def _routine_errors(self, events: Subscription) -> None:
+        """What the server has against us ends the search."""
+        for event in iter(events.get, None):
+            if event["event"] == "error" and event["code"] != "protocol":
+                self._error = ChatError(event["text"], code=event["code"])
+                self._found.set()
+        self._found.set()
+
+    def _routine_input(self, channel: Channel, read) -> None:
+        try:
+            for data in iter(functools.partial(read, SFTP_PACKET), b""):
+                channel.send(data)
+            channel.close()
+        except ChatError:
+            pass  # the other direction says why
+
+    # In the owner thread
+
+    def _watch(self) -> None:
+        self._client.desk.watcher = self._note
+        if self._client.machine.phase == "online":
+            self._ask()
+
+    def _ask(self) -> None:
+        """Has the server show whoever we look for."""
+        directory = self._client.machine.directory
+        contact = directory.find_contact(self._name)
+        names = directory.names_of(contact) if contact is not None else []
+        for name in names or [check_name(split_mark(self._name)[0])]:
+            self._client.machine.send_frame(LOOKUP, name)
+
+    def _note(self, connection, event: dict) -> None:
+        if event["event"] == "_online":
+            self._ask()
+        elif event["event"] == "_absent":
+            self._error = self._nobody()
+            self._found.set()
+        elif event["event"] == "_seen" and self._channel is None:
+            person = connection.machine.directory.find(self._name)
+            if person is not None and person.fingerprint == event["fingerprint"]:
+                connection.machine.messages.check_key(person)
+                self._channel = connection.open_stream(person, FOR_FOLDER, bytes(16))
+                self._found.set()
+
+
+def write_all(handle: int, data: bytes) -> None:
+    """All of it, to a descriptor that may take less at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: str, ways) -> int:
+    """Joins standard input and output to what somebody shares; `ways`: how to ask a person."""
+    ask_passphrase, face, ask = ways
+    lock = ProfileLock(paths, "client")
+    try:
+        client = open_chat(paths, options, settings, ask_passphrase)
+        client.target.room = ""  # nobody's room has to change its key for that
+        link = dial_first(client, options, face, ask)
+        read = functools.partial(os.read, sys.stdin.fileno())
+        write = functools.partial(write_all, sys.stdout.fileno())
+        SftpBridge(client, name).run(link, read, write)
+    finally:
+        lock.release()
+    return 0
+
+
+# ==================================================================================================
+# Part 78. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 38, 46, 55, 56, 64, 65
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -20438,7 +20554,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 78. Session | uses 1, 2, 31, 35, 37, 38, 72, 74
+# Part 79. Session | uses 1, 2, 31, 35, 37, 38, 72, 74
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -20523,7 +20639,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 79. Shell commands | uses 1, 2, 4, 34-36, 38, 42, 43, 48, 51, 56, 59, 67, 72, 74-78
+# Part 80. Shell commands | uses 1, 2, 4, 34-36, 38, 42, 43, 48, 51, 56, 59, 67, 72, 74-79
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -20735,6 +20851,13 @@ def _send_and_tell(session: Session, sending: Sending, link: Link, text: str) ->
     return session.answer("send", sending.outcome, f"Confirmed by {names}.")
 
 
+def _shell_sftp(session: Session) -> int:
+    session.prepare()
+    options, settings = _connect_choices(session), session.settings()
+    ways = (session.ask_passphrase, JSONFace(sys.stdin, sys.stdout), session.ask)
+    return run_sftp(session.paths, options, settings, session.arguments.person, ways)
+
+
 def _profile_contacts(session: Session) -> Contacts:
     """The contacts of this profile, which need its key if they are sealed."""
     session.prepare()
@@ -20865,7 +20988,7 @@ class UsageError(Exception):
 
 
 # ==================================================================================================
-# Part 80. Command line | uses 1, 8, 35, 65, 67, 79
+# Part 81. Command line | uses 1, 8, 35, 65, 67, 80
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -20927,6 +21050,11 @@ def _send_options(parser) -> None:
                         help="how long to wait for the confirmation (30)")  # fmt: skip
 
 
+def _sftp_options(parser) -> None:
+    _connect_options(parser)
+    parser.add_argument("person", metavar="NAME", help="whoever shares a folder with you")
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -20978,6 +21106,8 @@ for _activity in (
      _shell_send, _send_options, None),
     ("listen", "listen TARGET --json", "show what is said until stopped; for scripts",
      _streaming(_shell_listen), _connect_options, None),
+    ("sftp", "sftp TARGET bob", "SFTP to what somebody shares, for `sftp -D` and the like",
+     _shell_sftp, _sftp_options, None),
     ("contacts", "contacts rename bob bobby", "people you know",
      _shell_contacts, _contacts_options, (4, "Contacts and saved servers")),
     ("demo", "demo", "a server and three people in one process", _shell_demo, None, None),
@@ -21033,7 +21163,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 81. Menu and door | uses 1, 2, 4, 34-36, 46, 56, 65, 67, 74, 78-80
+# Part 82. Menu and door | uses 1, 2, 4, 34-36, 46, 56, 65, 67, 74, 79-81
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

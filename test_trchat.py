@@ -2143,12 +2143,13 @@ class Part07WireFormat(PureCase):
 
         to_client = "GREETING WELCOME REFUSED PRESENT ROOM JOINED LEFT GONE ABSENT CLOSED PONG"
         to_relay = "LOGIN JOIN LEAVE LOOKUP PING INVITE BYE LIST"
-        contents = "HELLO TEXT ACK EPOCH FAREWELL REMOVED VOUCH TIMER AWAY PLACES"
+        contents = "HELLO TEXT ACK EPOCH FAREWELL REMOVED VOUCH TIMER AWAY PLACES "
+        contents += "STREAM RESET WANT DONE KEPT CANCEL"
         self.assertEqual(numbers(to_client + " INVITED ROOMS KNOCKED"), [*range(1, 15)])
         self.assertEqual(numbers(to_relay), [*range(17, 25)])
         self.assertEqual({*trchat.FRAME_FIELDS}, {*range(1, 15), *range(17, 25)})
-        self.assertEqual(numbers(contents), [*range(1, 11)])
-        self.assertEqual({*trchat.CONTENT_FIELDS}, {*range(1, 11)})
+        self.assertEqual(numbers(contents), [*range(1, 17)])
+        self.assertEqual({*trchat.CONTENT_FIELDS}, {*range(1, 17)})
         self.assertEqual(trchat.DATA, 32)
 
     def test_the_bytes_on_the_wire_are_those_of_the_description(self):
@@ -2270,11 +2271,16 @@ def stream_pair(number=2):
     return [trchat.Stream(number, secret, opener, other, mine) for mine in (True, False)]
 
 
+def joined(stream, now=0.0) -> bytes:
+    """The next frame of a stream in one piece."""
+    return b"".join(stream.next_frame(now))
+
+
 class StreamTest(unittest.TestCase):
     def carry(self, one, other, now=0.0):
         """Takes frames over until none may go; returns what arrived."""
         while True:
-            frame = one.next_frame(now)
+            frame = joined(one, now)
             if not frame:
                 break
             other.receive(frame, now)
@@ -2301,7 +2307,7 @@ class StreamTest(unittest.TestCase):
         """Another implementation, from the words above the class."""
         one, _ = stream_pair(5)
         one.write(b"x" * 10)
-        frame = one.next_frame(0.0)
+        frame = joined(one)
         salt = hashlib.sha256(
             (32).to_bytes(4, "big") + b"o" * 32 + (32).to_bytes(4, "big") + b"a" * 32 + b"\0\0\0\5"
         ).digest()
@@ -2318,9 +2324,9 @@ class StreamTest(unittest.TestCase):
             for text in (b"first", b"second"):
                 one.write(text)
             one.write(b"")
-            first = one.next_frame(0.0)
+            first = joined(one)
             one.write(b"third")
-            second = one.next_frame(0.0)
+            second = joined(one)
             with self.subTest(spoil):
                 if spoil != "left out":
                     other.receive(first, 0.0)
@@ -2346,7 +2352,7 @@ class StreamTest(unittest.TestCase):
         self.assertEqual(got, 3 * trchat.STREAM_WINDOW)
         one.write(b"x" * (3 * trchat.STREAM_WINDOW))
         self.assertEqual(len(self.carry(one, other)), trchat.STREAM_WINDOW)
-        self.assertEqual(one.next_frame(0.0), b"")
+        self.assertEqual(joined(one), b"")
         self.assertEqual(one.waiting, 2 * trchat.STREAM_WINDOW)
 
     def test_less_is_risked_where_bytes_wait_long_and_more_where_they_do_not(self):
@@ -2367,7 +2373,7 @@ class StreamTest(unittest.TestCase):
     def test_a_frame_is_small_where_little_is_risked(self):
         one, _ = stream_pair()
         one.write(b"x" * (8 << 20))
-        first = len(one.next_frame(0.0))
+        first = len(joined(one))
         self.assertLessEqual(first, trchat.STREAM_FIRST // 4 + 64)
 
     def test_who_sends_more_than_the_window_is_refused(self):
@@ -2404,7 +2410,7 @@ class StreamTest(unittest.TestCase):
         one, _ = stream_pair()
         one.write(b"x")
         one.broken = "It is gone."
-        self.assertEqual(one.next_frame(0.0), b"")
+        self.assertEqual(one.next_frame(0.0), ())
 
     @MANY_EXAMPLES
     @given(st.data())
@@ -2420,7 +2426,7 @@ class StreamTest(unittest.TestCase):
                 end.write(piece)
                 sent[side] += piece
             elif step == "frame":
-                frame = end.next_frame(0.0)
+                frame = joined(end)
                 if frame:
                     wire[side].append(frame)
             elif step == "deliver" and wire[side]:
@@ -2434,7 +2440,7 @@ class StreamTest(unittest.TestCase):
             end.close()
         for _ in range(2000):
             for side, (end, other) in enumerate(zip(ends, reversed(ends))):
-                frame = end.next_frame(0.0)
+                frame = joined(end)
                 if frame:
                     wire[side].append(frame)
                 while wire[side]:
@@ -21362,11 +21368,14 @@ class StreamsTest(MachineTest):
         """A frame for a stream that nobody opened is passed over; one before the session, refused."""
         network, alice, bob = self.two()
         there = self.person(bob, "alice")
-        bob.directory.receive(there, trchat.STREAMED + b"\0\0\0\7" + bytes(40))
+        frame = trchat.STREAMED + b"\0\0\0\7" + bytes(40)
+        bob._on_data(bob.id, there.id, memoryview(frame))
         self.assertEqual(events(bob, "_stream"), [])
+        self.assertEqual(alarms(bob), [])
         there.confirmed = False
-        with self.assertRaises(trchat.RemoteProtocolError):
-            bob.directory.receive(there, trchat.STREAMED + b"\0\0\0\7" + bytes(40))
+        bob._on_data(bob.id, there.id, memoryview(frame))
+        network.run()
+        self.assert_refused(bob)
 
     def test_contents_about_offers_become_events(self):
         network, alice, bob = self.two()

@@ -672,7 +672,9 @@ def seal(key: bytes, nonce: bytes, plaintext: bytes, associated: bytes) -> bytes
     return _aead.AESGCM(key).encrypt(nonce, plaintext, associated)
 
 
-def open_sealed(key: bytes, nonce: bytes, ciphertext: bytes, associated: bytes) -> bytes:
+def open_sealed(
+    key: bytes, nonce: bytes, ciphertext: bytes | memoryview, associated: bytes
+) -> bytes:
     """The plaintext; RemoteProtocolError if key, nonce, data or context is not the sealed one."""
     try:
         return _aead.AESGCM(key).decrypt(nonce, ciphertext, associated)
@@ -1472,24 +1474,24 @@ class Stream:
         """Whether both sides have ended it and each has what the other said."""
         return self._closed and self.finished and not self._on_way
 
-    def next_frame(self, now: float) -> bytes:
-        """The next frame that may go, b"" if none may."""
+    def next_frame(self, now: float) -> tuple:
+        """The next frame that may go, in two pieces; none if none may."""
         if self.broken:
-            return b""
+            return ()
         size = self._sendable()
         last = self._closing and not self._closed and size == self.waiting
         tell = self._used and (self._used >= STREAM_LEAST * 4 or not self._unused)
         if not (size or last or tell):
-            return b""
+            return ()
         data = self._take(size)
         head = STREAM_HEAD.pack(self.number, LAST if last else MORE, self._used)
-        frame = head + seal(self._key_out, _nonce(self._sent), data, head)
+        ciphertext = seal(self._key_out, _nonce(self._sent), data, head)
         self._sent, self._used, self._closed = self._sent + 1, 0, self._closed or last
         if size:
             self._on_way += size
             self._total += size
             self._marks.append((self._total, now))
-        return frame
+        return head, ciphertext
 
     def _sendable(self) -> int:
         room = self._risked - self._on_way
@@ -1513,7 +1515,7 @@ class Stream:
 
     # Receiving
 
-    def receive(self, frame: bytes, now: float) -> None:
+    def receive(self, frame: bytes | memoryview, now: float) -> None:
         """RemoteProtocolError for a frame that is not the next one."""
         head = bytes(frame[: STREAM_HEAD.size])
         if len(head) < STREAM_HEAD.size:
@@ -1616,6 +1618,7 @@ FRAME_FIELDS = {
 AUTH_MODES = ("invite", "keys", "certs", "open")
 FRAME_HEAD = struct.Struct(">IB")
 DATA_HEAD = struct.Struct(">IBII")  # length, kind, destination id, source id
+DATA_IDS = struct.Struct(">II")
 
 HELLO, TEXT, ACK, EPOCH, FAREWELL, REMOVED, VOUCH, TIMER, AWAY, PLACES = range(1, 11)
 STREAM, RESET, WANT, DONE, KEPT, CANCEL = range(11, 17)
@@ -1707,10 +1710,15 @@ def encode_frame(kind: int, *values) -> bytes:
 
 
 def encode_data(destination: int, source: int, payload: bytes) -> bytes:
-    size = len(payload) + 9
+    return b"".join(data_pieces(destination, source, payload))
+
+
+def data_pieces(destination: int, source: int, *payload: bytes) -> tuple:
+    """A DATA frame in pieces, so that large ones are put together only once."""
+    size = sum(map(len, payload)) + 9
     if size > MAX_FRAME:
         raise ChatError("This is too large for one message.", "Send it in parts.", "too-large")
-    return DATA_HEAD.pack(size, DATA, destination, source) + payload
+    return (DATA_HEAD.pack(size, DATA, destination, source), *payload)
 
 
 def decode_frame(kind: int, body: bytes) -> tuple:
@@ -1723,6 +1731,13 @@ def decode_frame(kind: int, body: bytes) -> tuple:
     values = _FRAME_CODECS[kind][1](reader)
     reader.done()
     return values
+
+
+def decode_data(body: bytes) -> tuple:
+    """The same for a DATA frame that may be large: its payload is a memoryview of the body."""
+    if len(body) < DATA_IDS.size:
+        raise RemoteProtocolError("A message ends too early.")
+    return (*DATA_IDS.unpack_from(body), memoryview(body)[DATA_IDS.size :])
 
 
 def encode_content(kind: int, *values) -> bytes:
@@ -1744,23 +1759,35 @@ class FrameBuffer:
     """Bytes in, whole frames out, whatever the pieces they come in."""
 
     def __init__(self, most: int = MAX_FRAME):
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # the beginning of a frame
+        self._wanted = FRAME_HEAD.size  # bytes of it before another look is worth it
         self._most = most
 
     def receive_data(self, data: bytes) -> list:
         """The (kind, body) of every frame that `data` completes."""
-        self._buffer += data
+        if self._buffer or len(data) < FRAME_HEAD.size:
+            self._buffer += data
+            if len(self._buffer) < self._wanted:
+                return []
+            data, self._buffer = bytes(self._buffer), bytearray()
         frames, position = [], 0
-        while len(self._buffer) - position >= FRAME_HEAD.size:
-            size, kind = FRAME_HEAD.unpack_from(self._buffer, position)
+        while len(data) - position >= FRAME_HEAD.size:
+            size, kind = FRAME_HEAD.unpack_from(data, position)
             check_frame_size(size, self._most)
             end = position + 4 + size
-            if end > len(self._buffer):
+            if end > len(data):
                 break
-            frames.append((kind, bytes(self._buffer[position + 5 : end])))
+            frames.append((kind, data[position + 5 : end]))
             position = end
-        del self._buffer[:position]
+        self._keep(data[position:])
         return frames
+
+    def _keep(self, rest: bytes) -> None:
+        """The beginning of a frame is looked at again once all of it can be there."""
+        self._buffer += rest
+        self._wanted = FRAME_HEAD.size
+        if len(rest) >= FRAME_HEAD.size:
+            self._wanted = 4 + FRAME_HEAD.unpack_from(rest)[0]
 
 
 def check_frame_size(size: int, most: int = MAX_FRAME) -> None:
@@ -4909,9 +4936,6 @@ class Directory:
             self.send_content(person, hello)
 
     def receive(self, person: Person, payload: bytes) -> None:
-        if payload[:1] == STREAMED and person.confirmed:
-            self.machine.streams.receive(person, payload[1:])
-            return
         if payload[:1] == FLIGHT:
             content = self._consume_flight(person, payload[1:])
         elif payload[:1] == MESSAGE and person.session is not None:
@@ -5086,7 +5110,7 @@ class Streams:
         self._add(person, stream)
         self.machine.emit("_stream", person=person, purpose=purpose, id=number, stream=stream)
 
-    def receive(self, person, frame: bytes) -> None:
+    def receive(self, person, frame: memoryview) -> None:
         """A frame of a stream; of one that was given up they may still come."""
         stream = self._all.get((person.id, int.from_bytes(frame[:4], "big")))
         if stream is None:
@@ -5132,17 +5156,17 @@ class Streams:
 
     def next_output(self) -> bytes:
         """Frames to send when there is nothing else: a few at a time, of each stream in turn."""
-        frames: list = []
+        pieces: list = []
         for stream in list(self._owners):
             frame = stream.next_frame(self.machine.now)
             if frame:
                 person = self._owners.pop(stream)
                 self._owners[stream] = person  # to the end of the row
                 self.news[stream] = None
-                frames.append(encode_data(person.id, self.machine.id, STREAMED + frame))
-            if len(frames) >= FRAMES_AHEAD:
+                pieces += data_pieces(person.id, self.machine.id, STREAMED, *frame)
+            if len(pieces) > 4 * FRAMES_AHEAD:
                 break
-        return b"".join(frames)
+        return b"".join(pieces)
 
     # Offers
 
@@ -5347,7 +5371,7 @@ class ClientMachine:
         self.now = self.heard_at = now
         try:
             for kind, body in self._frames.receive_data(data):
-                values = decode_frame(kind, body)
+                values = decode_data(body) if kind == DATA else decode_frame(kind, body)
                 handler = _CLIENT_HANDLERS.get(kind)
                 timely = self.phase == "online" or kind in EARLY_FRAMES
                 if handler is None or self.broken or not timely:
@@ -5445,12 +5469,15 @@ class ClientMachine:
             )
         self.broken = one_line(text) or one_line(reason) or "closed"
 
-    def _on_data(self, destination: int, source: int, payload: bytes) -> None:
+    def _on_data(self, destination: int, source: int, payload: memoryview) -> None:
         person = self.directory.people.get(source)
         room = self.room_ids.get(destination)
         if person is None or (destination != self.id and room is None):
             return  # from before a leave: the relay and we crossed
-        self.receive_payload(person, room, payload)
+        if room is None and payload[:1] == STREAMED and person.confirmed:
+            self.receive_guarded(person, self.streams.receive, person, payload[1:])
+        else:
+            self.receive_payload(person, room, bytes(payload))
 
     def receive_payload(self, person: Person, room: RoomKeeper | None, payload: bytes) -> None:
         if room is not None:
@@ -11618,6 +11645,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 READ_SIZE = 256 << 10
+RECORD_SIZE = 16 << 10  # bytes of plaintext in a TLS record, at most (RFC 8446, section 5.1)
 UNSENT_MOST = 256 << 10  # bytes that wait in a socket's own buffer
 
 
@@ -11726,8 +11754,8 @@ class TLSPipe:
             return b""
         records = []
         try:
-            while self._incoming.pending:  # a read of READ_SIZE takes a whole record
-                record = self._tls.read(READ_SIZE)
+            while self._incoming.pending:  # a read gives one record at most
+                record = self._tls.read(RECORD_SIZE)
                 if not record:
                     raise EOFError
                 records.append(record)

@@ -14401,8 +14401,8 @@ class Part21RelayServerTest(NetTest):
         server = self.serve(save=lambda gatekeeper: time.sleep(0.03))
         user = self.user(server, 0)
         user.ping()
-        self.assertIsNotNone(server.run(lambda: server.server._save_at))
-        server.run(setattr, server.server, "_save_at", time.monotonic())  # it is due now
+        self.assertIsNotNone(server.run(lambda: server.server._saver.at))
+        server.run(setattr, server.server._saver, "at", time.monotonic())  # it is due now
         self.assertLess(self.turns_while_idle(server), 10)
 
     # What it holds
@@ -15714,11 +15714,11 @@ class JSONLinesTest(EndToEnd):
             saved.wait(0.03)
             saved.set()
 
-        running.server._save = save_slowly
+        running.server._saver._save = save_slowly
         running.server.call(running.make_token, 1, 60.0)
         self.assertTrue(saved.wait(PATIENCE))
         limit = time.monotonic() + PATIENCE
-        while running.server.call(lambda: running.server._save_at):
+        while running.server.call(lambda: running.server._saver.at):
             self.assertLess(time.monotonic(), limit, "it looks for a save that is long done")
             threading.Event().wait(0.05)
         self.assertGreater(running.server.call(running.server._timeout) or 99, 0)
@@ -25991,8 +25991,112 @@ def bench_history():
         print(f"  {title:<28}{took * 1e3:7.0f} ms {took / base:6.2f}x", flush=True)
 
 
+BENCH_FILE = 256 << 20  # bytes
+
+
+class BenchSSHD:
+    """A local sshd with keys of its own, and OpenSSH's sftp against it."""
+
+    def __init__(self, folder):
+        self.folder, (self.port,) = folder, [free_ports(1)]
+        for name in ("host", "user"):
+            path = os.path.join(folder, name)
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+        config = os.path.join(folder, "sshd_config")
+        rows = (f"ListenAddress 127.0.0.1:{self.port}", f"HostKey {folder}/host", "PidFile none",
+                f"AuthorizedKeysFile {folder}/user.pub", "StrictModes no", "UsePAM no",
+                "PermitRootLogin yes", "Subsystem sftp internal-sftp")  # fmt: skip
+        with open(config, "w", encoding="utf-8") as file:
+            file.write("\n".join(rows) + "\n")
+        if os.getuid() == 0:
+            os.makedirs("/run/sshd", exist_ok=True)
+        self.child = subprocess.Popen(
+            [SSHD, "-D", "-e", "-f", config], stderr=subprocess.PIPE, encoding="utf-8"
+        )
+        self.child.stderr.readline()
+        threading.Thread(target=read_out, args=(self.child.stderr,), daemon=True).start()
+
+    def put(self, path, target) -> float:
+        """Seconds for a whole `sftp`, with its connection."""
+        options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null",
+                   "IdentitiesOnly=yes", "IdentityAgent=none", "LogLevel=ERROR")  # fmt: skip
+        words = [word for option in options for word in ("-o", option)]
+        command = ["sftp", "-q", "-F", "/dev/null", "-b", "-", "-P", str(self.port),
+                   "-i", f"{self.folder}/user", *words, f"{trchat.getpass.getuser()}@127.0.0.1"]  # fmt: skip
+        start = time.perf_counter()
+        subprocess.run(command, input=f"put {path} {target}\n", text=True, check=True,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+        return time.perf_counter() - start
+
+
+class BenchFiles(EndToEnd):
+    """Files between real programs, beside OpenSSH's sftp on the same disk."""
+
+    def measure(self):
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk would be the bound
+        shared = tempfile.mkdtemp(prefix="trchat-bench-", dir=memory)
+        self.addCleanup(shutil.rmtree, shared, ignore_errors=True)
+        self.home = shared
+        path = os.path.join(shared, "big")
+        with open(path, "wb") as file:
+            for _ in range(BENCH_FILE >> 20):
+                file.write(os.urandom(1 << 20))
+        sshd = BenchSSHD(shared)
+        self.addCleanup(sshd.child.wait)
+        self.addCleanup(sshd.child.terminate)
+        server = self.server()
+        alice, bob = self.client("alice", server.token), self.client("bob", server.token)
+        alice.wait_for("joined", name="bob")
+        host = self.start("host", "--json", "--profile", "hal", "--name", "hal")
+        token = trchat.consume_token(host.wait_for("listening")["token"])
+        port = host.of("listening")[0]["port"]
+        token = trchat.create_token(
+            trchat.Token([f"127.0.0.1:{port}"], *[getattr(token, f) for f in token._fields[1:]])
+        )
+        friend = self.client("fay", token, ready=False)
+        host.wait_for("request")
+        host.type("/accept fay")
+        friend.wait_for("ready")
+        host.wait_for("joined", name="fay")
+        rows: dict = {}
+        for turn in range(3):
+            out = os.path.join(shared, f"out{turn}")
+            rows.setdefault("OpenSSH sftp", []).append(sshd.put(path, out))
+            os.unlink(out)
+            for name, sender, receiver in (
+                ("through a relay", alice, bob), ("host to friend", host, friend),
+                ("friend to host", friend, host),
+            ):  # fmt: skip
+                rows.setdefault(name, []).append(self.send(sender, receiver, path))
+        base = statistics.median(rows["OpenSSH sftp"])
+        for name, times in rows.items():
+            took = statistics.median(times)
+            rate = BENCH_FILE / took / (1 << 20)
+            print(f"  {name:<18}{took:6.2f} s {rate:6.0f} MiB/s {base / took:6.2f}x", flush=True)
+
+    def send(self, sender, receiver, path) -> float:
+        """Seconds from the offer to the file that has been compared and renamed."""
+        before = len(receiver.of("received"))
+        start = time.perf_counter()
+        offers = len(receiver.of("offer"))
+        sender.type(f"/file {path}")
+        receiver.wait_until(lambda events: len(receiver.of("offer")) > offers)
+        receiver.type("/get " + receiver.of("offer")[-1]["number"])
+        receiver.wait_until(lambda events: len(receiver.of("received")) > before)
+        took = time.perf_counter() - start
+        os.unlink(receiver.of("received")[-1]["path"])
+        return took
+
+
+def bench_files():
+    """Files: ratios to OpenSSH's sftp over a local sshd (whole transfers of 256 MiB)."""
+    print("\nFiles: 256 MiB, from the offer to the compared file, median of 3")
+    result = unittest.TextTestRunner(verbosity=0).run(BenchFiles("measure"))
+    return 0 if result.wasSuccessful() else 1
+
+
 def bench_main(words):
-    """`bench`: all figures; `bench room|latency|idle|client|history|start`: some of them."""
+    """`bench`: all figures; `bench room|latency|idle|client|history|files|start`: some of them."""
     if words[:1] == ["--textbook"]:
         TextbookRelay().serve()
     if words[:1] == ["--load"]:
@@ -26016,6 +26120,7 @@ def bench_main(words):
         "idle": lambda: bench_idle(idle) if on_proc else print("\nIdle clients: needs /proc"),
         "client": bench_client,
         "history": bench_history,
+        "files": bench_files if SSHD else lambda: print("\nFiles: needs OpenSSH's server"),
         "start": bench_start if os.name == "posix" else lambda: print("\nStart: needs a pty"),
     }
     for name, group in groups.items():

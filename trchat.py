@@ -11777,11 +11777,26 @@ class TLSPipe:
         return self._tls.getpeercert(True) or b""
 
 
+class PlainPipe:
+    """In place of a TLSPipe between a host's server and client, which are one process."""
+
+    established = True
+
+    def receive(self, data: bytes) -> bytes:
+        return data
+
+    def send(self, data: bytes) -> bytes:
+        return data
+
+    def peer_certificate(self) -> bytes:
+        return b""
+
+
 class Link(Record):
     """A connection on which TLS stands and whose server is known by its fingerprint."""
 
     sock: Any
-    tls: TLSPipe
+    tls: TLSPipe | PlainPipe
     fingerprint: bytes
     address: str
 
@@ -14308,7 +14323,7 @@ class RelaySocket:
 
     def __init__(self, sock, address: str):
         self.sock, self.address = sock, address
-        self.tls: TLSPipe | None = None
+        self.tls: Any = None
         self.client: RelayClient | None = None
         self.pending: bytes | memoryview = b""  # ciphertext that the socket did not take yet
         self.mask = 0
@@ -14391,7 +14406,48 @@ class AddressLimits:
 READ, WRITE = 1, 2  # selectors.EVENT_READ, EVENT_WRITE
 ACCEPT_MOST = 64  # connections taken in one turn
 CLOSE_SECONDS = 2.0  # how long a refused client may take to read why
+
+
 SAVE_AGAIN_SECONDS = 10.0  # after what could not be written
+
+
+class GateSaver:
+    """Keeps what must survive a kill; at most a twentieth of the time is spent on it.
+
+    `at`: when to look again, or None. What cannot be written is told, and tried again.
+    """
+
+    def __init__(self, gatekeeper: Gatekeeper, save, publish):
+        self._gatekeeper, self._save, self._publish = gatekeeper, save, publish
+        self.at: float | None = None
+
+    def save_when_due(self, now: float) -> None:
+        if self.at is not None and now >= self.at:
+            self.at = None
+        if not self._gatekeeper.changed or self.at is not None:
+            return
+        if self.save():
+            took = time.monotonic() - now
+            self.at = None if took < 0.02 else now + 20 * took
+        else:
+            self.at = now + SAVE_AGAIN_SECONDS
+
+    def save(self) -> bool:
+        """Saves what has changed; whether that went well."""
+        if not self._gatekeeper.changed:
+            return True
+        problem = None
+        self._gatekeeper.changed = False
+        try:
+            self._save(self._gatekeeper)
+        except ChatError as error:
+            problem = error
+        except Exception as error:  # a bug of ours must not end the server
+            problem = ChatError(internal_error(error), code="storage")
+        if problem is not None:
+            self._gatekeeper.changed = True
+            self._publish({"event": "error", "code": problem.code, "text": str(problem)})
+        return problem is None
 
 
 class RelayServer:
@@ -14399,7 +14455,8 @@ class RelayServer:
 
     def __init__(self, listener, context, machine: RelayMachine, save, publish):
         self.machine, self._listener, self._context = machine, listener, context
-        self._save, self._publish = save, publish
+        self._publish = publish
+        self._saver = GateSaver(machine.gatekeeper, save, publish)
         self.inbox = Inbox()
         self._selector = selectors.DefaultSelector()
         self._half_open: dict = {}  # RelaySocket -> deadline, oldest first
@@ -14408,7 +14465,6 @@ class RelayServer:
         self._by_client: dict = {}  # RelayClient -> RelaySocket
         self._throttled: dict = {}  # RelaySocket -> when it may be read again
         self._closing: dict = {}  # RelaySocket -> when it is ended in any case
-        self._save_at: float | None = None
         self._hold_at: float | None = None
         self._accept_at: float | None = None
         self._stopping = ""
@@ -14450,6 +14506,18 @@ class RelayServer:
         waits there under that name."""
         return self.call(self._answer, name, mark, accept)
 
+    def adopt(self, sock) -> None:
+        """Takes a connection from within this process, on which no TLS is needed (any thread)."""
+        self.call(self._adopt, sock)
+
+    def _adopt(self, sock) -> None:
+        conn, now = RelaySocket(sock, "here"), time.monotonic()
+        sock.setblocking(False)
+        conn.tls = PlainPipe()
+        self._half_open[conn] = now + HANDSHAKE_SECONDS
+        self._greet(conn, now)
+        self._watch(conn, now)
+
     def let_no_more(self, fingerprint: bytes) -> None:
         """Whoever was accepted in this run is to be asked about again."""
         self.call(self.machine.door.accepted.discard, fingerprint)
@@ -14483,8 +14551,7 @@ class RelayServer:
     def _routine_relay(self) -> None:
         while not (self._stopping and not self._by_client):
             self._turn()
-        if self.machine.gatekeeper.changed:
-            self._save_now()
+        self._saver.save()
         self._selector.close()
         self.inbox.close()
 
@@ -14499,7 +14566,7 @@ class RelayServer:
                 continue
             self._serve(conn, mask)
         now = time.monotonic()
-        self._save_when_due(now)  # first: nobody is told of what a kill could still undo
+        self._saver.save_when_due(now)  # first: nobody is told of what a kill could still undo
         self._flush(now)
         if self._has_timers():
             self._run_timers(now)
@@ -14522,7 +14589,7 @@ class RelayServer:
             return 0
         if not self._has_timers():
             return None
-        times = [self._save_at, self._hold_at, self._accept_at]
+        times = [self._saver.at, self._hold_at, self._accept_at]
         tables = (self._half_open, self._knocking, self._closing)
         times += [next(iter(table.values())) for table in tables if table]
         times += self._throttled.values()
@@ -14535,7 +14602,7 @@ class RelayServer:
         """Mostly not, and then a turn costs a third less."""
         waiting = self._half_open or self._knocking or self._closing or self._throttled
         connections = waiting or self._limits.waiting
-        return bool(connections or self.machine.full or self._save_at or self._accept_at)
+        return bool(connections or self.machine.full or self._saver.at or self._accept_at)
 
     def _run_timers(self, now: float) -> None:
         for table in (self._half_open, self._closing):
@@ -14560,32 +14627,6 @@ class RelayServer:
         if self._accept_at is not None and now >= self._accept_at:
             self._accept_at = None
             self._selector.register(self._listener, READ, None)
-
-    def _save_when_due(self, now: float) -> None:
-        """Keeps what must survive a kill; at most a twentieth of the time is spent on it."""
-        if self._save_at is not None and now >= self._save_at:
-            self._save_at = None
-        if not self.machine.gatekeeper.changed or self._save_at is not None:
-            return
-        if self._save_now():
-            took = time.monotonic() - now
-            self._save_at = None if took < 0.02 else now + 20 * took
-        else:
-            self._save_at = now + SAVE_AGAIN_SECONDS
-
-    def _save_now(self) -> bool:
-        gatekeeper, problem = self.machine.gatekeeper, None
-        gatekeeper.changed = False
-        try:
-            self._save(gatekeeper)
-        except ChatError as error:
-            problem = error
-        except Exception as error:  # a bug of ours must not end the server
-            problem = ChatError(internal_error(error), code="storage")
-        if problem is not None:
-            gatekeeper.changed = True
-            self._publish({"event": "error", "code": problem.code, "text": str(problem)})
-        return problem is None
 
     def _report(self) -> None:
         events, self.machine.events = self.machine.events, []
@@ -19997,15 +20038,21 @@ def dial_first(client: ChatClient, options: ConnectOptions, face, ask) -> Link:
         link = dial_any(target)
         if face.interactive and len(target.addresses) > 1:
             face.say(f"{link.address} answered first, {way_of(link.address)}.")
-        saved = servers.find_fingerprint(fingerprint_text(link.fingerprint))
-        choose_name(connection.machine, options.name or "", profile.settings.name, saved)
+        name_first(client, options.name or "", link.fingerprint)
         if not options.trust_new:
             _confirm_server(face, ask, target, link, servers)
     except BaseException:
         client.abandon()
         raise
-    connection.on_ready = functools.partial(profile.remember_server, connection)
     return link
+
+
+def name_first(client: ChatClient, wanted: str, server: bytes) -> None:
+    """A name for the first server, by its key, which is remembered once we are in a room there."""
+    profile, connection = client.records.require(), client.first
+    saved = profile.servers.find_fingerprint(fingerprint_text(server))
+    choose_name(connection.machine, wanted, profile.settings.name, saved)
+    connection.on_ready = functools.partial(profile.remember_server, connection)
 
 
 def run_connect(
@@ -20108,7 +20155,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 76. Chatting directly | uses 1, 2, 4, 23, 35, 38, 55, 56, 59, 64, 74, 75
+# Part 76. Chatting directly | uses 1, 2, 4, 23, 35, 38, 46, 55, 56, 59, 64, 74, 75
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -20217,14 +20264,16 @@ class Hosting:
         self._reach.moved = self._moved
 
     def _enter(self, running: RunningServer) -> Link:
-        """The owner's own connection, which nobody else can come before."""
+        """The owner's own connection, inside this process; lost, it is found again by TCP."""
         running.server.start()
         target = self.client.first.target
         target.addresses = [join_address("127.0.0.1", running.port)]
         target.pin = running.fingerprint
-        options = ConnectOptions("", self._options.name, None, None, False, 0)
         self.client.first.machine.directory.places = self._places(running)
-        return dial_first(self.client, options, self._face, None)
+        name_first(self.client, self._options.name or "", running.fingerprint)
+        ours, theirs = socket.socketpair()
+        running.server.adopt(theirs)
+        return Link(ours, PlainPipe(), running.fingerprint, target.addresses[0])
 
     def _places(self, running: RunningServer) -> tuple:
         return running.addresses(), running.fingerprint, self._options.room

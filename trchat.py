@@ -15773,6 +15773,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 CONTENT = "/content"
 PROGRESS_SECONDS = 0.5  # between two reports of one transfer
 HASH_BLOCK = 1 << 20
+FOLDERS_MOST = 1000  # that come with few files
 
 
 class Running:
@@ -15899,12 +15900,14 @@ def tree_digest(digests: dict) -> bytes:
 class DropFolder:
     """What the sender of one offer sees of our disk: CONTENT, and nothing else.
 
-    `folder` is the inbox, a RootedFolder; there the content is `part`, a file or, if `is_tree`, a
-    folder. No more than `size` bytes are taken. `error`: why our disk does not take it.
+    `folder` is the inbox, a RootedFolder; there the content is `part`, a file or, if `files` is not
+    0, a folder with so many. No more than `size` bytes are taken. `error`: why our disk does not
+    take it.
     """
 
-    def __init__(self, folder, part: str, is_tree: bool, size: int, note):
-        self._folder, self._part, self._is_tree = folder, part, is_tree
+    def __init__(self, folder, part: str, files: int, size: int, note):
+        self._folder, self._part, self._is_tree = folder, part, bool(files)
+        self._files, self._folders = files, 4 * files + FOLDERS_MOST
         self._size, self._note = size, note
         self._sizes: dict = {}  # path -> bytes written
         self.whole = False  # whether the sender has given a file its last name
@@ -15921,6 +15924,10 @@ class DropFolder:
 
     def open(self, path: str, flags: int, attributes: Attributes) -> DropFile:
         inside = self._inside(path)
+        if flags & FXF.CREAT:
+            self._sizes.setdefault(path, 0)
+            if self._is_tree and len(self._sizes) > self._files:
+                raise OSError(errno.EFBIG, "more files than were offered")
         return DropFile(self, path, self.guarded(self._folder.open, inside, flags, attributes))
 
     def guarded(self, function, *args):
@@ -15969,6 +15976,9 @@ class DropFolder:
         self._folder.remove(self._inside(path))
 
     def make_folder(self, path: str, attributes: Attributes) -> None:
+        self._folders -= 1
+        if not self._is_tree or self._folders < 0:
+            raise OSError(errno.EACCES, "not so many folders")
         self.guarded(self._folder.make_folder, self._inside(path), attributes)
 
     def remove_folder(self, path: str) -> None:
@@ -16046,7 +16056,7 @@ def receive_content(run: Running) -> None:
         folder = RootedFolder(inbox, True)
     except OSError as error:
         raise storage_error("Opening", inbox, error) from None
-    drop = DropFolder(folder, name + PART_ENDING, bool(transfer.files), transfer.size, run.note)
+    drop = DropFolder(folder, name + PART_ENDING, transfer.files, transfer.size, run.note)
     try:
         serve_sftp(run.channel, drop)
     finally:
@@ -16609,7 +16619,7 @@ class FileDesk:
         else:
             self._note_readers(transfer)
             fit = person.fingerprint.hex() in transfer.peers
-        if not fit:
+        if not fit or person.fingerprint in self._chat.trust.blocked:
             why = "It is no longer offered."
             connection.machine.directory.send(person, CANCEL, number, 1, why)
             return
@@ -17089,6 +17099,8 @@ class ChatClient:
         foreign = kind in ("message", "offer") and "_message" not in event
         if kind == "offer":
             self._guarded_records(self._note_files, connection, event)
+            if "number" not in event:
+                return  # it is none, or was heard of on another server
         if foreign:
             self._note_message(connection, conversation, event)
         elif kind in ("sent", "queued"):

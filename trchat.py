@@ -15763,7 +15763,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 60. Files on their way | uses 1-3, 25, 26, 35, 39-41
+# Part 60. Files on their way | uses 1-3, 24-26, 35, 39-41
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -15916,7 +15916,7 @@ class DropFolder:
 
     def _inside(self, path: str) -> str:
         """Where a path lies in the inbox."""
-        top, slash, rest = path.lstrip("/").partition("/")
+        top, slash, rest = "/".join(path_parts(path)).partition("/")
         if top != (CONTENT if self._is_tree else CONTENT + PART_ENDING)[1:]:
             kind = errno.ENOENT if top == CONTENT[1:] else errno.EACCES
             raise OSError(kind, "there is only what was offered")
@@ -15924,6 +15924,7 @@ class DropFolder:
 
     def open(self, path: str, flags: int, attributes: Attributes) -> DropFile:
         inside = self._inside(path)
+        flags |= FXF.READ  # what an earlier attempt has left is hashed, too
         if flags & FXF.CREAT:
             self._sizes.setdefault(path, 0)
             if self._is_tree and len(self._sizes) > self._files:
@@ -19246,7 +19247,7 @@ class ChatWords:
         if "_message" in event:
             whom = f"#{event['room']}" if event["room"] else ", ".join(event["to"])
             return f"↑ You offer {event['name']} ({size_words(event['size'])}) to {whom}."
-        who = self._nick(shown_name(event), event["fingerprint"])
+        who = self._nick(shown_name({**event, "name": event["from"]}), event["fingerprint"])
         number = event["number"]
         lines = [f"{local_clock(event['time'])} * {who} {event['text']}: /get {number} takes it"]
         if "_question" in event:

@@ -8224,6 +8224,15 @@ def _check_duration(row: Setting, text: str) -> tuple:
         raise _bad_value(row, text, hint, _nearest(word, ["off"])) from None
 
 
+def _check_size(row: Setting, text: str) -> tuple:
+    word = text.lower()
+    units = {"k": 10, "m": 20, "g": 30, "t": 40}
+    number, shift = (word[:-1], units[word[-1:]]) if word[-1:] in units else (word, 0)
+    if not (number.isascii() and number.isdigit() and len(number) < 13):
+        raise _bad_value(row, text, "It takes a size such as 500k, 20m or 2g.")
+    return word, int(number) << shift
+
+
 def _check_nickname(row: Setting, text: str) -> tuple:
     try:
         name = check_name(text) if text else ""
@@ -8249,6 +8258,7 @@ SETTINGS = {
         ("history", _check_switch, "on", "what was said is kept, for /tail and /search", ON_OFF),
         ("accept-files", _check_choice, "ask", "files offered to you: ask, take those of contacts "
          "at once, or never", ("contacts", "ask", "never")),
+        ("accept-most", _check_size, "1g", "the largest of those that are taken at once", ()),
         ("outbox", _check_duration, "30d",
          "how long a message waits for somebody who is away", ()),
     )
@@ -11452,7 +11462,7 @@ class Contacts:
 # ==================================================================================================
 
 OFFER_SECONDS = 30 * 86400.0  # how long an offer that nobody took is remembered
-TRANSFERS_MOST = 1000
+OFFERS_EACH, OFFERS_MOST = 100, 1000  # of one person, and of all, that are not taken
 PENDING, WANTED, ENDED = "offered", "wanted", "ended"  # states of a transfer
 
 
@@ -11501,6 +11511,7 @@ class TransferBook:
 
     def __init__(self, path: str, vault_key: bytes, post):
         self._path, self._key, self._post = path, vault_key, post
+        self._lock, self._unwritten = threading.Lock(), b""
         self.transfers: dict = {}  # id -> Transfer
         self.shares: list = []
         data = read_file(path)
@@ -11527,15 +11538,31 @@ class TransferBook:
         """Has the storekeeper write what is not over."""
         left = [vars(t) for t in self.transfers.values() if t.state != ENDED]
         held = json_bytes({"transfers": left, "shares": self.shares})
-        self._post(write_file, self._path, seal_box(self._key, b"transfers", held))
+        with self._lock:
+            waiting, self._unwritten = self._unwritten, held
+        if not waiting:
+            self._post(self._write)
+
+    def _write(self) -> None:
+        """In the storage thread: the newest state, however often it has changed meanwhile."""
+        with self._lock:
+            held, self._unwritten = self._unwritten, b""
+        write_file(self._path, seal_box(self._key, b"transfers", held))
 
     def add(self, transfer: Transfer) -> None:
-        """Under the lowest number that is free."""
+        """Under the lowest number that is free; of others' offers only so many are remembered."""
         taken = {t.number for t in self.transfers.values()}
         transfer.number = next(n for n in range(1, len(taken) + 2) if n not in taken)
         self.transfers[transfer.id] = transfer
-        while len(self.transfers) > TRANSFERS_MOST:
-            del self.transfers[next(iter(self.transfers))]
+        open_ones = [t for t in self.transfers.values() if not t.own and t.state != WANTED]
+        same = [t for t in open_ones if t.peers.keys() == transfer.peers.keys()]
+        for few, most in ((same, OFFERS_EACH), (open_ones, OFFERS_MOST)):
+            for old in few[: max(0, len(few) - most)]:
+                self.transfers.pop(old.id, None)
+        self.save()
+
+    def drop(self, transfer: Transfer) -> None:
+        self.transfers.pop(transfer.id, None)
         self.save()
 
     def find(self, word: str) -> Transfer:
@@ -16424,6 +16451,7 @@ class ByServer:
 
     def _sent(self, run: Running, measured: tuple, connection, target: str, reference: str) -> None:
         self._desk.dismiss(run)
+        self._desk.book.drop(run.transfer)
         self._desk.send_offer(run.transfer.path, measured, connection, target, reference)
 
     def fetch(self, transfer: Transfer, accept_key: str = "") -> None:
@@ -16660,6 +16688,8 @@ class FileDesk:
             for_good = int(error.code == "denied")
             self._tell(run.fingerprint, CANCEL, run.transfer, for_good, error.text)
             self._fail(run.transfer, run.name, str(error))
+        if run.transfer.reference:
+            self._end(run.transfer)  # it was not offered to anybody yet
 
     def _on_kept(self, connection, event: dict) -> None:
         """The other side has all of it."""
@@ -16693,17 +16723,24 @@ class FileDesk:
         )  # fmt: skip
         self.book.add(transfer)
         event["number"] = transfer.handle
-        policy = self._profile.settings.get("accept-files")
-        known = transfer.peer()[0] in self._chat.trust.contacts
+        settings = self._profile.settings
+        policy = settings.get("accept-files")
+        known = transfer.peer()[0] in self._chat.trust.contacts and not transfer.reference
         if policy == "never":
             self._refuse(transfer, "They take no files.")
-        elif policy == "contacts" and known and not transfer.reference:
+        elif policy == "contacts" and known and transfer.size <= settings.get("accept-most"):
             self.post(self.want, transfer)  # after the offer itself has been shown
 
-    def want(self, transfer: Transfer, accept_key: str = "") -> None:
-        """Takes an offer, or goes on with it; `accept_key` of a server that it lies on."""
+    def get(self, transfer: Transfer, accept_key: str = "") -> None:
+        """What somebody typed; `accept_key` of a server that the file lies on."""
         if transfer.own or transfer.state == ENDED:
             raise ChatError(f"{transfer.handle} is nothing to be fetched.", "/files lists all.")
+        if (transfer.id, transfer.peer()[0]) in self.running:
+            raise ChatError(f"{transfer.name} is on its way already.", "/files shows how far.")
+        self.want(transfer, accept_key)
+
+    def want(self, transfer: Transfer, accept_key: str = "") -> None:
+        """Takes an offer, or goes on with it."""
         fingerprint, name = transfer.peer()
         if not transfer.path or not os.path.lexists(transfer.path + PART_ENDING):
             self._make_room(transfer)  # also if what had come was moved away
@@ -18117,12 +18154,12 @@ def _chat_get(client, rest: str) -> None:
     words = rest.split()
     key = _take_option(words, "--accept-key")
     for word in words or [open_offers[-1].handle]:
-        desk.want(desk.book.find(word), key)
+        desk.get(desk.book.find(word), key)
 
 
 def _get_shared(client, name: str, path: str) -> None:
     desk, (fingerprint, shown) = _desk(client), _somebody(client, name)
-    desk.want(desk.shares.get(fingerprint, shown, "/" + path.lstrip("/")))
+    desk.get(desk.shares.get(fingerprint, shown, "/" + path.lstrip("/")))
 
 
 def _somebody(client, name: str) -> tuple:
@@ -18197,7 +18234,7 @@ def _chat_share(client, rest: str) -> None:
         desk.shares.share(words[0], {f.hex(): name for f, name in people.items()}, write)
         may = "read and change" if write else "read"
         names = ", ".join(people.values())
-        text = f"{names} may {may} {one_line(words[0])}: /ls {client.machine.name}, or `sftp`."
+        text = f"{names} may {may} {one_line(words[0])}, with /ls {client.machine.name}."
         client.show_notice(f"{text} /share --end {one_line(words[0])} ends it.", path=words[0])
 
 
@@ -19249,13 +19286,16 @@ class ChatWords:
             return f"↑ You offer {event['name']} ({size_words(event['size'])}) to {whom}."
         who = self._nick(shown_name({**event, "name": event["from"]}), event["fingerprint"])
         number = event["number"]
-        lines = [f"{local_clock(event['time'])} * {who} {event['text']}: /get {number} takes it"]
+        offer = f"{local_clock(event['time'])} * {who} {event['text']}"
+        lines = [f"{offer}: /get {number} takes it, /cancel {number} does not"]
         if "_question" in event:
             lines.append(f"  {event['_question']}")
         return "\n".join(lines)
 
     def _on_received(self, event: dict, here: bool) -> str:
-        return f"✓ {event['name']} from {event['from']} is here: {event['path']}"
+        home = os.path.expanduser("~") + os.sep
+        path = event["path"].replace(home, "~" + os.sep, 1)
+        return f"✓ {event['name']} from {event['from']} is here: {path}"
 
     def _on_file_sent(self, event: dict, here: bool) -> str:
         return f"✓ {', '.join(event['to'])} has {event['name']}."

@@ -6728,9 +6728,25 @@ class ContactsFileTest(FileTest):
         self.assertEqual(set(data), {"contacts", "met", "timers"})
         self.assertEqual(set(data["contacts"][0]), {
             "name", "fingerprint", "key", "verified", "blocked", "saved", "addresses", "servers", "seen",
+            "place",
         })  # fmt: skip
         self.assertEqual(set(data["met"][0]), {"name", "fingerprint", "server"})
         self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+
+    def test_where_a_contact_is_host(self):
+        contacts = self.filled()
+        bob = contacts.find("bob")
+        contacts.set_place(bob.fingerprint, key_of(3), "kitchen", ["H.example:1", "[::1]:2"])
+        contacts.set_place(key_of(77), key_of(3), "kitchen", ["x:1"])  # nobody whom we know
+        place = {"server": trchat.fingerprint_text(key_of(3)), "room": "kitchen",
+                 "addresses": ["h.example:1", "[::1]:2"]}  # fmt: skip
+        found = trchat.Contacts(self.file()).find("bob").place
+        found["addresses"] = [a.casefold() for a in found["addresses"]]
+        self.assertEqual(found, place)
+        for spoiled in ({"room": "a b"}, {"addresses": []}, {"addresses": ["?"]}, {"server": "x"}, {"more": 1}):
+            data = json.loads(self.content())
+            next(c for c in data["contacts"] if c["name"] == "bob")["place"].update(spoiled)
+            self.assertFalse(self.refused_or_loaded(json.dumps(data).encode()), spoiled)
 
     def test_sealed(self):
         contacts = self.filled(TestBox())
@@ -6817,6 +6833,8 @@ class ContactsFileTest(FileTest):
                     if self.refused_or_loaded(json.dumps(data).encode()):
                         taken.append((kind, field, value))
         allowed = {"name", "addresses", "servers", "seen", "verified", "blocked", "saved", "key"}
+        self.assertEqual([v for k, f, v in taken if f == "place"], [{}, "gone"], "of an older version")
+        taken = [row for row in taken if row[1] != "place"]
         self.assertLessEqual({field for _, field, _ in taken}, allowed)
         self.assertNotIn(("contacts", "seen", True), taken)
         self.assertNotIn(("contacts", "verified", 0), taken)
@@ -21365,13 +21383,16 @@ class StreamsTest(MachineTest):
         self.assertTrue(opener.broken)
 
     def test_the_server_cannot_make_one(self):
-        """A frame for a stream that nobody opened is passed over; one before the session, refused."""
+        """A frame for a stream that nobody opened, or before there is a session."""
         network, alice, bob = self.two()
         there = self.person(bob, "alice")
         frame = trchat.STREAMED + b"\0\0\0\7" + bytes(40)
         bob._on_data(bob.id, there.id, memoryview(frame))
+        network.run()
         self.assertEqual(events(bob, "_stream"), [])
-        self.assertEqual(alarms(bob), [])
+        self.assert_refused(bob)
+        bob.log.clear()
+        network.wait(10)
         there.confirmed = False
         bob._on_data(bob.id, there.id, memoryview(frame))
         network.run()

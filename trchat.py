@@ -5066,6 +5066,7 @@ class Directory:
 
 STREAMS_EACH = 16  # streams with one person
 FRAMES_AHEAD = 4  # frames that may leave a connection in one go
+ENDED_MOST = 1024  # streams that are remembered after their end
 
 
 class Streams:
@@ -5076,12 +5077,14 @@ class Streams:
         self.news: dict = {}
         self._all: dict = {}  # (person's id, number) -> Stream
         self._owners: dict = {}  # Stream -> Person
+        self._ended: dict = {}  # (person's id, number) of streams of which frames may still come
         self._next = 0
 
     def disconnect(self) -> None:
         """All streams end with the connection."""
         for stream in list(self._owners):
             self._drop(stream, "The connection was lost.")
+        self._ended.clear()
         self._next = 0
 
     def open(self, person, purpose: int, number: bytes) -> Stream:
@@ -5105,6 +5108,7 @@ class Streams:
             raise RemoteProtocolError("A stream was opened under a wrong number.")
         stream = Stream(place, secret, person.hash, self.machine.keys.bundle.hash, False)
         if count >= STREAMS_EACH or person.fingerprint in self.machine.directory.trust.blocked:
+            self._note_ended(person, place)
             self.machine.directory.send(person, RESET, place, "These are too many streams.")
             return
         self._add(person, stream)
@@ -5112,7 +5116,10 @@ class Streams:
 
     def receive(self, person, frame: memoryview) -> None:
         """A frame of a stream; of one that was given up they may still come."""
-        stream = self._all.get((person.id, int.from_bytes(frame[:4], "big")))
+        place = (person.id, int.from_bytes(frame[:4], "big"))
+        stream = self._all.get(place)
+        if stream is None and place not in self._ended:
+            raise RemoteProtocolError("A frame came for a stream that there never was.")
         if stream is None:
             return
         self.news[stream] = None
@@ -5140,6 +5147,12 @@ class Streams:
         if person is not None:
             del self._all[person.id, stream.number]
             self.news[stream] = None
+            self._note_ended(person, stream.number)
+
+    def _note_ended(self, person, place: int) -> None:
+        self._ended[person.id, place] = None
+        while len(self._ended) > ENDED_MOST:
+            del self._ended[next(iter(self._ended))]
 
     def forget(self, stream: Stream) -> None:
         """Both sides have ended it."""
@@ -10040,10 +10053,8 @@ class SftpClient:
         written, `digest` (a hashlib object) is fed the same data. `size`: what the file is thought
         to have; it saves a few requests.
         """
-        with (
-            HashBeside(digest) as beside,
-            OpenedThere(self, FXP.OPEN, path, FXF.READ, Attributes()) as handle,
-        ):
+        opened = OpenedThere(self, FXP.OPEN, path, FXF.READ, Attributes())
+        with HashBeside(digest) as beside, opened as handle:
             loading, done = Downloading(self._machine, handle, start, size, window, path), start
             while not loading.finished():
                 loading.ask()
@@ -10066,10 +10077,8 @@ class SftpClient:
         progress(bytes) hears how much is confirmed, `digest` (a hashlib object) is fed the data.
         """
         flags = FXF.WRITE | FXF.CREAT | (0 if start else FXF.TRUNC)
-        with (
-            HashBeside(digest) as beside,
-            OpenedThere(self, FXP.OPEN, path, flags, Attributes()) as handle,
-        ):
+        opened = OpenedThere(self, FXP.OPEN, path, flags, Attributes())
+        with HashBeside(digest) as beside, opened as handle:
             sending, done = Uploading(self._machine, handle, start, window, path), start
             ended = False
             while not (ended and sending.finished()):
@@ -17884,7 +17893,7 @@ def contact_rows(contacts: Contacts, presence) -> list:
             "fingerprint": fingerprint_text(contact.fingerprint),
             "verified": contact.verified,
             "blocked": contact.blocked,
-            "addresses": contact.addresses,
+            "addresses": contact.place.get("addresses", []) or contact.addresses,
             "seen": rfc3339(contact.seen) if contact.seen else None,
             "presence": presence(contact.fingerprint),
         }

@@ -14766,6 +14766,11 @@ FIELDS = {
     "request": ("from fingerprint", "room"),
     "code": ("name digits verified", ""),
     "key-changed": ("name old new", ""),
+    "offer": ("id name size files room direct text", "to from fingerprint verified time number key_changed disappear history"),
+    "progress": ("id name size done rate left number", "to from"),
+    "received": ("id from name size path sha256 number", ""),
+    "file-sent": ("id to name size sha256 number", ""),
+    "file-failed": ("id name size text number", "to from"),
     "reconnecting": ("attempt delay", ""),
     "reconnected": ("attempt delay", ""),
     "error": ("code text", ""),
@@ -14978,7 +14983,7 @@ class EndToEnd(unittest.TestCase):
         self.assertEqual(len(answered), len(set(answered)), process.story())
         known = set()
         for event in process.events:
-            if event["event"] in ("sent", "queued"):
+            if event["event"] in ("sent", "queued", "offer"):
                 known.add(event["id"])
             elif event["event"] in ("delivered", "undelivered"):
                 self.assertIn(event["id"], known, process.story())
@@ -19491,8 +19496,9 @@ class KeptTest(EndToEnd):
         answered = [e["id"] for e in process.events if e["event"] in ("sent", "queued")]
         self.assertEqual(len(answered), len(set(answered)), process.story())
         known = {
-            e["id"] for p in self.processes for e in p.events if e["event"] in ("sent", "queued")
-        }
+            e["id"] for p in self.processes for e in p.events
+            if e["event"] in ("sent", "queued", "offer")
+        }  # fmt: skip
         for event in process.events:
             if event["event"] in ("delivered", "undelivered") and not self.kept_from_before:
                 self.assertIn(event["id"], known, process.story())
@@ -23546,6 +23552,1506 @@ class SftpResumeTest(SftpCase):
         self.error_of("unreachable", "cannot be reached", call=upload)
         self.assertEqual(self.kept(), [])
         self.assertEqual(len(RECORDED), 1 + len(trchat.LOST_PAUSES))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: what is held true of one that goes from one person to another
+# --------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+class TransferBookTest(FileTest):
+    def setUp(self):
+        super().setUp()
+        self.path, self.posted = self.paths.file("transfers.json"), []
+
+    def book(self, key=LOG_KEY):
+        def post(function, *args):
+            self.posted.append(args)
+            function(*args)
+
+        return trchat.TransferBook(self.path, key, post)
+
+    def transfer(self, number: int, **changes):
+        fields = {
+            "id": f"{number:032x}", "number": 0, "own": True, "name": f"n{number}", "size": 3,
+            "files": 0, "room": "lobby", "peers": {"ab" * 32: "bob"}, "done": [], "path": "/x",
+            "stamp": [1, 2, 3], "reference": "", "created": time.time(), "state": trchat.PENDING,
+        }  # fmt: skip
+        return trchat.Transfer(**{**fields, **changes})
+
+    def test_what_is_saved_is_there_after_a_restart(self):
+        book = self.book()
+        book.shares.append({"path": "/s", "peers": {"cd" * 32: "eve"}, "write": True})
+        first, second = self.transfer(1), self.transfer(2, own=False, state=trchat.WANTED)
+        book.add(first)
+        book.add(second)
+        again = self.book()
+        self.assertEqual(again.transfers, {first.id: first, second.id: second})
+        self.assertEqual(again.shares, book.shares)
+        self.assertEqual(again.find("f2").peer(), (bytes.fromhex("ab" * 32), "bob"))
+
+    def test_what_is_over_or_old_is_forgotten(self):
+        book, day = self.book(), 86400.0
+        for number, age in ((1, 29.9), (2, 30.1)):
+            book.add(self.transfer(number, created=time.time() - age * day))
+        book.add(self.transfer(3, state=trchat.ENDED))
+        self.assertEqual([t.name for t in self.book().transfers.values()], ["n1"])
+
+    def test_nothing_of_it_can_be_read_on_the_disk(self):
+        self.book().add(self.transfer(1, name="diary.txt", path="/home/alice/diary.txt"))
+        held = read_bytes(self.path)
+        self.assertNotIn(b"diary", held)
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+
+    def test_numbers_are_the_lowest_that_are_free(self):
+        book = self.book()
+        transfers = [self.transfer(number) for number in range(4)]
+        for transfer in transfers:
+            book.add(transfer)
+        del book.transfers[transfers[1].id]
+        book.add(self.transfer(9))
+        self.assertEqual([t.handle for t in book.transfers.values()], ["f1", "f3", "f4", "f2"])
+
+    def test_a_transfer_is_found_by_number_or_the_beginning_of_its_id(self):
+        book = self.book()
+        for number in (0xABCDEF << 104, 0xABCDFF << 104, 3):
+            book.add(self.transfer(number))
+        for word, found in (("f1", 1), ("1", 1), (" F2 ", 2), ("abcdef", 1), ("ABCDFF", 2)):
+            self.assertEqual(book.find(word).number, found, word)
+        for word in ("", "f", "f9", "abcd", "f01", "f-1", "00000", "\u00b2", "f\u0661", "../x", "f1 f2"):
+            self.error_of(book.find, word, code="usage")
+
+    def test_a_damaged_or_foreign_file_is_named_and_stays(self):
+        self.book().add(self.transfer(1))
+        held = read_bytes(self.path)
+        good = {"transfers": [vars(self.transfer(1))], "shares": []}
+        wrong = [
+            [], {}, {"transfers": []}, {**good, "shares": [{"path": "/"}]}, {**good, "shares": 1},
+            {**good, "transfers": [{**vars(self.transfer(1)), "size": "3"}]},
+            {**good, "transfers": [{**vars(self.transfer(1)), "own": 1}]},
+            {**good, "transfers": [{"id": "x"}]}, {**good, "transfers": {"a": 1}},
+        ]  # fmt: skip
+        boxes = [trchat.seal_box(LOG_KEY, b"transfers", json.dumps(w).encode()) for w in wrong]
+        for data in (b"", b"x" * 50, held[:-1], held + b"x", flipped(held, len(held) // 2), *boxes):
+            write_bytes(self.path, data)
+            error = self.error_of(self.book, code="storage")
+            self.assertIn("transfers.json", error.text)
+            self.assertEqual(read_bytes(self.path), data)
+        write_bytes(self.path, held)
+        self.error_of(self.book, bytes(32), code="storage")
+        self.assertEqual(len(self.book().transfers), 1)
+
+    def test_it_does_not_grow_without_end(self):
+        with mock.patch.object(trchat, "TRANSFERS_MOST", 5):
+            book = self.book()
+            for number in range(9):
+                book.add(self.transfer(number, own=False))
+        self.assertEqual([t.name for t in book.transfers.values()], ["n4", "n5", "n6", "n7", "n8"])
+
+
+class StillConnection:
+    """What a Channel wants of its connection: it notes who has something to exchange."""
+
+    def __init__(self):
+        self.posted, self.resets = queue.Queue(), []
+
+    def post_exchange(self, channel):
+        self.posted.put(channel)
+
+    def reset(self, channel, why):
+        self.resets.append(why)
+
+
+class ChannelTest(unittest.TestCase):
+    """Two channels over the two ends of a stream; the test is the owner of both."""
+
+    def setUp(self):
+        self.connection = StillConnection()
+        self.streams = stream_pair()
+        self.one, self.other = [trchat.Channel(s, self.connection) for s in self.streams]
+        self.now = 0.0
+
+    def turn(self, frames=True):
+        """What owners do: each exchanges, and frames go over until there are none."""
+        while True:
+            for channel in (self.one, self.other):
+                channel.exchange()
+            moved = False
+            for stream, there in (self.streams, self.streams[::-1]):
+                frame = joined(stream, self.now) if frames else b""
+                if frame:
+                    there.receive(frame, self.now)
+                    moved = True
+            if not moved:
+                return
+
+    def in_thread(self, function, *args):
+        """Begins a call; gives a queue that gets what comes of it."""
+        answer = queue.Queue()
+
+        def work():
+            try:
+                answer.put(function(*args))
+            except trchat.ChatError as error:
+                answer.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return answer
+
+    def drive(self, *answers):
+        """Turns whenever a thread asks for it, until all answers are there."""
+        limit = time.monotonic() + PATIENCE
+        while any(answer.empty() for answer in answers):
+            self.assertLess(time.monotonic(), limit, "the threads do not come to an end")
+            with contextlib.suppress(queue.Empty):
+                self.connection.posted.get(timeout=0.02)
+            self.turn()
+        return [answer.get() for answer in answers]
+
+    def read_all(self, channel):
+        return b"".join(iter(channel.receive, b""))
+
+    def send_all(self, channel, data, size):
+        for start in range(0, len(data), size):
+            channel.send(data[start : start + size])
+        channel.close()
+
+    def test_bytes_both_ways_whole_and_in_order(self):
+        there, back = noise(9 << 20, 1), noise(6 << 20, 2)
+        got = self.drive(
+            self.in_thread(self.send_all, self.one, there, 300_001),
+            self.in_thread(self.send_all, self.other, back, 7_001),
+            self.in_thread(self.read_all, self.one), self.in_thread(self.read_all, self.other),
+        )  # fmt: skip
+        self.assertEqual((got[2] == back, got[3] == there), (True, True))
+        self.assertTrue(all(stream.over for stream in self.streams))
+
+    def test_a_thread_is_never_far_ahead_and_waits_for_its_turn(self):
+        sent = []
+
+        def send():
+            for _ in range(30):
+                self.one.send(bytes(trchat.CHANNEL_MOST // 4))
+                sent.append(1)
+
+        answer = self.in_thread(send)
+        self.assertIs(self.connection.posted.get(timeout=PATIENCE), self.one)
+        while len(sent) < 4:
+            time.sleep(0.001)
+        self.turn(frames=False)
+        self.assertTrue(answer.empty())
+        self.assertLessEqual(len(sent), 5, "it waits although the owner has taken all it has")
+        self.assertLessEqual(self.streams[0].waiting, trchat.CHANNEL_MOST + trchat.CHANNEL_MOST // 4)
+        reading = self.in_thread(lambda: [self.other.receive() for _ in range(8)])
+        self.drive(answer, reading)
+        self.assertEqual(len(sent), 30)
+
+    def test_who_does_not_read_is_sent_no_more_than_a_window(self):
+        answer = self.in_thread(self.send_all, self.one, bytes(3 * trchat.STREAM_WINDOW), 100_000)
+        self.turn()
+        for _ in range(50):
+            with contextlib.suppress(queue.Empty):
+                self.connection.posted.get(timeout=0.01)
+            self.turn()
+        self.assertTrue(answer.empty())
+        self.assertLessEqual(sum(map(len, self.other._incoming)), trchat.STREAM_WINDOW)
+        self.assertEqual(len(self.drive(answer, self.in_thread(self.read_all, self.other))[1]),
+                         3 * trchat.STREAM_WINDOW)  # fmt: skip
+
+    def test_a_stream_that_breaks_ends_every_wait_with_its_reason(self):
+        for wait in (self.one.receive, lambda: self.send_all(self.one, bytes(9 << 20), 1 << 20)):
+            self.setUp()
+            answer = self.in_thread(wait)
+            self.turn()
+            self.streams[0].broken = "bob is gone."
+            self.turn()
+            (error,) = self.drive(answer)
+            self.assertEqual((error.text, error.code), ("bob is gone.", "unreachable"))
+            for more in (self.one.receive, lambda: self.one.send(b"x")):
+                self.assertRaisesRegex(trchat.ChatError, "bob is gone", more)
+
+    def test_what_came_before_it_broke_is_still_read(self):
+        self.other.send(b"last words")
+        self.turn()
+        self.streams[0].broken = "It is over."
+        self.turn()
+        self.assertEqual(self.one.receive(), b"last words")
+        self.assertRaises(trchat.ChatError, self.one.receive)
+
+    def test_an_end_is_not_a_break(self):
+        self.one.close()
+        self.turn()
+        self.assertEqual([self.other.receive() for _ in range(3)], [b""] * 3)
+        self.other.send(b"answer")
+        self.turn()
+        self.assertEqual(self.one.receive(), b"answer")
+
+    def test_the_owner_is_woken_once_for_many_pieces(self):
+        for _ in range(100):
+            self.one.send(b"x")
+        self.assertEqual(self.connection.posted.qsize(), 1)
+        self.turn()
+        self.one.send(b"x")
+        self.assertEqual(self.connection.posted.qsize(), 2)
+
+    def test_giving_up_is_for_the_owner_to_do(self):
+        self.one.give_up("No room.")
+        self.assertEqual(self.connection.resets, ["No room."])
+
+
+class DropCase(RootedCase):
+    SIZE = 1000
+
+    def setUp(self):
+        super().setUp()
+        self.notes = []
+
+    def drop(self, is_tree=False, size=SIZE):
+        if not os.path.exists(self.dropped()):
+            trchat.reserve_part(self.at("root", "x"), is_tree)
+        return trchat.DropFolder(self.rooted(), "x.part", is_tree, size, self.notes.append)
+
+    def dropped(self, *names):
+        return self.at("root", "x.part", *names)
+
+    def errno_of(self, number, function, *args):
+        with self.assertRaises(OSError) as caught:
+            function(*args)
+        self.assertEqual(caught.exception.errno, number, errno.errorcode.get(caught.exception.errno))
+
+    def write(self, drop, path, *pieces, flags=None):
+        """Writes (offset, data) pieces to a file of a drop and closes it."""
+        file = drop.open(path, NEW_FILE if flags is None else flags, Attributes())
+        try:
+            for offset, data in pieces:
+                file.write(offset, data)
+        finally:
+            file.close()
+
+
+class DropFolderTest(DropCase):
+    def test_one_file_comes_and_is_hashed_on_the_way(self):
+        drop, data = self.drop(), noise(self.SIZE)
+        self.write(drop, "/content.part", (0, data[:300]), (300, memoryview(data)[300:]))
+        drop.rename("/content.part", "/content", True)
+        self.assertEqual((drop.digest, drop.whole), (trchat.sha256(data), True))
+        self.assertEqual(read_bytes(self.dropped()), data)
+        self.assertEqual(self.notes, [300, 1000])
+        self.assertEqual(os.listdir(self.root), ["x.part"])
+
+    def test_no_byte_more_than_was_offered(self):
+        drop = self.drop()
+        for offset, data in ((0, bytes(1001)), (1000, b"x"), (1 << 62, b"x")):
+            file = drop.open("/content.part", NEW_FILE, Attributes())
+            self.errno_of(errno.EFBIG, file.write, offset, data)
+            file.close()
+        self.assertEqual(os.stat(self.dropped()).st_size, 0)
+        drop = self.drop(size=0)
+        self.errno_of(errno.EFBIG, self.write, drop, "/content.part", (0, b"x"))
+
+    def test_a_tree_counts_all_its_files(self):
+        drop = self.drop(is_tree=True)
+        drop.make_folder("/content/d", Attributes())
+        self.write(drop, "/content/a.part", (0, bytes(400)))
+        drop.rename("/content/a.part", "/content/a", False)
+        self.write(drop, "/content/d/b", (0, bytes(600)))
+        self.write(drop, "/content/d/b", (0, bytes(600)), flags=FXF.WRITE)  # again: counts once
+        for path, offset in (("/content/c", 0), ("/content/d/b", 600), ("/content/a", 400)):
+            self.errno_of(errno.EFBIG, self.write, drop, path, (offset, b"x"), )
+        self.assertEqual(self.notes, [400, 1000])
+
+    def test_a_wish_for_a_size_counts_as_bytes_do(self):
+        """Else the check of a file that is all holes takes hours."""
+        for is_tree, path in ((False, "/content.part"), (True, "/content/a")):
+            with self.subTest(is_tree):
+                drop = self.drop(is_tree)
+                self.write(drop, path, (0, b"abc"))
+                file = drop.open(path, FXF.WRITE, Attributes())
+                wish = Attributes(size=1 << 40)
+                self.errno_of(errno.EFBIG, drop.set_attributes, path, wish)
+                self.errno_of(errno.EFBIG, file.set_attributes, wish)
+                file.close()
+                file = self.dropped("a") if is_tree else self.dropped()
+                self.assertEqual(os.stat(file).st_size, 3)
+            trchat.remove_part(self.dropped())
+
+    def test_what_an_earlier_attempt_left_is_hashed_too(self):
+        data = noise(self.SIZE)
+        self.write(self.drop(), "/content.part", (0, data[:400]))
+        drop = self.drop()
+        self.write(drop, "/content.part", (400, data[400:]), flags=FXF.WRITE | FXF.CREAT)
+        self.assertEqual(drop.digest, trchat.sha256(data))
+        self.assertEqual(read_bytes(self.dropped()), data)
+
+    def test_a_hash_that_was_not_of_all_is_none(self):
+        data = noise(self.SIZE)
+        for pieces in (((600, data[600:]), (0, data[:600])), ((0, data[:10]), (20, data[20:])), ()):
+            drop = self.drop()
+            self.write(drop, "/content.part", *pieces)
+            self.assertIsNone(drop.digest)
+
+    def test_the_hash_is_that_of_what_is_on_the_disk(self):
+        """A sender cannot have one content hashed and another kept."""
+        data, size = noise(self.SIZE), self.SIZE
+
+        def overwritten(drop, file):
+            file.write(0, b"other")
+
+        def cut(drop, file):
+            file.set_attributes(Attributes(size=0))
+            file.set_attributes(Attributes(size=size))
+
+        def cut_by_path(drop, file):
+            drop.set_attributes("/content.part", Attributes(size=0))
+            drop.set_attributes("/content.part", Attributes(size=size))
+
+        def by_another_handle(drop, file):
+            self.write(drop, "/content.part", (0, b"other"), flags=FXF.WRITE)
+
+        def by_one_opened_later(drop, file):
+            later = drop.open("/content.part", FXF.WRITE, Attributes())
+            later.write(5, b"other")
+            later.close()
+
+        for change in (overwritten, cut, cut_by_path, by_another_handle, by_one_opened_later):
+            with self.subTest(change.__name__):
+                drop = self.drop()
+                file = drop.open("/content.part", NEW_FILE, Attributes())
+                file.write(0, data)
+                change(drop, file)
+                file.close()
+                kept = read_bytes(self.dropped())
+                self.assertNotEqual(kept, data)
+                self.assertIn(drop.digest, (None, trchat.sha256(kept)))
+
+    def test_there_is_nothing_but_what_was_offered(self):
+        write_bytes(self.at("root", "mine"), b"secret")
+        os.mkdir(self.at("root", "folder"))
+        os.symlink("mine", self.at("root", "link"))
+        for is_tree in (False, True):
+            drop = self.drop(is_tree)
+            inner = "/content" if is_tree else "/content.part"
+            names = ("/", "", ".", "..", "/mine", "/folder", "/link", "/x.part", "/x", "/content.part.part",
+                     f"{inner}/../mine", f"{inner}/./../mine", f"{inner}/a/../../mine", f"/..{inner}/../mine",
+                     f"{inner}/..", f"//mine{inner}", "mine", "/../mine", f"{inner}/../../{inner}/../mine",
+                     "/Content", "/content.PART", "/content ", f"{inner}x", f"{inner}/../folder/new")  # fmt: skip
+            asked = [
+                lambda p: drop.open(p, FXF.READ, Attributes()), drop.list, drop.stat, drop.lstat,
+                lambda p: drop.open(p, NEW_FILE, Attributes()), drop.remove, drop.remove_folder,
+                lambda p: drop.make_folder(p, Attributes()),
+                lambda p: drop.set_attributes(p, Attributes(size=0)),
+                lambda p: drop.rename(p, f"{inner}/y", True),
+                lambda p: drop.rename(inner, p, True),
+            ]  # fmt: skip
+            for name in names:
+                for ask in asked:
+                    with self.subTest(path=name, is_tree=is_tree), self.assertRaises(OSError):
+                        ask(name)
+            self.assertEqual(sorted(os.listdir(self.root)), ["folder", "link", "mine", "x.part"])
+            self.assertEqual((read_bytes(self.at("root", "mine")), os.listdir(self.at("root", "folder"))),
+                             (b"secret", []))  # fmt: skip
+            (shutil.rmtree if is_tree else os.unlink)(self.dropped())
+        self.outside_is_untouched_by(drop)
+
+    def outside_is_untouched_by(self, drop):
+        self.assertEqual(os.listdir(self.outside), ["secret"])
+
+    @given(st.lists(st.sampled_from(["..", ".", "", "content", "content.part", "mine", "x.part", "d", "/"])))
+    @settings(EXAMPLES)
+    def test_no_path_leads_out_of_it(self, parts):
+        for is_tree in (False, True):
+            drop = trchat.DropFolder(None, "x.part", is_tree, 0, None)
+            with contextlib.suppress(OSError):
+                inside = trchat.path_parts(drop._inside("/".join(parts)))
+                self.assertEqual(inside[:1], ["x.part"])
+
+    def test_a_tree_keeps_to_names_that_are_safe_everywhere(self):
+        drop = self.drop(is_tree=True)
+        for name in ("nul.txt", "a:b", "a\\b", "a ", "b.", "a\nb", "x" * 300):
+            self.assertRaises(OSError, drop.open, f"/content/{name}", NEW_FILE, Attributes())
+            self.assertRaises(OSError, drop.make_folder, f"/content/{name}", Attributes())
+        self.assertEqual(os.listdir(self.dropped()), [])
+
+    def test_a_disk_that_does_not_take_it_ends_the_transfer_and_is_remembered(self):
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES):
+            drop = self.drop()
+            file = drop.open("/content.part", NEW_FILE, Attributes())
+            broken = OSError(number, os.strerror(number))
+            with mock.patch.object(trchat.RootedFile, "write", side_effect=broken):
+                with self.assertRaises(trchat.ChatError) as caught:
+                    file.write(0, b"abc")
+            file.close()
+            self.assertEqual((caught.exception.code, drop.error), ("storage", caught.exception))
+            self.assertIn(os.strerror(number), str(caught.exception))
+            self.assertNotIn(self.base, str(caught.exception), "the other side hears of it")
+
+    def test_through_the_machine_a_full_disk_is_no_answer(self):
+        talk = SftpTalk(self.drop())
+        handle = talk.open("/content.part", NEW_FILE)
+        broken = OSError(errno.ENOSPC, "full")
+        with mock.patch.object(trchat.RootedFile, "write", side_effect=broken):
+            with self.assertRaises(trchat.ChatError):
+                talk.code(FXP.WRITE, handle, 0, b"abc")
+        talk.machine.close()
+
+    def test_a_cancelled_transfer_takes_no_more(self):
+        transfer = trchat.Transfer("ab", 1, False, "x", 10, 0, "", {"ab": "bob"}, [], "", [], "", 0.0, "")
+        run = trchat.Running(transfer, b"", "bob", lambda run: None)
+        drop = trchat.DropFolder(self.rooted(), "x.part", False, 10, run.note)
+        file = drop.open("/content.part", NEW_FILE, Attributes())
+        file.write(0, b"abc")
+        run.cancel("It was cancelled.")
+        self.assertRaisesRegex(trchat.ChatError, "cancelled", file.write, 3, b"def")
+        file.close()
+        self.assertEqual(read_bytes(self.dropped()), b"abc")
+
+
+class FinishTest(DropCase):
+    """What makes a partial a file: finish_content, reserve_part and their like."""
+
+    def running(self, name="x", files=0, sha256=b""):
+        fields = {"id": "ab", "own": False, "name": name, "size": 3, "files": files, "peers": {"ab": "bob"}}
+        transfer = trchat.Transfer(number=1, path=self.at("root", "x"), **fields)
+        run = trchat.Running(transfer, b"", "bob", lambda run: None)
+        run.sha256 = sha256
+        return run
+
+    def test_a_file_gets_its_name_only_if_it_is_what_was_sent(self):
+        for known in (b"", trchat.sha256(b"abc")):
+            write_bytes(self.dropped(), b"abc")
+            self.assertEqual(trchat.finish_content(self.running(sha256=known), trchat.sha256(b"abc")),
+                             self.at("root", "x"))  # fmt: skip
+            self.assertEqual(read_bytes(self.at("root", "x")), b"abc")
+            os.unlink(self.at("root", "x"))
+        write_bytes(self.dropped(), b"abd")
+        with self.assertRaisesRegex(trchat.ChatError, "not what was sent"):
+            trchat.finish_content(self.running(), trchat.sha256(b"abc"))
+        self.assertEqual(os.listdir(self.root), [])
+
+    def test_a_name_that_was_taken_meanwhile_gets_a_number(self):
+        write_bytes(self.at("root", "x"), b"mine")
+        write_bytes(self.dropped(), b"abc")
+        path = trchat.finish_content(self.running(), trchat.sha256(b"abc"))
+        self.assertEqual(path, self.at("root", "x (2)"))
+        self.assertEqual((read_bytes(self.at("root", "x")), read_bytes(path)), (b"mine", b"abc"))
+
+    def test_a_folder_in_which_anything_else_lies_is_thrown_away(self):
+        for extra in ({}, {"more": b""}, {"sub/b": b"changed"}):
+            trchat.reserve_part(self.at("root", "x"), True)
+            os.mkdir(self.dropped("sub"))
+            files = {"a": b"1", "sub/b": b"2"}
+            expected = trchat.tree_digest({n: trchat.sha256(d) for n, d in files.items()})
+            for name, data in {**files, **extra}.items():
+                write_bytes(self.dropped(name), data)
+            with self.subTest(extra):
+                if extra:
+                    self.assertRaises(trchat.ChatError, trchat.finish_content, self.running(files=2), expected)
+                    self.assertEqual(os.listdir(self.root), ["x"])
+                else:
+                    trchat.finish_content(self.running(files=2), expected)
+                    self.assertEqual(sorted(os.listdir(self.at("root", "x"))), ["a", "sub"])
+
+    def test_a_partial_that_vanished_is_one_sentence(self):
+        with self.assertRaises(trchat.ChatError) as caught:
+            trchat.finish_content(self.running(), bytes(32))
+        self.assertEqual(caught.exception.code, "storage")
+        self.assertEqual(str(caught.exception), trchat.one_line(str(caught.exception)))
+
+    def test_a_partial_takes_its_name_and_never_anothers(self):
+        trchat.reserve_part(self.at("root", "x"), False)
+        self.assertEqual(stat.S_IMODE(os.stat(self.dropped()).st_mode), 0o600)
+        self.assertEqual(trchat.free_name(self.root, "x"), "x (2)")
+        for is_tree in (False, True):
+            self.assertRaises(trchat.ChatError, trchat.reserve_part, self.at("root", "x"), is_tree)
+        os.symlink("gone", self.at("root", "y.part"))
+        self.assertRaises(trchat.ChatError, trchat.reserve_part, self.at("root", "y"), False)
+        self.assertEqual(sorted(os.listdir(self.root)), ["x.part", "y.part"])
+
+    def test_a_name_as_long_as_there_may_be(self):
+        for name in ("\u00e4" * 300 + ".txt", "x" * 400, "a." + "b" * 300):
+            safe = trchat.safe_file_name(name)
+            for _ in range(3):
+                path = os.path.join(self.root, trchat.free_name(self.root, safe))
+                trchat.reserve_part(path, False)
+                trchat.rename_free(path + ".part", path)
+        self.assertEqual(len(os.listdir(self.root)), 9)
+
+    @unittest.skipUnless(shutil.which("sha256sum"), "needs sha256sum")
+    def test_a_folders_digest_is_that_of_sha256sums_lines(self):
+        names = ["a", "b c", "sub/a", "sub/\u00fcml\u00e4ut", "sub.txt", "sub/deep/\U0001f600", "Z", "-n", "sub-1"]
+        names += ["\ufb01.txt", "\uff41", "new", "\u0301", "sub/empty"]
+        for number, name in enumerate(names):
+            os.makedirs(os.path.dirname(self.at("root", name)), exist_ok=True)
+            write_bytes(self.at("root", name), noise(number * 1000, number))
+        os.mkdir(self.at("root", "no files"))
+        script = "find . -type f | sed 's,^[.]/,,' | LC_ALL=C sort | tr '\\n' '\\0' | xargs -0 sha256sum --"
+        lines = subprocess.run(["sh", "-c", script], cwd=self.root, check=True, stdout=subprocess.PIPE).stdout
+        self.assertEqual(lines.count(b"\n"), len(names))
+        self.assertEqual(trchat.hash_tree(self.root), trchat.sha256(lines))
+
+    def test_measuring(self):
+        write_bytes(self.at("root", "a"), b"12345")
+        os.makedirs(self.at("root", "t", "u"))
+        write_bytes(self.at("root", "t", "u", "b"), b"123")
+        write_bytes(self.at("root", "t", "c"), b"")
+        os.symlink(self.at("outside", "secret"), self.at("root", "t", "link"))
+        os.mkfifo(self.at("root", "pipe"))
+        os.mkdir(self.at("root", "none"))
+        self.assertEqual(trchat.measure(self.at("root", "a"))[:3], ("a", 5, 0))
+        self.assertEqual(trchat.measure(self.at("root", "t") + "/"), ("t", 3, 2, []))
+        os.symlink(self.at("root", "a"), self.at("root", "to a"))
+        self.assertEqual(trchat.measure(self.at("root", "to a"))[:3], ("to a", 5, 0))
+        for name, said in (("pipe", "neither"), ("none", "no file"), ("gone", "No such file")):
+            self.assertRaisesRegex(trchat.ChatError, said, trchat.measure, self.at("root", name))
+        before = trchat.measure(self.at("root", "a"))[3]
+        os.utime(self.at("root", "a"), (1, 1))
+        self.assertNotEqual(trchat.measure(self.at("root", "a"))[3], before)
+
+
+class SharedFoldersTest(RootedCase):
+    def setUp(self):
+        super().setUp()
+        for name in ("one/docs", "two/docs", "three/pics"):
+            os.makedirs(self.at("root", name))
+            write_bytes(self.at("root", name, "file"), name.encode())
+        self.talks = []
+
+    def shared(self, *shares):
+        folder = trchat.open_shares([{"path": self.at("root", p), "write": w} for p, w in shares])
+        self.addCleanup(folder.close)
+        return folder
+
+    def read(self, folder, path):
+        file = folder.open(path, FXF.READ, Attributes())
+        try:
+            return file.read(0, 1000)
+        finally:
+            file.close()
+
+    def test_one_is_the_root_itself_and_several_are_names_in_it(self):
+        self.assertEqual(self.read(self.shared(("one/docs", False)), "/file"), b"one/docs")
+        folder = self.shared(("one/docs", False), ("two/docs", True), ("three/pics", False))
+        self.assertEqual(sorted(e.name for e in folder.list("/")), ["docs", "docs (2)", "pics"])
+        for name, content in (("docs", b"one/docs"), ("docs (2)", b"two/docs"), ("pics", b"three/pics")):
+            self.assertEqual(self.read(folder, f"/{name}/file"), content)
+            self.assertTrue(stat.S_ISDIR(folder.stat(f"/{name}").permissions))
+        self.assertTrue(stat.S_ISDIR(folder.stat("/").permissions))
+        self.assertEqual(folder.real_path("/docs/../pics/."), "/pics")
+
+    def test_each_keeps_its_own_rights_and_stays_apart(self):
+        folder = self.shared(("one/docs", False), ("two/docs", True))
+        with self.assertRaises(OSError) as caught:
+            folder.open("/docs/new", NEW_FILE, Attributes())
+        self.assertEqual(caught.exception.errno, errno.EROFS)
+        folder.open("/docs (2)/new", NEW_FILE, Attributes()).close()
+        folder.make_folder("/docs (2)/d", Attributes())
+        folder.rename("/docs (2)/new", "/docs (2)/d/new", False)
+        with self.assertRaises(OSError) as caught:
+            folder.rename("/docs (2)/d/new", "/docs/new", False)
+        self.assertEqual(caught.exception.errno, errno.EXDEV)
+        self.assertEqual(os.listdir(self.at("root", "two", "docs", "d")), ["new"])
+
+    def test_nothing_can_be_done_to_their_names_or_beside_them(self):
+        folder = self.shared(("one/docs", True), ("two/docs", True))
+        for path in ("/", "/docs", "/none", "/none/x", "/docs/..", "/../one", "/docs/../../three/pics/file"):
+            for ask in (
+                folder.remove, folder.remove_folder, lambda p: folder.make_folder(p, Attributes()),
+                lambda p: folder.rename(p, "/docs/x", True), lambda p: folder.rename("/docs/file", p, True),
+                lambda p: folder.open(p, NEW_FILE, Attributes()),
+            ):  # fmt: skip
+                with self.subTest(path), self.assertRaises(OSError):
+                    ask(path)
+        self.assertEqual(sorted(os.listdir(self.root)), ["one", "three", "two"])
+
+    def test_a_path_means_the_same_wherever_its_dots_are_undone(self):
+        folder = self.shared(("one/docs", False), ("two/docs", False))
+        self.assertEqual(self.read(folder, "/docs/../docs (2)/file"), b"two/docs")
+        self.assertEqual(len(list(folder.list("/docs/.."))), 2)
+
+    def test_through_the_machine(self):
+        folder = self.shared(("one/docs", False), ("two/docs", True))
+        talk = SftpTalk(folder)
+        self.addCleanup(talk.machine.close)
+        self.assertEqual(sorted(talk.names("/")), ["docs", "docs (2)"])
+        self.assertEqual(talk.names("/docs"), ["file"])
+        talk.put("/docs (2)/x", b"y")
+        self.assertEqual(talk.code(FXP.RENAME, "/docs (2)/x", "/docs/x"), FX.FAILURE)
+        self.assertEqual(talk.code(FXP.OPENDIR, "/pics"), FX.NO_SUCH_FILE)
+
+    def test_one_that_is_gone_is_one_sentence(self):
+        shutil.rmtree(self.at("root", "one"))
+        for shares in ((("one/docs", False),), (("two/docs", False), ("one/docs", False))):
+            with self.assertRaises(trchat.ChatError) as caught:
+                self.shared(*shares)
+            self.assertEqual(caught.exception.code, "storage")
+
+
+class FileLinesTest(FileTest):
+    """What a person types about files, and what they read."""
+
+    def test_words_of_a_line(self):
+        for line, words in (
+            ("a b", ["a", "b"]), ('"a b" c', ["a b", "c"]), ("'a b'", ["a b"]), (r"a\ b", ["a b"]),
+            ("  a   b ", ["a", "b"]), ("", []), ('""', [""]), ("#room a#b", ["#room", "a#b"]), ("a;b$c|d", ["a;b$c|d"]),
+        ):  # fmt: skip
+            self.assertEqual(trchat.split_paths(line), words)
+        for line in ('"a', "'a", "it's"):
+            self.error_of(trchat.split_paths, line, code="usage")
+
+    NAMES = ["plain", "two words", "it's", 'say "hi"', "back\\slash", "#hash", "@at", "\u00fcml\u00e4ut",
+             "a'b c", "a\"b c", "tail ", "$HOME", "*", "~x"]  # fmt: skip
+
+    def test_whatever_is_completed_is_read_as_just_that_path(self):
+        for number, name in enumerate(self.NAMES):
+            folder = os.path.join(self.base, f"f{number}")
+            os.mkdir(folder)
+            write_bytes(os.path.join(folder, name), b"")
+            with self.subTest(name):
+                before = f"/file {folder}{os.sep}"
+                start, found = trchat._complete_path(before)
+                line = before[:start] + found[0]
+                self.assertEqual(trchat.split_paths(line[len("/file ") :]), [os.path.join(folder, name)])
+
+    def test_completion_of_paths(self):
+        os.makedirs(os.path.join(self.base, "c", "sub dir"))
+        for name in ("one.txt", "on", ".hidden", "two three", "two four"):
+            write_bytes(os.path.join(self.base, "c", name), b"")
+        at = os.path.join(self.base, "c") + os.sep
+
+        def complete(typed):
+            start, found = trchat._complete_path("/file " + typed)
+            return [f[len(at) + (f[0] == '"') :] for f in found]
+
+        self.assertEqual(complete(at + "on"), ["on", "one.txt"])
+        self.assertEqual(complete(at + "x"), [])
+        self.assertEqual(complete(at + "no/"), [])
+        self.assertNotIn(".hidden", complete(at))
+        self.assertEqual(complete(at + ".h"), [".hidden"])
+        self.assertEqual(complete(at + "sub"), ['sub dir/"'])
+        self.assertEqual(complete(f'"{at}two t'), ['two three"'])
+        self.assertEqual(complete("a.txt " + at + "one"), ["one.txt"])
+        with mock.patch.dict(os.environ, {"HOME": self.base}):
+            self.assertEqual(trchat._complete_path("/file ~/c/on"), (6, ["~/c/on", "~/c/one.txt"]))
+
+    def test_a_completed_folder_with_a_blank_is_completed_further(self):
+        os.makedirs(os.path.join(self.base, "my dir"))
+        write_bytes(os.path.join(self.base, "my dir", "x"), b"")
+        line = f"/file {self.base}/my"
+        for _ in range(2):  # as the line editor puts it in: the cursor stands behind it
+            start, (found,) = trchat._complete_path(line)
+            line = line[:start] + found
+        self.assertEqual(trchat.split_paths(line[6:]), [os.path.join(self.base, "my dir", "x")])
+
+    def words(self):
+        return trchat.ChatWords(types.SimpleNamespace(trust=trchat.Trust()))
+
+    def test_words_for_what_becomes_of_a_file(self):
+        whom = {"name": "a.txt", "size": 4_100_000, "number": "f1", "id": "ab"}
+        mine, theirs = {**whom, "to": ["bob"]}, {**whom, "from": "bob"}
+        for event, said in (
+            ({"event": "received", **theirs, "path": "/in/a.txt"}, "✓ a.txt from bob is here: /in/a.txt"),
+            ({"event": "file-sent", **mine}, "✓ bob has a.txt."),
+            ({"event": "file-failed", **mine, "text": "no\x1b[2J"}, "✗ a.txt to bob: no"),
+            ({"event": "file-failed", **theirs, "text": "Why."}, "✗ a.txt from bob: Why."),
+            ({"event": "progress", **theirs, "done": 5}, None),
+        ):  # fmt: skip
+            text = self.words()(event)
+            self.assertEqual(text if said is None else trchat.printable(text)[: len(said)], said)
+            self.assertNotIn("\x1b", text or "")
+
+    def test_words_for_an_offer(self):
+        text = trchat.encode_offer(trchat.Offer("a\u202etxt.exe", 0, 0, ""))
+        offer = trchat.offer_fields(trchat.decode_offer(text))
+        event = {"event": "offer", **offer, "from": "bob", "fingerprint": "sha256:" + "ab" * 32,
+                 "verified": True, "time": "2026-01-01T00:00:00Z", "number": "f7"}  # fmt: skip
+        text = self.words()(event)
+        self.assertIn("/get f7 takes it", text)
+        self.assertIn(" bob", text)
+        self.assertIn("0 bytes", text)
+        self.assertNotIn("\u202e", text)
+        event["_question"] = "Fetch it from host?"
+        self.assertIn("\n  Fetch it from host?", self.words()(event))
+        del event["number"], event["_question"]
+        self.assertIsInstance(self.words()(event), str, "an offer that got no number is shown, too")
+
+    def test_a_transfer_in_the_status_line(self):
+        run = {"name": "n" * 40, "size": 200, "done": 100, "rate": 3_200_000, "left": 12, "from": "bob"}
+        self.assertEqual(trchat._transfer_words(run), "↓ " + "n" * 24 + " 50% 3.2 MB/s 12s")
+        run = {"name": "n", "size": 0, "done": 0, "rate": 0, "left": 0, "to": ["bob"]}
+        self.assertEqual(trchat._transfer_words(run), "↑ n 0 bytes")
+
+
+class SourceGate:
+    """Lets files be read for sending up to `limit` bytes; there their senders wait until `open`."""
+
+    def __init__(self, case, limit: int):
+        self.limit, self.reached, self.open = limit, threading.Event(), threading.Event()
+        self._read = trchat.LocalFile.read
+        gate = self
+
+        def read(file, most):
+            if isinstance(file, trchat.SourceFile) and file._file.tell() >= gate.limit:
+                gate.reached.set()
+                gate.open.wait(PATIENCE)
+            return gate._read(file, most)
+
+        patcher = mock.patch.object(trchat.LocalFile, "read", read)
+        patcher.start()
+        case.addCleanup(patcher.stop)
+        case.addCleanup(self.open.set)
+
+    def wait(self):
+        assert self.reached.wait(PATIENCE), "nothing was read up to there"
+
+
+class FilesCase(KeptTest):
+    """People in this process who send each other files."""
+
+    SIZE = 3 << 20
+
+    def setUp(self):
+        super().setUp()
+        self.data = noise(self.SIZE)
+        self.writes = []  # (offset, size) of everything that receivers wrote
+        real, writes = trchat.DropFile.write, self.writes
+
+        def write(file, offset, data):
+            real(file, offset, data)
+            writes.append((offset, len(data)))
+
+        patcher = mock.patch.object(trchat.DropFile, "write", write)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def source(self, name: str, data=None) -> str:
+        path = os.path.join(self.base, "files", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_bytes(path, self.data if data is None else data)
+        return path
+
+    def inbox(self, person, *names) -> str:
+        return os.path.join(person.paths.file("inbox"), *names)
+
+    def held(self, person) -> list:
+        folder = self.inbox(person)
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+    def owner(self, person, function, *args):
+        """What a function gives that runs in the owner thread of somebody's chat."""
+        answer = queue.Queue()
+
+        def run():
+            try:
+                answer.put(function(*args))
+            except BaseException as error:
+                answer.put(error)
+                raise
+
+        person.client.call(run)
+        result = answer.get(timeout=PATIENCE)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def transfer(self, person, offer):
+        return self.owner(person, person.client.desk.book.find, offer["number"])
+
+    def running(self, person):
+        return self.owner(person, lambda: list(person.client.desk.running.values()))
+
+    def wait_idle(self, *people):
+        """Until nothing is on its way with them."""
+        limit = time.monotonic() + 5
+        while any(self.owner(p, p.client.desk.unfinished) for p in people):
+            self.assertLess(time.monotonic(), limit, [p.story() for p in people])
+            time.sleep(0.01)
+
+    def offer(self, sender, path, *receivers, to=""):
+        """Offers; the sender's event and those of the receivers."""
+        name = os.path.basename(path)
+        sender.type(f'/file "{path}"{to}')
+        mine = sender.wait_for("offer", name=name)
+        return (mine, *(r.wait_for("offer", id=mine["id"]) for r in receivers))
+
+    def get(self, sender, receiver, offer):
+        """Takes an offer; what both hear at the end."""
+        receiver.type(f"/get {offer['number']}")
+        return self.received(sender, receiver, offer)
+
+    def received(self, sender, receiver, offer):
+        got = receiver.wait_for("received", id=offer["id"])
+        return got, sender.wait_for("file-sent", id=offer["id"], to=[receiver.name])
+
+    def assert_same(self, path, data=None):
+        self.assertTrue(read_bytes(path) == (self.data if data is None else data), path)
+
+    def in_directory(self, person, other):
+        return person.client.machine.directory.find(other.name)
+
+    def send(self, person, other, kind, number: str, *values):
+        """A content that a person's own program would not send."""
+        machine = person.client.machine
+        there = self.owner(person, machine.directory.find, other.name)
+        self.owner(person, machine.directory.send, there, kind, bytes.fromhex(number), *values)
+
+    def settle(self, person, other):
+        """Until `other` has handled all that `person` has sent before."""
+        text = f"so far {random.random()}"
+        person.type(f"/msg {other.name} {text}")
+        other.wait_until(lambda _: text in other.texts())
+
+
+class FileDeskTest(FilesCase):
+    def test_a_file_goes_over_and_both_hear_of_it(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        path = self.source("my photo.jpg")
+        mine, theirs = self.offer(alice, path, bob)
+        self.assertEqual((mine["to"], mine["size"], mine["room"]), (["bob"], self.SIZE, "lobby"))
+        self.assertEqual((theirs["from"], theirs["size"], theirs["files"]), ("alice", self.SIZE, 0))
+        got, sent = self.get(alice, bob, theirs)
+        self.assertEqual(got["path"], self.inbox(bob, "my photo.jpg"))
+        self.assertEqual(got["sha256"], hashlib.sha256(self.data).hexdigest())
+        self.assertEqual((sent["sha256"], sent["size"]), (got["sha256"], self.SIZE))
+        self.assert_same(got["path"])
+        self.assertEqual(stat.S_IMODE(os.stat(got["path"]).st_mode), 0o600)
+        self.assertEqual(self.held(bob), ["my photo.jpg"])
+        self.wait_idle(alice, bob)
+
+    def test_empty_small_and_odd_ones(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        for name, data in (
+            ("empty", b""), ("one", b"x"), ("block", noise(trchat.SFTP_BLOCK)), ("over", noise(trchat.SFTP_BLOCK + 1)),
+            ("-dash", b"1"), ("\u00fcml\u00e4ut \U0001f600.txt", b"2"), (".hidden", b"3"), ("a" * 200 + ".txt", b"4"),
+        ):  # fmt: skip
+            with self.subTest(name):
+                mine, theirs = self.offer(alice, self.source(name, data), bob)
+                got, _ = self.get(alice, bob, theirs)
+                self.assert_same(got["path"], data)
+                self.assertEqual(got["sha256"], hashlib.sha256(data).hexdigest())
+        self.assertFalse([n for n in self.held(bob) if n.endswith(".part")])
+
+    def test_a_name_that_is_not_fit_is_made_so(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        for name, kept in (("nul.txt", "_nul.txt"), ("a:b?.txt", "a_b_.txt"), ("x. ", "x"), ("a\u202egpj.exe", "agpj.exe")):
+            path = self.source(name, b"x")
+            alice.type(f'/file "{path}"')
+            theirs = bob.wait_for("offer")
+            self.assertEqual(theirs["name"], kept)
+            got, _ = self.get(alice, bob, theirs)
+            self.assertEqual(got["path"], self.inbox(bob, kept))
+
+    def test_a_folder_comes_whole(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        files = {"a": b"1", "sub/b": self.data, "sub/deep/er/c": b"", "a.part": b"2", "z z": b"3"}
+        for name, data in files.items():
+            self.source(f"tree/{name}", data)
+        os.mkdir(os.path.join(self.base, "files", "tree", "none"))
+        os.symlink("/etc/passwd", os.path.join(self.base, "files", "tree", "link"))
+        _, theirs = self.offer(alice, os.path.join(self.base, "files", "tree"), bob)
+        self.assertEqual((theirs["files"], theirs["size"]), (5, sum(map(len, files.values()))))
+        got, sent = self.get(alice, bob, theirs)
+        for name, data in files.items():
+            self.assert_same(os.path.join(got["path"], name), data)
+        self.assertEqual(sorted(os.listdir(got["path"])), ["a", "a.part", "none", "sub", "z z"])
+        digests = {name: trchat.sha256(data) for name, data in files.items()}
+        self.assertEqual({got["sha256"], sent["sha256"]}, {trchat.tree_digest(digests).hex()})
+
+    def test_several_at_once(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        names = [f"n{number}" for number in range(12)]
+        words = " ".join(self.source(name, noise(100_000 + n, n)) for n, name in enumerate(names))
+        alice.type("/file " + words)
+        offers = [bob.wait_for("offer", name=name) for name in names]
+        bob.type("/get " + " ".join(offer["number"] for offer in offers))
+        for number, offer in enumerate(offers):
+            got, _ = self.received(alice, bob, offer)
+            self.assert_same(got["path"], noise(100_000 + number, number))
+        self.assertEqual(self.held(bob), sorted(names))
+        self.wait_idle(alice, bob)
+
+    def test_both_ways_at_the_same_time(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        there, back = self.source("there"), self.source("back", noise(self.SIZE, 2))
+        alice.type(f"/file {there} @bob")
+        bob.type(f"/file {back} @alice")
+        one, two = bob.wait_for("offer", **{"from": "alice"}), alice.wait_for("offer", **{"from": "bob"})
+        bob.type(f"/get {one['number']}")
+        alice.type("/get " + two["number"])
+        self.assert_same(self.received(alice, bob, one)[0]["path"])
+        self.assert_same(self.received(bob, alice, two)[0]["path"], noise(self.SIZE, 2))
+
+    def test_to_a_room_it_goes_to_each_who_takes_it(self):
+        alice, bob, carol, dora = self.gather(self.serve(), "alice", "bob", "carol", "dora")
+        mine, *theirs = self.offer(alice, self.source("x"), bob, carol, dora)
+        self.assertEqual(mine["to"], ["bob", "carol", "dora"])
+        for person, offer in zip((bob, carol), theirs):
+            person.type(f"/get {offer['number']}")
+        for person, offer in zip((bob, carol), theirs):
+            self.assert_same(self.received(alice, person, offer)[0]["path"])
+        (row,) = alice.ask_for("files", "/files")
+        self.assertEqual((row["state"], row["to"]), ("offered, 2 have it", ["bob", "carol", "dora"]))
+        self.assertEqual(self.held(dora), [])
+        self.get(alice, dora, theirs[2])
+
+    def test_a_contact_who_comes_later_finds_it(self):
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left", name="bob")
+        alice.type(f"/file {self.source('x')} @bob")
+        mine = alice.wait_for("offer")
+        self.assertEqual(mine["to"], ["bob"])
+        bob = self.enter("bob", server)
+        theirs = bob.wait_for("offer", id=mine["id"])
+        self.assert_same(self.get(alice, bob, theirs)[0]["path"])
+
+    def test_a_contact_who_comes_after_a_restart_of_the_sender_finds_it(self):
+        self.kept_from_before = True
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.leave()
+        alice.wait_for("left", name="bob")
+        alice.type(f"/file {self.source('x')} @bob")
+        mine = alice.wait_for("offer")
+        alice.leave()
+        bob, alice = self.enter("bob", server), self.enter("alice", server)
+        theirs = bob.wait_for("offer", id=mine["id"])
+        self.assert_same(self.get(alice, bob, theirs)[0]["path"])
+
+    def test_nothing_that_is_there_is_overwritten(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        trchat.make_private_folder(self.inbox(bob))
+        write_bytes(self.inbox(bob, "X.txt"), b"mine")
+        offers = [self.offer(alice, self.source(f"{n}/x.txt", noise(9, n)), bob)[1] for n in range(3)]
+        bob.type(*(f"/get {offer['number']}" for offer in offers))
+        for number, offer in enumerate(offers):
+            path = self.received(alice, bob, offer)[0]["path"]
+            self.assert_same(path, noise(9, number))
+        self.assertEqual(self.held(bob), ["X.txt", "x (2).txt", "x (3).txt", "x (4).txt"])
+        self.assert_same(self.inbox(bob, "X.txt"), b"mine")
+
+    def test_a_name_that_is_taken_while_it_comes(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        gate = SourceGate(self, 1 << 20)
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        bob.type("/get")
+        gate.wait()
+        write_bytes(self.inbox(bob, "x"), b"mine")
+        gate.open.set()
+        got, _ = self.received(alice, bob, theirs)
+        self.assertEqual(got["path"], self.inbox(bob, "x (2)"))
+        self.assert_same(got["path"])
+        self.assert_same(self.inbox(bob, "x"), b"mine")
+
+    def test_nobody_is_offered_what_cannot_be_read(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        os.mkfifo(self.source("x", b"") + "pipe")
+        for words, said in (
+            (self.base + "/none", "No such file"), (self.base + "/files/xpipe", "neither"),
+            ("/dev/zero", "neither"), ('"a', "quote"), ("", "/file PATH"), ("@bob", "cannot be read"),
+            (self.source("x", b"") + " @nobody", "nobody"),
+        ):  # fmt: skip
+            answer = alice.ask(f"/file {words}")
+            self.assertEqual((answer["event"], said in answer["text"]), ("error", True), answer)
+        with mock.patch("builtins.open", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+            self.assertIn("Permission denied", alice.ask(f"/file {self.base}/files/x")["text"])
+        self.assertEqual(bob.of("offer"), [])
+
+    def test_a_source_that_changed_is_not_sent(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        path = self.source("x")
+        for change, said in (
+            (lambda: write_bytes(path, noise(self.SIZE, 2)), "has changed"), (lambda: os.unlink(path), "No such file"),
+        ):  # fmt: skip
+            write_bytes(path, self.data)
+            _, theirs = self.offer(alice, path, bob)
+            change()
+            bob.type(f"/get {theirs['number']}")
+            self.assertIn(said, alice.wait_for("file-failed", id=theirs["id"])["text"])
+            failed = bob.wait_for("file-failed", id=theirs["id"])
+            self.assertNotIn(self.base, failed["text"], "the receiver learns where things lie")
+            self.assertEqual(bob.of("received"), [])
+        self.wait_idle(alice, bob)
+
+    def test_a_source_that_changes_on_the_way_never_arrives(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        path = self.source("x")
+
+        def appended():
+            with open(path, "ab") as file:
+                file.write(b"more")
+
+        for change in (
+            appended, lambda: os.truncate(path, 1 << 20), lambda: os.unlink(path),
+            lambda: os.replace(self.source("y", noise(self.SIZE, 2)), path),
+        ):  # fmt: skip
+            write_bytes(path, self.data)
+            gate = SourceGate(self, 1 << 20)
+            _, theirs = self.offer(alice, path, bob)
+            bob.type(f"/get {theirs['number']}")
+            gate.wait()
+            change()
+            gate.open.set()
+            alice.wait_for("file-failed", id=theirs["id"])
+            bob.wait_for("file-failed", id=theirs["id"])
+        self.assertEqual((bob.of("received"), [n for n in self.held(bob) if not n.endswith(".part")]), ([], []))
+        self.wait_idle(alice, bob)
+
+    def test_the_disk_of_the_receiver_does_not_take_it(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        real = trchat.RootedFile.write
+        for number in (errno.ENOSPC, errno.EIO, errno.EROFS):
+            _, theirs = self.offer(alice, self.source(f"x{number}"), bob)
+
+            def full(file, offset, data, number=number):
+                if offset + len(data) > 1 << 20:
+                    raise OSError(number, os.strerror(number))
+                real(file, offset, data)
+
+            with mock.patch.object(trchat.RootedFile, "write", full):
+                bob.type(f"/get {theirs['number']}")
+                failed = bob.wait_for("file-failed", id=theirs["id"])
+                self.assertIn(os.strerror(number), failed["text"])
+                heard = alice.wait_for("file-failed", id=theirs["id"])["text"]
+            self.assertNotIn(self.home, heard)
+            kept = os.stat(self.inbox(bob, f"x{number}.part")).st_size
+            self.assertGreater(kept, 500_000, "what is here stays")
+            self.writes.clear()
+            got, _ = self.get(alice, bob, theirs)
+            self.assertEqual(self.writes[0][0], kept, "it goes on where it stopped")
+            self.assert_same(got["path"])
+        alice.say("still here")
+        bob.wait_for("message", text="still here")
+
+    def test_too_little_room_is_said_before_anything_is_sent(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        usage = types.SimpleNamespace(free=self.SIZE)
+        with mock.patch.object(trchat.shutil, "disk_usage", lambda path: usage):
+            answer = bob.ask(f"/get {theirs['number']}")
+            self.assertEqual((answer["event"], answer["code"]), ("error", "storage"))
+        self.assertEqual((self.held(bob), self.writes), ([], []))
+        self.get(alice, bob, theirs)
+
+    def test_an_inbox_that_cannot_be_used_is_one_sentence(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        shutil.rmtree(self.inbox(bob), ignore_errors=True)
+        write_bytes(self.inbox(bob), b"in the way")
+        answer = bob.ask(f"/get {theirs['number']}")
+        self.assertEqual((answer["event"], answer["code"]), ("error", "storage"))
+        os.unlink(self.inbox(bob))
+        self.get(alice, bob, theirs)
+
+    def test_an_inbox_that_vanishes_on_the_way(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        gate = SourceGate(self, 1 << 20)
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        bob.type("/get")
+        gate.wait()
+        os.rename(self.inbox(bob), self.inbox(bob) + " gone")
+        gate.open.set()
+        bob.wait_for("file-failed", id=theirs["id"])
+        self.wait_idle(bob)
+        gate.limit = 1 << 62
+        got, _ = self.get(alice, bob, theirs)
+        self.assert_same(got["path"])
+
+
+class FileAcceptanceTest(FilesCase):
+    def chosen(self, policy, *, friends):
+        server = self.serve()
+        bob = self.enter("bob", server, settings=[f"accept-files={policy}"])
+        alice = self.enter("alice", server)
+        bob.wait_for("joined", name="alice")
+        if friends:
+            bob.wait_until(lambda _: bob.client.machine.directory.find("alice"))
+            bob.ask("/contacts add alice", name="alice")
+        return alice, bob
+
+    def test_from_contacts_it_comes_by_itself(self):
+        alice, bob = self.chosen("contacts", friends=True)
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        self.received(alice, bob, theirs)
+        kinds = [e["event"] for e in bob.events if e.get("id") == theirs["id"] and e["event"] != "progress"]
+        self.assertEqual(kinds, ["offer", "received"])
+
+    def test_others_are_asked_about(self):
+        for policy, friends in (("contacts", False), ("ask", True), ("ask", False)):
+            alice, bob = self.chosen(policy, friends=friends)
+            _, theirs = self.offer(alice, self.source("x"), bob)
+            self.settle(alice, bob)
+            self.assertEqual((self.transfer(bob, theirs).state, self.held(bob)), (trchat.PENDING, []))
+            for person in (alice, bob):
+                person.leave()
+
+    def test_never_is_never(self):
+        alice, bob = self.chosen("never", friends=True)
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        self.assertIn("no files", alice.wait_for("file-failed", id=theirs["id"])["text"])
+        answer = bob.ask(f"/get {theirs['number']}")
+        self.assertEqual((answer["event"], self.held(bob)), ("error", []))
+
+    def test_it_can_be_changed_in_the_chat(self):
+        alice, bob = self.chosen("ask", friends=True)
+        bob.ask("/set accept-files contacts")
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        self.received(alice, bob, theirs)
+
+    def test_somebody_blocked_offers_nothing(self):
+        alice, bob = self.chosen("contacts", friends=True)
+        bob.ask("/block alice")
+        alice.type(f"/file {self.source('x')} @bob")
+        alice.wait_for("offer")
+        alice.wait_until(lambda _: alice.of("offer"))
+        self.settle(bob, alice) if False else None
+        carol = self.enter("carol", bob.client.machine.server_address)
+        bob.wait_for("joined", name="carol")
+        self.settle(carol, bob)
+        self.assertEqual((bob.of("offer"), self.held(bob)), ([], []))
+
+    def test_somebody_blocked_afterwards_gets_and_sends_nothing(self):
+        alice, bob = self.chosen("ask", friends=False)
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        back, _ = self.offer(bob, self.source("y"), alice)
+        bob.ask("/block alice")
+        alice.type(f"/get {alice.of('offer', id=back['id'])[0]['number']}")
+        carol = self.enter("carol", bob.client.machine.server_address)
+        self.settle(carol, bob)
+        self.assertEqual(self.held(alice), ["y.part"])
+        self.assertEqual(self.running(bob), [])
+
+    def test_what_only_some_were_offered_others_do_not_get(self):
+        server = self.serve()
+        alice, bob, carol = self.gather(server, "alice", "bob", "carol")
+        mine, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+        self.send(carol, alice, trchat.WANT, mine["id"])
+        self.settle(carol, alice)
+        self.assertEqual(self.running(alice), [])
+        dora = self.enter("dora", server)
+        room, _ = self.offer(alice, self.source("y"), bob)
+        carol.type("/leave")
+        alice.wait_for("left", name="carol")
+        later, _ = self.offer(alice, self.source("z"), bob, dora)[:2]
+        for person in (carol, dora):
+            self.send(person, alice, trchat.WANT, mine["id"])
+        self.send(carol, alice, trchat.WANT, later["id"])
+        self.settle(carol, alice)
+        self.assertEqual(self.running(alice), [], "who has left is not offered what comes later")
+        self.send(carol, alice, trchat.WANT, room["id"])  # this one was offered
+        self.settle(carol, alice)
+
+
+class FileCancelTest(FilesCase):
+    def test_before_it_is_taken(self):
+        for who in ("sender", "receiver"):
+            alice, bob = self.gather(self.serve(), "alice", "bob")
+            mine, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+            (alice if who == "sender" else bob).type(f"/cancel {mine['number']}")
+            (bob if who == "sender" else alice).wait_for("file-failed", id=mine["id"])
+            self.assertEqual(bob.ask(f"/get {theirs['number']}")["event"], "error")
+            self.assertEqual(self.held(bob), [])
+            for person in (alice, bob):
+                person.leave()
+
+    def test_half_way(self):
+        for who in ("sender", "receiver"):
+            alice, bob = self.gather(self.serve(), "alice", "bob")
+            gate = SourceGate(self, 1 << 20)
+            mine, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+            bob.type("/get")
+            gate.wait()
+            (alice if who == "sender" else bob).type(f"/cancel {mine['number']}")
+            (bob if who == "sender" else alice).wait_for("file-failed", id=mine["id"])
+            gate.open.set()
+            self.wait_idle(alice, bob)
+            self.wait_for_no_part(bob)
+            self.assertEqual((alice.of("file-sent"), bob.of("received")), ([], []))
+            for person in (alice, bob):
+                person.leave()
+
+    def wait_for_no_part(self, person):
+        limit = time.monotonic() + 5
+        while self.held(person):
+            self.assertLess(time.monotonic(), limit, self.held(person))
+            time.sleep(0.01)
+
+    def test_while_it_waits_for_its_owner(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        _, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+        alice.leave()
+        bob.wait_for("left", name="alice")
+        bob.ask("/get")
+        self.assertEqual(self.held(bob), ["x.part"])
+        bob.type(f"/cancel {theirs['number']}")
+        self.wait_for_no_part(bob)
+        self.kept_from_before = True
+        alice = self.enter("alice", server)
+        self.settle(alice, bob)
+        self.assertEqual((self.held(bob), bob.of("received")), ([], []))
+
+    def test_after_it_has_arrived_it_is_over(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        mine, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+        got, _ = self.get(alice, bob, theirs)
+        for person in (alice, bob):
+            self.assertEqual(person.ask(f"/cancel {mine['number']}")["event"], "error")
+        self.assert_same(got["path"])
+
+    def test_one_of_a_room_refuses_and_the_others_get_it(self):
+        alice, bob, carol = self.gather(self.serve(), "alice", "bob", "carol")
+        mine, his, hers = self.offer(alice, self.source("x"), bob, carol)
+        bob.type(f"/cancel {his['number']}")
+        alice.wait_for("file-failed", id=mine["id"], to=["bob"])
+        self.get(alice, carol, hers)
+
+    def test_taking_it_back_ends_it_for_all_of_a_room(self):
+        alice, bob, carol = self.gather(self.serve(), "alice", "bob", "carol")
+        gate = SourceGate(self, 1 << 20)
+        mine, his, hers = self.offer(alice, self.source("x"), bob, carol)
+        bob.type(f"/get {his['number']}")
+        gate.wait()
+        alice.type(f"/cancel {mine['number']}")
+        for person in (bob, carol):
+            person.wait_for("file-failed", id=mine["id"])
+        gate.open.set()
+        self.wait_for_no_part(bob)
+        self.assertEqual(carol.ask(f"/get {hers['number']}")["event"], "error")
+
+    def test_one_that_was_given_up_for_another(self):
+        """Taken twice in a row: it is begun anew, and arrives once."""
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        gate = SourceGate(self, 1 << 20)
+        _, theirs = self.offer(alice, self.source("x"), bob)
+        bob.type("/get")
+        gate.wait()
+        bob.type(*([f"/get {theirs['number']}"] * 5))
+        self.settle(bob, alice)
+        gate.open.set()
+        got, _ = self.received(alice, bob, theirs)
+        self.wait_idle(alice, bob)
+        self.assert_same(got["path"])
+        self.assertEqual((len(bob.of("received")), len(alice.of("file-sent"))), (1, 1))
+        self.assertEqual((bob.of("file-failed"), self.held(bob)), ([], ["x"]))
+
+
+class FileResumeTest(FilesCase):
+    """What was interrupted goes on where it stopped."""
+
+    def interrupted(self, how, size=None):
+        """A server behind a proxy, and a transfer that is held half way."""
+        self.server = self.serve()
+        self.proxy = ByteProxy(self.server.port)
+        self.addCleanup(self.proxy.close)
+        alice = self.enter("alice", f"127.0.0.1:{self.proxy.port}" if how == "sender" else self.server)
+        bob = self.enter("bob", f"127.0.0.1:{self.proxy.port}" if how == "receiver" else self.server)
+        alice.wait_for("joined", name="bob")
+        gate = SourceGate(self, 1 << 20)
+        _, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+        bob.type("/get")
+        gate.wait()
+        gate.limit = 1 << 62
+        limit = time.monotonic() + PATIENCE
+        while not self.writes or self.writes[-1][0] < 500_000:
+            self.assertLess(time.monotonic(), limit)
+            time.sleep(0.005)
+        return alice, bob, theirs, gate
+
+    def resumed(self, alice, bob, theirs, kept=None):
+        got, _ = self.received(alice, bob, theirs)
+        self.assert_same(got["path"])
+        self.assertEqual(got["sha256"], hashlib.sha256(self.data).hexdigest())
+        self.assertEqual(self.held(bob), ["x"])
+        self.wait_idle(alice, bob)
+        if kept is not None:
+            self.assertEqual(self.writes[0][0], kept)
+
+    def test_a_lost_connection(self):
+        for how in ("sender", "receiver"):
+            alice, bob, theirs, gate = self.interrupted(how)
+            self.proxy.cut()
+            (alice if how == "sender" else bob).wait_for("reconnecting")
+            self.wait_idle(bob)
+            kept = os.stat(self.inbox(bob, "x.part")).st_size
+            self.assertGreater(kept, 500_000)
+            self.writes.clear()
+            gate.open.set()
+            self.resumed(alice, bob, theirs, kept)
+            self.assertEqual((alice.of("file-failed"), bob.of("file-failed")), ([], []))
+            for person in (alice, bob):
+                person.leave()
+            self.writes.clear()
+            shutil.rmtree(self.inbox(bob))
+
+    def test_a_server_that_starts_anew(self):
+        alice, bob, theirs, gate = self.interrupted("neither")
+        self.server.stop()
+        self.wait_idle(bob)
+        kept = os.stat(self.inbox(bob, "x.part")).st_size
+        self.writes.clear()
+        gate.open.set()
+        self.serve(port=self.server.port, chain=self.server.chain)
+        self.resumed(alice, bob, theirs, kept)
+
+    def test_whoever_left_comes_back(self):
+        self.kept_from_before = True
+        for who in ("alice", "bob"):
+            with self.subTest(who):
+                alice, bob, theirs, gate = self.interrupted("neither")
+                person = alice if who == "alice" else bob
+                other = bob if who == "alice" else alice
+                person.leave("interrupted")
+                other.wait_for("left", name=who)
+                gate.open.set()
+                limit = time.monotonic() + PATIENCE
+                while self.running(other):
+                    self.assertLess(time.monotonic(), limit)
+                    time.sleep(0.01)
+                kept = os.stat(self.inbox(bob, "x.part")).st_size
+                self.writes.clear()
+                again = self.enter(who, self.server)
+                alice, bob = (again, bob) if who == "alice" else (alice, again)
+                self.resumed(alice, bob, theirs, kept)
+                for one in (alice, bob):
+                    one.leave()
+                shutil.rmtree(self.inbox(bob))
+                self.writes.clear()
+
+    def test_a_partial_that_is_not_what_it_was_is_begun_anew(self):
+        self.kept_from_before = True
+        for change in ("altered", "longer", "gone", "shorter"):
+            with self.subTest(change):
+                alice, bob, theirs, gate = self.interrupted("neither")
+                alice.leave("interrupted")
+                bob.wait_for("left", name="alice")
+                gate.open.set()
+                self.wait_idle(bob)
+                part = self.inbox(bob, "x.part")
+                held = read_bytes(part)
+                if change == "gone":
+                    os.unlink(part)
+                else:
+                    write_bytes(part, {"altered": flipped(held, 1000), "longer": held + bytes(self.SIZE),
+                                       "shorter": held[:77_777]}[change])  # fmt: skip
+                self.writes.clear()
+                alice = self.enter("alice", self.server)
+                self.resumed(alice, bob, theirs, 77_777 if change == "shorter" else 0)
+                for one in (alice, bob):
+                    one.leave()
+                shutil.rmtree(self.inbox(bob))
+
+    def test_a_folder_goes_on_with_the_file_it_was_at(self):
+        server = self.serve()
+        alice, bob = self.gather(server, "alice", "bob")
+        for number in range(4):
+            self.source(f"t/{number}", noise(1 << 20, number))
+        gate = SourceGate(self, 600_000)
+        real = trchat.SourceFile.__init__
+        third = threading.Event()
+
+        def init(file, path, follow):
+            real(file, path, follow)
+            if path.endswith("/2"):
+                third.set()
+            elif not third.is_set():
+                gate.limit = 1 << 62
+            gate.limit = 600_000 if path.endswith("/2") and not gate.open.is_set() else 1 << 62
+
+        with mock.patch.object(trchat.SourceFile, "__init__", init):
+            _, theirs = self.offer(alice, os.path.join(self.base, "files", "t"), bob)
+            bob.type("/get")
+            gate.wait()
+            alice.leave("interrupted")
+            bob.wait_for("left", name="alice")
+            gate.open.set()
+            self.wait_idle(bob)
+        self.writes.clear()
+        self.kept_from_before = True
+        alice = self.enter("alice", server)
+        got, _ = self.received(alice, bob, theirs)
+        for number in range(4):
+            self.assert_same(os.path.join(got["path"], str(number)), noise(1 << 20, number))
+        self.assertLess(sum(size for _, size in self.writes), 2 << 20, "only what was missing is sent")
+
+    def test_the_last_word_is_lost(self):
+        """The receiver has it all, and its sender has not heard of that when the server dies."""
+        self.kept_from_before = True
+        alice, bob = self.gather_behind_proxy()
+        with mock.patch.object(trchat.FileDesk, "_on_kept", lambda desk, connection, event: None):
+            mine, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+            bob.type("/get")
+            bob.wait_for("received")
+            self.settle(bob, alice)
+        self.proxy.cut()
+        alice.wait_for("reconnected")
+        self.settle(bob, alice)
+        self.wait_idle(alice, bob)
+
+    def test_the_word_that_all_is_sent_is_lost(self):
+        alice, bob = self.gather_behind_proxy()
+        with mock.patch.object(trchat.FileDesk, "_on_done", lambda desk, connection, event: None):
+            mine, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
+            bob.type("/get")
+            limit = time.monotonic() + PATIENCE
+            while not any(run.sha256 for run in self.running(alice)):
+                self.assertLess(time.monotonic(), limit)
+                time.sleep(0.01)
+            self.settle(alice, bob)
+        self.writes.clear()
+        self.proxy.cut()
+        got, _ = self.received(alice, bob, theirs)
+        self.assert_same(got["path"])
+        self.assertEqual(self.writes, [], "nothing is sent twice")
+
+    def gather_behind_proxy(self):
+        server = self.serve()
+        self.proxy = ByteProxy(server.port)
+        self.addCleanup(self.proxy.close)
+        alice, bob = self.enter("alice", f"127.0.0.1:{self.proxy.port}"), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        return alice, bob
+
+    def test_a_receiver_who_leaves_at_the_end_holds_nobody_up(self):
+        """Nothing of a transfer is left whose receiver is gone before saying that it has it."""
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        with mock.patch.object(trchat.FileDesk, "_on_kept", lambda desk, connection, event: None):
+            self.offer(alice, self.source("x"), bob)
+            bob.type("/get")
+            bob.wait_for("received")
+            bob.leave()
+            alice.wait_for("left", name="bob")
+        self.wait_idle(alice)
+
+    def test_a_sender_who_leaves_before_the_last_word_holds_nobody_up(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        with mock.patch.object(trchat.FileDesk, "_on_done", lambda desk, connection, event: None):
+            self.offer(alice, self.source("x"), bob)
+            bob.type("/get")
+            limit = time.monotonic() + PATIENCE
+            while not any(run.sha256 for run in self.running(alice)):
+                self.assertLess(time.monotonic(), limit)
+                time.sleep(0.01)
+            alice.leave()
+            bob.wait_for("left", name="alice")
+        self.wait_idle(bob)
+
+    def test_a_script_is_not_held_up_by_what_nobody_can_finish(self):
+        """End of input: it waits for its files, but not for one whose other side is gone."""
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        gate = SourceGate(self, 1 << 20)
+        self.offer(alice, self.source("x"), bob)
+        bob.type("/get")
+        gate.wait()
+        bob.client.leave("eof")
+        alice.leave("interrupted")
+        gate.open.set()
+        self.assertTrue(bob.client.ended.wait(5), "it waits for somebody who is gone")
 
 
 # --------------------------------------------------------------------------------------------------

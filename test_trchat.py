@@ -23647,11 +23647,22 @@ class TransferBookTest(FileTest):
         self.assertEqual(len(self.book().transfers), 1)
 
     def test_it_does_not_grow_without_end(self):
-        with mock.patch.object(trchat, "TRANSFERS_MOST", 5):
+        with mock.patch.object(trchat, "OFFERS_EACH", 5), mock.patch.object(trchat, "OFFERS_MOST", 7):
             book = self.book()
+            book.add(self.transfer(100, own=True))
+            wanted = self.transfer(101, own=False)
+            wanted.state = trchat.WANTED
+            book.add(wanted)
             for number in range(9):
                 book.add(self.transfer(number, own=False))
-        self.assertEqual([t.name for t in book.transfers.values()], ["n4", "n5", "n6", "n7", "n8"])
+            names = [t.name for t in book.transfers.values()]
+            self.assertEqual(names, ["n100", "n101", "n4", "n5", "n6", "n7", "n8"])
+            for number in range(200, 204):
+                other = self.transfer(number, own=False)
+                other.peers = {"cd" * 32: "other"}
+                book.add(other)
+        names = [t.name for t in book.transfers.values()]
+        self.assertEqual(names, ["n100", "n101", "n6", "n7", "n8", "n200", "n201", "n202", "n203"])
 
 
 class StillConnection:
@@ -23814,7 +23825,7 @@ class DropCase(RootedCase):
     def drop(self, is_tree=False, size=SIZE):
         if not os.path.exists(self.dropped()):
             trchat.reserve_part(self.at("root", "x"), is_tree)
-        return trchat.DropFolder(self.rooted(), "x.part", is_tree, size, self.notes.append)
+        return trchat.DropFolder(self.rooted(), "x.part", 9 * is_tree, size, self.notes.append)
 
     def dropped(self, *names):
         return self.at("root", "x.part", *names)
@@ -23965,7 +23976,7 @@ class DropFolderTest(DropCase):
     @settings(EXAMPLES)
     def test_no_path_leads_out_of_it(self, parts):
         for is_tree in (False, True):
-            drop = trchat.DropFolder(None, "x.part", is_tree, 0, None)
+            drop = trchat.DropFolder(None, "x.part", 9 * is_tree, 0, None)
             with contextlib.suppress(OSError):
                 inside = trchat.path_parts(drop._inside("/".join(parts)))
                 self.assertEqual(inside[:1], ["x.part"])
@@ -24002,7 +24013,7 @@ class DropFolderTest(DropCase):
     def test_a_cancelled_transfer_takes_no_more(self):
         transfer = trchat.Transfer("ab", 1, False, "x", 10, 0, "", {"ab": "bob"}, [], "", [], "", 0.0, "")
         run = trchat.Running(transfer, b"", "bob", lambda run: None)
-        drop = trchat.DropFolder(self.rooted(), "x.part", False, 10, run.note)
+        drop = trchat.DropFolder(self.rooted(), "x.part", 0, 10, run.note)
         file = drop.open("/content.part", NEW_FILE, Attributes())
         file.write(0, b"abc")
         run.cancel("It was cancelled.")
@@ -24437,7 +24448,7 @@ class FileDeskTest(FilesCase):
 
     def test_a_name_that_is_not_fit_is_made_so(self):
         alice, bob = self.gather(self.serve(), "alice", "bob")
-        for name, kept in (("nul.txt", "_nul.txt"), ("a:b?.txt", "a_b_.txt"), ("x. ", "x"), ("a\u202egpj.exe", "agpj.exe")):
+        for name, kept in (("nul.txt", "_nul.txt"), ("a:b?.txt", "b_.txt"), ("x. ", "x"), ("a\u202egpj.exe", "agpj.exe")):
             path = self.source(name, b"x")
             alice.type(f'/file "{path}"')
             theirs = bob.wait_for("offer")
@@ -24995,7 +25006,7 @@ class FileResumeTest(FilesCase):
 
     def test_the_word_that_all_is_sent_is_lost(self):
         alice, bob = self.gather_behind_proxy()
-        with mock.patch.object(trchat.FileDesk, "_on_done", lambda desk, connection, event: None):
+        with mock.patch.object(trchat.FileReceiver, "on_done", lambda desk, connection, event: None):
             mine, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
             bob.type("/get")
             limit = time.monotonic() + PATIENCE
@@ -25030,7 +25041,7 @@ class FileResumeTest(FilesCase):
 
     def test_a_sender_who_leaves_before_the_last_word_holds_nobody_up(self):
         alice, bob = self.gather(self.serve(), "alice", "bob")
-        with mock.patch.object(trchat.FileDesk, "_on_done", lambda desk, connection, event: None):
+        with mock.patch.object(trchat.FileReceiver, "on_done", lambda desk, connection, event: None):
             self.offer(alice, self.source("x"), bob)
             bob.type("/get")
             limit = time.monotonic() + PATIENCE

@@ -15947,7 +15947,9 @@ class DropFolder:
         self._size, self._note = size, note
         self._sizes: dict = {}  # path -> bytes written
         self.whole = False  # whether the sender has given a file its last name
-        self.digest: bytes | None = None  # of a file that was written from its beginning to its end
+        # Of a file that was written once, from its beginning to its end; else it is read again.
+        self.digest: bytes | None = None
+        self.writers = 0
         self.error: ChatError | None = None
 
     def _inside(self, path: str) -> str:
@@ -15961,6 +15963,7 @@ class DropFolder:
     def open(self, path: str, flags: int, attributes: Attributes) -> DropFile:
         inside = self._inside(path)
         flags |= FXF.READ  # what an earlier attempt has left is hashed, too
+        self.digest = None
         if flags & FXF.CREAT:
             self._sizes.setdefault(path, 0)
             if self._is_tree and len(self._sizes) > self._files:
@@ -16007,7 +16010,15 @@ class DropFolder:
         return self._folder.lstat(self._inside(path))
 
     def set_attributes(self, path: str, attributes: Attributes) -> None:
+        self.resize(path, attributes)
         self.guarded(self._folder.set_attributes, self._inside(path), attributes)
+
+    def resize(self, path: str, attributes: Attributes) -> None:
+        """A file may be about to get another size."""
+        if attributes.size is not None:
+            self.digest = None
+            self.writers += 1  # none that is open now has hashed what will be there
+            self.grow(path, attributes.size)
 
     def remove(self, path: str) -> None:
         self._folder.remove(self._inside(path))
@@ -16036,6 +16047,8 @@ class DropFile:
     def __init__(self, drop: DropFolder, path: str, file):
         self._drop, self._path, self._file = drop, path, file
         self._digest, self._hashed = hashlib.sha256(), 0
+        drop.writers += 1
+        self._writer = drop.writers  # as long as it is the newest, nobody else has written
 
     def read(self, offset: int, size: int) -> bytes:
         return self._file.read(offset, size)
@@ -16045,7 +16058,9 @@ class DropFile:
         if not self._hashed and offset:
             self._hash_start(offset)
         self._drop.guarded(self._file.write, offset, data)
-        if offset == self._hashed:
+        if offset != self._hashed:
+            self._drop.writers += 1  # what was hashed may not be there any more
+        else:
             self._digest.update(data)
             self._hashed += len(data)
 
@@ -16062,13 +16077,15 @@ class DropFile:
         return self._file.stat()
 
     def set_attributes(self, attributes: Attributes) -> None:
+        self._drop.resize(self._path, attributes)
         self._drop.guarded(self._file.set_attributes, attributes)
 
     def sync(self) -> None:
         self._drop.guarded(self._file.sync)
 
     def close(self) -> None:
-        if self._hashed and self._hashed == self._file.stat().size:
+        alone = self._writer == self._drop.writers
+        if alone and self._hashed and self._hashed == self._file.stat().size:
             self._drop.digest = self._digest.digest()
         self._file.close()
 
@@ -16189,17 +16206,17 @@ class SharedFolders:
 
     def _at(self, path: str) -> tuple:
         """(the folder that a path leads into, the path there)."""
-        name, _, rest = path.strip("/").partition("/")
+        name, *rest = path_parts(path) or [""]
         if name not in self._folders:
             raise OSError(errno.ENOENT if name else errno.EACCES, "only folders are shared here")
-        return self._folders[name], "/" + rest
+        return self._folders[name], "/" + "/".join(rest)
 
     def open(self, path: str, flags: int, attributes: Attributes):
         folder, inside = self._at(path)
         return folder.open(inside, flags, attributes)
 
     def list(self, path: str):
-        if path.strip("/"):
+        if path_parts(path):
             folder, inside = self._at(path)
             return folder.list(inside)
         now = time.time()
@@ -16207,11 +16224,11 @@ class SharedFolders:
         return iter([Entry(name, listing_line(name, top, now), top) for name, top in tops])
 
     def stat(self, path: str) -> Attributes:
-        folder, inside = self._at(path) if path.strip("/") else (self._first(), "/")
+        folder, inside = self._at(path) if path_parts(path) else (self._first(), "/")
         return folder.stat(inside)
 
     def lstat(self, path: str) -> Attributes:
-        folder, inside = self._at(path) if path.strip("/") else (self._first(), "/")
+        folder, inside = self._at(path) if path_parts(path) else (self._first(), "/")
         return folder.lstat(inside)
 
     def _first(self) -> RootedFolder:
@@ -16395,11 +16412,11 @@ class Shares:
             client.close()
         except ChatError as error:
             run.channel.give_up(error.text)
-            self._desk.post(self._desk.fetching_failed, run, error)
+            self._desk.post(self._desk.receiver.fetching_failed, run, error)
             return
         finally:
             run.ended.set()
-        self._desk.post(self._desk.fetched, run)
+        self._desk.post(self._desk.receiver.fetched, run)
 
     def _fetch_tree(self, run: Running, client: SftpClient, remote: str) -> tuple:
         """(SHA-256, bytes) of a folder, which has its name then."""
@@ -16478,11 +16495,13 @@ class ByServer:
             run.sha256 = reference.sha256
             rename_free(part, path)
         except OSError as error:
-            self._desk.post(self._desk.fetching_failed, run, storage_error("Making", path, error))
+            self._desk.post(
+                self._desk.receiver.fetching_failed, run, storage_error("Making", path, error)
+            )
         except ChatError as error:
-            self._desk.post(self._desk.fetching_failed, run, error)
+            self._desk.post(self._desk.receiver.fetching_failed, run, error)
         else:
-            self._desk.post(self._desk.fetched, run)
+            self._desk.post(self._desk.receiver.fetched, run)
         finally:
             run.ended.set()
 
@@ -16497,6 +16516,149 @@ class ByServer:
 RUNNING_MOST = 8  # transfers of ours on their way at a time; the others wait for their turn
 
 
+class FileReceiver:
+    """What others offer, and what of that is taken."""
+
+    def __init__(self, desk, chat, profile):
+        self._desk, self._chat, self._profile = desk, chat, profile
+        self._book: TransferBook = profile.transfers
+
+    def note(self, connection, event: dict) -> None:
+        """An offer of somebody else's."""
+        if event["id"] in self._book.transfers:
+            return
+        if event["_reference"]:
+            event["_question"] = SealedReference.decode(event["_reference"]).question()
+        event["name"] = safe_file_name(event["name"])
+        transfer = Transfer(
+            event["id"], 0, False, event["name"], event["size"], event["files"],
+            event["room"] or "", {event["fingerprint"][7:]: event["from"]}, [], "", [],
+            event["_reference"], time.time(), PENDING,
+        )  # fmt: skip
+        self._book.add(transfer)
+        event["number"] = transfer.handle
+        settings = self._profile.settings
+        policy = settings.get("accept-files")
+        known = transfer.peer()[0] in self._chat.trust.contacts and not transfer.reference
+        if policy == "never":
+            self._desk.refuse(transfer, "They take no files.")
+        elif policy == "contacts" and known and transfer.size <= settings.get("accept-most"):
+            self._desk.post(self.want, transfer)  # after the offer itself has been shown
+
+    def get(self, transfer: Transfer, accept_key: str = "") -> None:
+        """What somebody typed; `accept_key` of a server that the file lies on."""
+        if transfer.own or transfer.state == ENDED:
+            raise ChatError(f"{transfer.handle} is nothing to be fetched.", "/files lists all.")
+        if (transfer.id, transfer.peer()[0]) in self._desk.running:
+            raise ChatError(f"{transfer.name} is on its way already.", "/files shows how far.")
+        self.want(transfer, accept_key)
+
+    def want(self, transfer: Transfer, accept_key: str = "") -> None:
+        """Takes an offer, or goes on with it."""
+        fingerprint, name = transfer.peer()
+        if not transfer.path or not os.path.lexists(transfer.path + PART_ENDING):
+            self._make_room(transfer)  # also if what had come was moved away
+        transfer.state = WANTED
+        self._book.save()
+        connection, person = self._desk.person(fingerprint)
+        if transfer.reference[: len(OF_A_FOLDER)] == OF_A_FOLDER and person is not None:
+            self._desk.shares.fetch(transfer)
+        elif transfer.reference.startswith(REFERENCE_PREFIX):
+            self._desk.by_server.fetch(transfer, accept_key)
+        elif person is None:
+            text = f"{name} is not here: {transfer.name} comes when you both are."
+            self._chat.show_notice(text, id=transfer.id)
+        else:
+            self._desk.tell(fingerprint, WANT, transfer)
+
+    def _make_room(self, transfer: Transfer) -> None:
+        """A partial in the inbox, if the disk has room for all of it."""
+        inbox = self._profile.paths.file("inbox")
+        make_private_folder(inbox)
+        check_space((inbox, transfer.size))
+        transfer.path = os.path.join(inbox, free_name(inbox, transfer.name))
+        reserve_part(transfer.path, bool(transfer.files))
+
+    def on_seen(self, connection, event: dict) -> None:
+        """Somebody is here: what of theirs we want goes on."""
+        for transfer in list(self._book.transfers.values()):
+            wanted = not transfer.own and transfer.state == WANTED
+            by_server = transfer.reference.startswith(REFERENCE_PREFIX)
+            if wanted and not by_server and transfer.peer()[0] == event["fingerprint"]:
+                self._chat.guarded(self.want, transfer)
+
+    def on_stream(self, connection, event: dict) -> None:
+        person, stream = event["person"], event["stream"]
+        transfer = self._book.transfers.get(event["id"].hex())
+        if event["purpose"] == FOR_FOLDER:
+            self._desk.shares.serve(connection, person, stream)
+            return
+        wanted = transfer is not None and not transfer.own and transfer.state == WANTED
+        if not wanted or transfer.peer()[0] != person.fingerprint:
+            connection.machine.streams.reset(stream, "It is not wanted.")
+            return
+        older = self._desk.stop(transfer, person.fingerprint, "It was begun anew.")
+        run = self._desk.start(transfer, person.fingerprint, person.name)
+        run.channel = connection.channel(stream)
+        spawn("receive file", self._routine_receive, run, older)
+
+    def _routine_receive(self, run: Running, older) -> None:
+        try:
+            if older is not None:
+                older.ended.wait()  # two must not write to one file
+            receive_content(run)
+        except ChatError as error:
+            self._desk.post(self._receiving_failed, run, error)
+        finally:
+            run.ended.set()
+
+    def _receiving_failed(self, run: Running, error: ChatError) -> None:
+        """It was interrupted, or our disk does not take it: what is here stays."""
+        if self._desk.dismiss(run) and error.code != "unreachable":
+            run.transfer.state = PENDING
+            self._book.save()
+            why = f"{self._chat.machine.name} cannot take it now."
+            self._desk.tell(run.fingerprint, CANCEL, run.transfer, 0, why)
+            self._desk.fail(run.transfer, run.name, str(error))
+
+    def on_done(self, connection, event: dict) -> None:
+        """The sender says that all has gone out: it is compared, and gets its name."""
+        run = self._desk.running.get((event["id"].hex(), event["person"].fingerprint))
+        if run is not None and not run.transfer.own:
+            spawn("check file", self._routine_check, run, event["sha256"])
+
+    def _routine_check(self, run: Running, expected: bytes) -> None:
+        run.ended.wait()
+        try:
+            path = finish_content(run, expected)
+        except ChatError as error:
+            self._desk.post(self._receiving_failed, run, error)
+            return
+        self._desk.post(self.received, run, path)
+
+    def fetching_failed(self, run: Running, error: ChatError) -> None:
+        """Of what we fetch ourselves; what is here stays, for /get to go on with."""
+        lost = error.code == "unreachable" and not run.transfer.reference.startswith(
+            REFERENCE_PREFIX
+        )
+        if self._desk.dismiss(run) and not lost:
+            run.transfer.state = PENDING
+            self._book.save()
+            self._desk.fail(run.transfer, run.name, str(error))
+
+    def fetched(self, run: Running) -> None:
+        self.received(run, run.transfer.path)
+
+    def received(self, run: Running, path: str) -> None:
+        transfer = run.transfer
+        self._desk.dismiss(run)
+        transfer.path, transfer.done = path, list(transfer.peers)
+        self._desk.end(transfer)
+        if not transfer.reference:
+            self._desk.tell(run.fingerprint, KEPT, transfer, run.sha256)
+        self._desk.publish("received", transfer, run.name, path=path, sha256=run.sha256.hex())
+
+
 class FileDesk:
     """The transfers of one chat, and its shared folders."""
 
@@ -16505,13 +16667,15 @@ class FileDesk:
         self.book: TransferBook = profile.transfers
         self.shares = Shares(self, chat, self.book)
         self.by_server = ByServer(self, chat, profile.paths)
+        self.receiver = FileReceiver(self, chat, profile)
         self.running: dict = {}  # (id, identity) -> Running
         self._turns: list = []  # (connection, person, transfer) of ours that wait for their turn
         self._messages: dict = {}  # id -> Outgoing that offers it
         self.watcher: Any = None  # called with (connection, event) of all that the machines tell
+        receiver = self.receiver
         self._handlers = {
-            "_stream": self._on_stream, "_want": self._on_want, "_done": self._on_done,
-            "_kept_offer": self._on_kept, "_cancel": self._on_cancel, "_seen": self._on_seen,
+            "_stream": receiver.on_stream, "_want": self._on_want, "_done": receiver.on_done,
+            "_kept_offer": self._on_kept, "_cancel": self._on_cancel, "_seen": receiver.on_seen,
             "offer": self._on_offer, "delivered": self._on_delivered,
             "undelivered": self._on_undelivered,
         }  # fmt: skip
@@ -16535,30 +16699,30 @@ class FileDesk:
                     return connection, person
         return None, None
 
-    def _tell(self, fingerprint: bytes, kind: int, transfer: Transfer, *values) -> None:
+    def tell(self, fingerprint: bytes, kind: int, transfer: Transfer, *values) -> None:
         """Sends a content about a transfer to somebody, if they are here."""
         connection, person = self.person(fingerprint)
         if person is not None:
             number = bytes.fromhex(transfer.id)
             connection.machine.directory.send(person, kind, number, *values)
 
-    def _publish(self, event: str, transfer: Transfer, name: str, **fields) -> None:
+    def publish(self, event: str, transfer: Transfer, name: str, **fields) -> None:
         whom = {"to": [name]} if transfer.own else {"from": name}
         about = {"id": transfer.id, **whom, "name": transfer.name, "size": transfer.size}
         self._chat.events.publish({"event": event, **about, **fields, "number": transfer.handle})
         self._chat.note_status()
 
-    def _fail(self, transfer: Transfer, name: str, why: str) -> None:
-        self._publish("file-failed", transfer, name, text=why)
+    def fail(self, transfer: Transfer, name: str, why: str) -> None:
+        self.publish("file-failed", transfer, name, text=why)
 
     def start(self, transfer: Transfer, fingerprint: bytes, name: str) -> Running:
         """A transfer begins, or begins anew."""
-        self._stop(transfer, fingerprint, "It was begun anew.")
+        self.stop(transfer, fingerprint, "It was begun anew.")
         run = Running(transfer, fingerprint, name, functools.partial(self.post, self._report))
         self.running[transfer.id, fingerprint] = run
         return run
 
-    def _stop(self, transfer: Transfer, fingerprint: bytes, why: str):
+    def stop(self, transfer: Transfer, fingerprint: bytes, why: str):
         """Ends a transfer that may be on its way; its Running, or None."""
         run = self.running.pop((transfer.id, fingerprint), None)
         if run is not None:
@@ -16583,7 +16747,7 @@ class FileDesk:
             self._chat.events.publish({"event": "progress", **run.fields()})
             self._chat.note_status()
 
-    def _end(self, transfer: Transfer) -> None:
+    def end(self, transfer: Transfer) -> None:
         transfer.state = ENDED
         self.book.save()
 
@@ -16631,7 +16795,7 @@ class FileDesk:
     def _on_offer(self, connection, event: dict) -> None:
         transfer = self.book.transfers.get(event["id"])
         if "_message" not in event:
-            self._note_foreign(connection, event)
+            self.receiver.note(connection, event)
         elif transfer is not None:
             self._note_readers(transfer)
             event["number"] = transfer.handle
@@ -16645,7 +16809,7 @@ class FileDesk:
         """Nobody has heard of an offer of ours."""
         transfer = self.book.transfers.get(event["id"])
         if transfer is not None and not transfer.room:
-            self._end(transfer)
+            self.end(transfer)
 
     # Sending
 
@@ -16661,7 +16825,7 @@ class FileDesk:
             why = "It is no longer offered."
             connection.machine.directory.send(person, CANCEL, number, 1, why)
             return
-        self._stop(transfer, person.fingerprint, "It was begun anew.")
+        self.stop(transfer, person.fingerprint, "It was begun anew.")
         self._turns.append((connection, person, transfer))
         self._take_turns()
 
@@ -16687,18 +16851,19 @@ class FileDesk:
     def _all_sent(self, run: Running) -> None:
         """It is for the other side to compare it now."""
         if self._is_current(run):
-            self._tell(run.fingerprint, DONE, run.transfer, run.sha256)
+            self.tell(run.fingerprint, DONE, run.transfer, run.sha256)
 
     def sending_failed(self, run: Running, error: ChatError) -> None:
         """It was interrupted, and the other side asks again when it can; or it cannot be."""
         if not self.dismiss(run):
             return
         if error.code != "unreachable" or run.transfer.reference:
-            for_good = int(error.code == "denied")
-            self._tell(run.fingerprint, CANCEL, run.transfer, for_good, error.text)
-            self._fail(run.transfer, run.name, str(error))
+            for_good = error.code == "denied"  # it has changed; else nobody is told of our disk
+            why = error.text if for_good else "It cannot be sent now."
+            self.tell(run.fingerprint, CANCEL, run.transfer, int(for_good), why)
+            self.fail(run.transfer, run.name, str(error))
         if run.transfer.reference:
-            self._end(run.transfer)  # it was not offered to anybody yet
+            self.end(run.transfer)  # it was not offered to anybody yet
 
     def _on_kept(self, connection, event: dict) -> None:
         """The other side has all of it."""
@@ -16709,149 +16874,12 @@ class FileDesk:
         self.dismiss(run)
         transfer = run.transfer
         if event["sha256"] != run.sha256:
-            self._fail(transfer, run.name, "What arrived is not what was sent.")
+            self.fail(transfer, run.name, "What arrived is not what was sent.")
             return
         transfer.done.append(fingerprint.hex())
         if not transfer.room:
-            self._end(transfer)
-        self._publish("file-sent", transfer, run.name, sha256=run.sha256.hex())
-
-    # Receiving
-
-    def _note_foreign(self, connection, event: dict) -> None:
-        """An offer of somebody else's."""
-        if event["id"] in self.book.transfers:
-            return
-        if event["_reference"]:
-            event["_question"] = SealedReference.decode(event["_reference"]).question()
-        event["name"] = safe_file_name(event["name"])
-        transfer = Transfer(
-            event["id"], 0, False, event["name"], event["size"], event["files"],
-            event["room"] or "", {event["fingerprint"][7:]: event["from"]}, [], "", [],
-            event["_reference"], time.time(), PENDING,
-        )  # fmt: skip
-        self.book.add(transfer)
-        event["number"] = transfer.handle
-        settings = self._profile.settings
-        policy = settings.get("accept-files")
-        known = transfer.peer()[0] in self._chat.trust.contacts and not transfer.reference
-        if policy == "never":
-            self._refuse(transfer, "They take no files.")
-        elif policy == "contacts" and known and transfer.size <= settings.get("accept-most"):
-            self.post(self.want, transfer)  # after the offer itself has been shown
-
-    def get(self, transfer: Transfer, accept_key: str = "") -> None:
-        """What somebody typed; `accept_key` of a server that the file lies on."""
-        if transfer.own or transfer.state == ENDED:
-            raise ChatError(f"{transfer.handle} is nothing to be fetched.", "/files lists all.")
-        if (transfer.id, transfer.peer()[0]) in self.running:
-            raise ChatError(f"{transfer.name} is on its way already.", "/files shows how far.")
-        self.want(transfer, accept_key)
-
-    def want(self, transfer: Transfer, accept_key: str = "") -> None:
-        """Takes an offer, or goes on with it."""
-        fingerprint, name = transfer.peer()
-        if not transfer.path or not os.path.lexists(transfer.path + PART_ENDING):
-            self._make_room(transfer)  # also if what had come was moved away
-        transfer.state = WANTED
-        self.book.save()
-        connection, person = self.person(fingerprint)
-        if transfer.reference[: len(OF_A_FOLDER)] == OF_A_FOLDER and person is not None:
-            self.shares.fetch(transfer)
-        elif transfer.reference.startswith(REFERENCE_PREFIX):
-            self.by_server.fetch(transfer, accept_key)
-        elif person is None:
-            text = f"{name} is not here: {transfer.name} comes when you both are."
-            self._chat.show_notice(text, id=transfer.id)
-        else:
-            self._tell(fingerprint, WANT, transfer)
-
-    def _make_room(self, transfer: Transfer) -> None:
-        """A partial in the inbox, if the disk has room for all of it."""
-        inbox = self._profile.paths.file("inbox")
-        make_private_folder(inbox)
-        check_space((inbox, transfer.size))
-        transfer.path = os.path.join(inbox, free_name(inbox, transfer.name))
-        reserve_part(transfer.path, bool(transfer.files))
-
-    def _on_seen(self, connection, event: dict) -> None:
-        """Somebody is here: what of theirs we want goes on."""
-        for transfer in list(self.book.transfers.values()):
-            wanted = not transfer.own and transfer.state == WANTED
-            by_server = transfer.reference.startswith(REFERENCE_PREFIX)
-            if wanted and not by_server and transfer.peer()[0] == event["fingerprint"]:
-                self._chat.guarded(self.want, transfer)
-
-    def _on_stream(self, connection, event: dict) -> None:
-        person, stream = event["person"], event["stream"]
-        transfer = self.book.transfers.get(event["id"].hex())
-        if event["purpose"] == FOR_FOLDER:
-            self.shares.serve(connection, person, stream)
-            return
-        wanted = transfer is not None and not transfer.own and transfer.state == WANTED
-        if not wanted or transfer.peer()[0] != person.fingerprint:
-            connection.machine.streams.reset(stream, "It is not wanted.")
-            return
-        older = self._stop(transfer, person.fingerprint, "It was begun anew.")
-        run = self.start(transfer, person.fingerprint, person.name)
-        run.channel = connection.channel(stream)
-        spawn("receive file", self._routine_receive, run, older)
-
-    def _routine_receive(self, run: Running, older) -> None:
-        try:
-            if older is not None:
-                older.ended.wait()  # two must not write to one file
-            receive_content(run)
-        except ChatError as error:
-            self.post(self._receiving_failed, run, error)
-        finally:
-            run.ended.set()
-
-    def _receiving_failed(self, run: Running, error: ChatError) -> None:
-        """It was interrupted, or our disk does not take it: what is here stays."""
-        if self.dismiss(run) and error.code != "unreachable":
-            run.transfer.state = PENDING
-            self.book.save()
-            why = f"{self._chat.machine.name} cannot take it now."
-            self._tell(run.fingerprint, CANCEL, run.transfer, 0, why)
-            self._fail(run.transfer, run.name, str(error))
-
-    def _on_done(self, connection, event: dict) -> None:
-        """The sender says that all has gone out: it is compared, and gets its name."""
-        run = self.running.get((event["id"].hex(), event["person"].fingerprint))
-        if run is not None and not run.transfer.own:
-            spawn("check file", self._routine_check, run, event["sha256"])
-
-    def _routine_check(self, run: Running, expected: bytes) -> None:
-        run.ended.wait()
-        try:
-            path = finish_content(run, expected)
-        except ChatError as error:
-            self.post(self._receiving_failed, run, error)
-            return
-        self.post(self.received, run, path)
-
-    def fetching_failed(self, run: Running, error: ChatError) -> None:
-        """Of what we fetch ourselves; what is here stays, for /get to go on with."""
-        lost = error.code == "unreachable" and not run.transfer.reference.startswith(
-            REFERENCE_PREFIX
-        )
-        if self.dismiss(run) and not lost:
-            run.transfer.state = PENDING
-            self.book.save()
-            self._fail(run.transfer, run.name, str(error))
-
-    def fetched(self, run: Running) -> None:
-        self.received(run, run.transfer.path)
-
-    def received(self, run: Running, path: str) -> None:
-        transfer = run.transfer
-        self.dismiss(run)
-        transfer.path, transfer.done = path, list(transfer.peers)
-        self._end(transfer)
-        if not transfer.reference:
-            self._tell(run.fingerprint, KEPT, transfer, run.sha256)
-        self._publish("received", transfer, run.name, path=path, sha256=run.sha256.hex())
+            self.end(transfer)
+        self.publish("file-sent", transfer, run.name, sha256=run.sha256.hex())
 
     # Taking back, refusing
 
@@ -16862,16 +16890,16 @@ class FileDesk:
         self._note_readers(transfer)
         for fingerprint in map(bytes.fromhex, transfer.peers):
             why = "It was taken back." if transfer.own else "They do not want it."
-            self._tell(fingerprint, CANCEL, transfer, 1, why)
-            self._clear(transfer, self._stop(transfer, fingerprint, "It was cancelled."))
-        self._end(transfer)
+            self.tell(fingerprint, CANCEL, transfer, 1, why)
+            self._clear(transfer, self.stop(transfer, fingerprint, "It was cancelled."))
+        self.end(transfer)
         self._chat.note_status()
         text = f"✗ {transfer.name} is cancelled."
         self._chat.show_notice(text, id=transfer.id, number=transfer.handle, cancelled=True)
 
-    def _refuse(self, transfer: Transfer, why: str) -> None:
-        self._tell(transfer.peer()[0], CANCEL, transfer, 1, why)
-        self._end(transfer)
+    def refuse(self, transfer: Transfer, why: str) -> None:
+        self.tell(transfer.peer()[0], CANCEL, transfer, 1, why)
+        self.end(transfer)
 
     def _clear(self, transfer: Transfer, run) -> None:
         """What came of an offer that is over is thrown away."""
@@ -16892,15 +16920,15 @@ class FileDesk:
         self._note_readers(transfer)
         if person.fingerprint.hex() not in transfer.peers:
             return
-        run = self._stop(transfer, person.fingerprint, event["why"])
+        run = self.stop(transfer, person.fingerprint, event["why"])
         if for_good and not transfer.own:
             self._clear(transfer, run)
         if for_good and not (transfer.own and transfer.room):
-            self._end(transfer)
+            self.end(transfer)
         elif not transfer.own:
             transfer.state = PENDING
             self.book.save()
-        self._fail(transfer, person.name, event["why"])
+        self.fail(transfer, person.name, event["why"])
 
     def unfinished(self) -> bool:
         """Whether something is on its way."""
@@ -18163,12 +18191,12 @@ def _chat_get(client, rest: str) -> None:
     words = rest.split()
     key = _take_option(words, "--accept-key")
     for word in words or [open_offers[-1].handle]:
-        desk.get(desk.book.find(word), key)
+        desk.receiver.get(desk.book.find(word), key)
 
 
 def _get_shared(client, name: str, path: str) -> None:
     desk, (fingerprint, shown) = _desk(client), _somebody(client, name)
-    desk.get(desk.shares.get(fingerprint, shown, "/" + path.lstrip("/")))
+    desk.receiver.get(desk.shares.get(fingerprint, shown, "/" + path.lstrip("/")))
 
 
 def _somebody(client, name: str) -> tuple:
@@ -19438,12 +19466,37 @@ def _local_time(moment: str):
 PATH_COMMANDS = ("/file", "/send", "/share")
 
 
+def _last_word(text: str) -> tuple:
+    """(where it begins, what it means) of the last word of a line, as split_paths reads it."""
+    start, word, quote, escaped = len(text), "", "", False
+    for place, char in enumerate(text):
+        if escaped:
+            word, escaped = word + char, False
+        elif char == "\\" and os.name != "nt" and quote != "'":
+            start, escaped = min(start, place), True
+        elif quote and char == quote:
+            quote = ""
+        elif not quote and char in "\"'":
+            start, quote = min(start, place), char
+        elif not quote and char == " ":
+            start, word = len(text), ""
+        else:
+            start, word = min(start, place), word + char
+    return start, word
+
+
+def _quoted(path: str) -> str:
+    """A path as split_paths reads it."""
+    if not any(char in path for char in " '\"\\"):
+        return path
+    if os.name != "nt":
+        path = path.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{path}"'
+
+
 def _complete_path(before: str) -> tuple:
-    """(start, names) of the last path of a line; one with spaces is quoted."""
-    start = before.rfind(" ") + 1
-    if before.count('"') % 2:
-        start = before.rindex('"')
-    typed = before[start:].strip('"')
+    """(start, names) of the last path of a line."""
+    start, typed = _last_word(before)
     folder, name = os.path.split(os.path.expanduser(typed))
     try:
         entries = list(os.scandir(folder or "."))
@@ -19452,8 +19505,8 @@ def _complete_path(before: str) -> tuple:
     found = []
     for entry in entries:
         if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
-            path = typed[: len(typed) - len(name)] + entry.name + (os.sep if entry.is_dir() else "")
-            found.append(f'"{path}"' if " " in path else path)
+            path = typed[: len(typed) - len(name)] + entry.name
+            found.append(_quoted(path + (os.sep if entry.is_dir() else "")))
     return start, sorted(found)
 
 

@@ -1456,7 +1456,7 @@ class Stream:
         self.incoming: list = []
         self._unused, self._used = 0, 0  # bytes that came and are not used; used and not told
         self.finished = False
-        self.broken = ""
+        self.broken, self.reset = "", False  # why, and whether the other side has said so
 
     # Sending
 
@@ -2624,7 +2624,7 @@ class Door:
         self._early: dict = {}  # connection -> the fields of its login
         self.waiting: dict = {}  # fingerprint -> the connection, whose `knock` says as what
         self.accepted: set = set()
-        self._denied: dict = {}  # fingerprint -> until when
+        self._denied: dict = {}  # fingerprint -> (until when, name)
 
     def is_too_early(self, client, fingerprint: bytes, login: tuple) -> bool:
         """Whether the host has yet to come in; then the login is looked at again after that."""
@@ -2647,7 +2647,7 @@ class Door:
         if not self.host or fingerprint == self.host:
             return False
         welcome = self.is_welcome(fingerprint)
-        if self._denied.get(fingerprint, 0.0) > now and not welcome:
+        if self._denied.get(fingerprint, (0.0, ""))[0] > now and not welcome:
             raise ChatError("You were denied.", code="denied")
         return not welcome and fingerprint not in self.accepted
 
@@ -2683,7 +2683,7 @@ class Door:
             return None
         machine, knock = self._machine, self._remove(client)
         fingerprint = knock.bundle.fingerprint
-        self._decide(fingerprint, accept, now)
+        self._decide(fingerprint, name, accept, now)
         if not accept:
             machine.refuse(client, ChatError("You were denied.", code="denied"))
             return fingerprint
@@ -2706,12 +2706,20 @@ class Door:
             raise ChatError(f"Several wait under this name: {names}.", "Write the mark, too.")
         return found[0] if found else None
 
-    def _decide(self, fingerprint: bytes, accept: bool, now: float) -> None:
+    def forgive(self, name: str, mark: str) -> bool:
+        """Lets those who were denied under a name knock again; whether there are any."""
+        found = [f for f, (_, known) in self._denied.items() if known == name]
+        found = [f for f in found if f.hex().startswith(mark)]
+        for fingerprint in found:
+            del self._denied[fingerprint]
+        return bool(found)
+
+    def _decide(self, fingerprint: bytes, name: str, accept: bool, now: float) -> None:
         """Keeps in mind what was answered, for this run."""
         (self.accepted.add if accept else self.accepted.discard)(fingerprint)
         self._denied.pop(fingerprint, None)
         if not accept:
-            self._denied[fingerprint] = now + DENIED_SECONDS
+            self._denied[fingerprint] = (now + DENIED_SECONDS, name)
 
     def leave(self, client) -> None:
         """A connection ends, which may have waited."""
@@ -4469,6 +4477,8 @@ class Messages:
             self.machine.emit("error", code="no-such-person", text=f"{text} /names shows who is.")
             if message.answered:
                 self.machine.emit("undelivered", id=message.id.hex(), to=[name])
+            else:
+                self.machine.emit("_unsent", id=message.id.hex())
         self._give_answers()
 
     def expire(self, now: float) -> None:
@@ -5139,6 +5149,7 @@ class Streams:
     def content_reset(self, person, place: int, why: str) -> None:
         stream = self._all.get((person.id, place))
         if stream is not None:
+            stream.reset = True
             self._drop(stream, one_line(why) or "It was given up.")
 
     def _drop(self, stream: Stream, why: str) -> None:
@@ -14554,6 +14565,10 @@ class RelayServer:
         self._greet(conn, now)
         self._watch(conn, now)
 
+    def forgive(self, name: str, mark: str) -> bool:
+        """Lets somebody who was denied knock again (any thread)."""
+        return self.call(self.machine.door.forgive, name, mark)
+
     def let_no_more(self, fingerprint: bytes) -> None:
         """Whoever was accepted in this run is to be asked about again."""
         self.call(self.machine.door.accepted.discard, fingerprint)
@@ -15078,6 +15093,13 @@ CHANNEL_MOST = 1 << 20  # bytes that a thread may be ahead of what has been sent
 CHANNEL_USED = 256 << 10  # bytes after which the other side hears that they were used
 
 
+class StreamReset(ChatError):
+    """The other side has given a stream up, while the connection stands."""
+
+    def __init__(self, text: str):
+        super().__init__(text, code="unreachable")
+
+
 class Channel:
     """`send` and `receive` wait; a stream that breaks ends both with a ChatError."""
 
@@ -15127,7 +15149,11 @@ class Channel:
 
     def _check(self) -> None:
         if self._broken:
-            raise ChatError(self._broken, code="unreachable")
+            raise (
+                StreamReset(self._broken)
+                if self.stream.reset
+                else ChatError(self._broken, code="unreachable")
+            )
 
     def _wake_owner(self) -> None:
         if not self._posted:
@@ -15821,6 +15847,7 @@ class Running:
         self.channel: Any = None
         self.done, self.size = 0, transfer.size
         self.sha256 = b""
+        self.left_out = 0  # links and devices of a folder
         self.cancelled = ""
         self.ended = threading.Event()  # its thread touches no file any more
         self._started = self._reported = 0.0
@@ -15857,6 +15884,16 @@ class Running:
 
 
 # Sending
+
+
+def check_not_ours(path: str, home: str) -> None:
+    """ChatError for a path that holds, or lies in, the folder with trchat's own keys."""
+    there, own = os.path.realpath(path), os.path.realpath(home)
+    if os.path.splitdrive(there)[0] == os.path.splitdrive(own)[0] and os.path.commonpath(
+        [there, own]
+    ) in (there, own):
+        text = f"{one_line(path)} holds trchat's own keys and history ({home})."
+        raise ChatError(text, "Choose another folder.", "denied")
 
 
 def measure(path: str) -> tuple:
@@ -15904,7 +15941,8 @@ def send_content(run: Running) -> bytes:
         _check_stamp(transfer)
     client = SftpClient(run.channel)
     if transfer.files:
-        digest = tree_digest(send_tree(client, transfer.path, CONTENT, run.note).digests)
+        count = send_tree(client, transfer.path, CONTENT, run.note)
+        digest, run.left_out = tree_digest(count.digests), count.left_out
     else:
         digest = send_file(client, transfer.path, CONTENT, run.note).sha256
     client.close()
@@ -16284,8 +16322,9 @@ def open_shares(shares: list):
 class Shares:
     """What we share with whom, and what we look at of others'."""
 
-    def __init__(self, desk, chat, book: TransferBook):
-        self._desk, self._chat, self._book = desk, chat, book
+    def __init__(self, desk, chat, profile):
+        self._desk, self._chat, self._book = desk, chat, profile.transfers
+        self._home = profile.paths.home
         self._told: set = set()  # (connection, identity) of those whose first look was told
         self._open_to: dict = {}  # Channel -> paths of the folders that it shows
 
@@ -16296,6 +16335,7 @@ class Shares:
         full = os.path.abspath(os.path.expanduser(path))
         if not os.path.isdir(full):
             raise ChatError(f"{one_line(path)} is not a folder.", "Tab completes paths.")
+        check_not_ours(full, self._home)
         entry = next((s for s in self._book.shares if s["path"] == full), None)
         if entry is None:
             entry = {"path": full, "peers": {}, "write": write}
@@ -16303,6 +16343,12 @@ class Shares:
         entry["peers"].update(people)
         entry["write"] = write
         self._book.save()
+
+    def remind(self) -> None:
+        """At the start: what is still shared from before."""
+        if self._book.shares:
+            paths = ", ".join(one_line(share["path"]) for share in self._book.shares)
+            self._chat.show_notice(f"You share {paths}: /share lists with whom.")
 
     def end(self, path: str) -> None:
         """Shares a folder no longer; whoever is looking into it is cut off."""
@@ -16428,6 +16474,7 @@ class Shares:
             os.rename(part, run.transfer.path)
         except OSError as error:
             raise storage_error("Renaming", part, error) from None
+        run.left_out = count.left_out
         return tree_digest(count.digests), count.size
 
 
@@ -16507,7 +16554,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 63. File desk | uses 1, 2, 8, 16, 26, 29, 35, 36, 39, 41, 44, 60-62
+# Part 63. File desk | uses 1, 2, 8, 16, 26, 29, 35, 36, 39, 41, 44, 57, 60-62
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -16541,14 +16588,21 @@ class FileReceiver:
         policy = settings.get("accept-files")
         known = transfer.peer()[0] in self._chat.trust.contacts and not transfer.reference
         if policy == "never":
+            event["_answer"] = "it is refused, as you take no files (/set accept-files)"
             self._desk.refuse(transfer, "They take no files.")
         elif policy == "contacts" and known and transfer.size <= settings.get("accept-most"):
+            event["_answer"] = "it is taken, as you have set it (accept-files)"
             self._desk.post(self.want, transfer)  # after the offer itself has been shown
 
     def get(self, transfer: Transfer, accept_key: str = "") -> None:
         """What somebody typed; `accept_key` of a server that the file lies on."""
-        if transfer.own or transfer.state == ENDED:
-            raise ChatError(f"{transfer.handle} is nothing to be fetched.", "/files lists all.")
+        if transfer.own:
+            raise ChatError(f"{transfer.name} is yours.", "/files lists all.")
+        if transfer.state == ENDED:
+            text = (
+                f"You have it: {transfer.path}." if transfer.done else f"{transfer.name} is over."
+            )
+            raise ChatError(text, "Whoever has it can offer it again.")
         if (transfer.id, transfer.peer()[0]) in self._desk.running:
             raise ChatError(f"{transfer.name} is on its way already.", "/files shows how far.")
         self.want(transfer, accept_key)
@@ -16614,7 +16668,12 @@ class FileReceiver:
 
     def _receiving_failed(self, run: Running, error: ChatError) -> None:
         """It was interrupted, or our disk does not take it: what is here stays."""
-        if self._desk.dismiss(run) and error.code != "unreachable":
+        if not self._desk.dismiss(run):
+            return
+        if error.code == "unreachable":
+            if not isinstance(error, StreamReset):
+                self._interrupted(run)
+        else:
             run.transfer.state = PENDING
             self._book.save()
             why = f"{self._chat.machine.name} cannot take it now."
@@ -16638,13 +16697,25 @@ class FileReceiver:
 
     def fetching_failed(self, run: Running, error: ChatError) -> None:
         """Of what we fetch ourselves; what is here stays, for /get to go on with."""
-        lost = error.code == "unreachable" and not run.transfer.reference.startswith(
-            REFERENCE_PREFIX
-        )
-        if self._desk.dismiss(run) and not lost:
+        by_server = run.transfer.reference.startswith(REFERENCE_PREFIX)
+        lost = error.code == "unreachable" and not by_server and not isinstance(error, StreamReset)
+        if not self._desk.dismiss(run):
+            return
+        if lost:
+            self._interrupted(run)
+            return
+        if by_server:
             run.transfer.state = PENDING
             self._book.save()
-            self._desk.fail(run.transfer, run.name, str(error))
+        else:
+            self._desk.end(run.transfer)  # nobody has offered it: it is asked for anew
+            self._desk.clear_empty(run.transfer)
+        self._desk.fail(run.transfer, run.name, str(error))
+
+    def _interrupted(self, run: Running) -> None:
+        percent = f" at {run.done * 100 // run.size} %" if run.size else ""
+        text = f"{run.transfer.name} from {run.name} was interrupted{percent}"
+        self._chat.show_notice(f"{text}: it goes on when you are both here.", id=run.transfer.id)
 
     def fetched(self, run: Running) -> None:
         self.received(run, run.transfer.path)
@@ -16656,7 +16727,10 @@ class FileReceiver:
         self._desk.end(transfer)
         if not transfer.reference:
             self._desk.tell(run.fingerprint, KEPT, transfer, run.sha256)
-        self._desk.publish("received", transfer, run.name, path=path, sha256=run.sha256.hex())
+        fields: dict = {"path": path, "sha256": run.sha256.hex()}
+        if run.left_out:
+            fields["left_out"] = run.left_out
+        self._desk.publish("received", transfer, run.name, **fields)
 
 
 class FileDesk:
@@ -16665,7 +16739,7 @@ class FileDesk:
     def __init__(self, chat, profile):
         self._chat, self._profile = chat, profile
         self.book: TransferBook = profile.transfers
-        self.shares = Shares(self, chat, self.book)
+        self.shares = Shares(self, chat, profile)
         self.by_server = ByServer(self, chat, profile.paths)
         self.receiver = FileReceiver(self, chat, profile)
         self.running: dict = {}  # (id, identity) -> Running
@@ -16677,7 +16751,7 @@ class FileDesk:
             "_stream": receiver.on_stream, "_want": self._on_want, "_done": receiver.on_done,
             "_kept_offer": self._on_kept, "_cancel": self._on_cancel, "_seen": receiver.on_seen,
             "offer": self._on_offer, "delivered": self._on_delivered,
-            "undelivered": self._on_undelivered,
+            "undelivered": self._on_undelivered, "_unsent": self._on_unsent,
         }  # fmt: skip
 
     def handle(self, connection, event: dict) -> None:
@@ -16755,6 +16829,8 @@ class FileDesk:
 
     def offer(self, path: str, connection, target: str) -> None:
         """Offers a file or a folder to a room ("#room") or a person."""
+        if not path.startswith(self._profile.paths.file("inbox") + os.sep):
+            check_not_ours(path, self._profile.paths.home)
         spawn("measure", self._routine_measure, path, connection, target)
 
     def _routine_measure(self, path: str, connection, target: str) -> None:
@@ -16804,6 +16880,12 @@ class FileDesk:
         transfer = self.book.transfers.get(event["id"])
         if transfer is not None:
             self._note_readers(transfer)
+
+    def _on_unsent(self, connection, event: dict) -> None:
+        """There was nobody of that name."""
+        transfer = self.book.transfers.get(event["id"])
+        if transfer is not None:
+            self.book.drop(transfer)
 
     def _on_undelivered(self, connection, event: dict) -> None:
         """Nobody has heard of an offer of ours."""
@@ -16862,6 +16944,9 @@ class FileDesk:
             why = error.text if for_good else "It cannot be sent now."
             self.tell(run.fingerprint, CANCEL, run.transfer, int(for_good), why)
             self.fail(run.transfer, run.name, str(error))
+        elif not isinstance(error, StreamReset):
+            text = f"{run.transfer.name} to {run.name} was interrupted: it goes on when you both"
+            self._chat.show_notice(f"{text} are here.", id=run.transfer.id)
         if run.transfer.reference:
             self.end(run.transfer)  # it was not offered to anybody yet
 
@@ -16879,7 +16964,8 @@ class FileDesk:
         transfer.done.append(fingerprint.hex())
         if not transfer.room:
             self.end(transfer)
-        self.publish("file-sent", transfer, run.name, sha256=run.sha256.hex())
+        left_out = {"left_out": run.left_out} if run.left_out else {}
+        self.publish("file-sent", transfer, run.name, sha256=run.sha256.hex(), **left_out)
 
     # Taking back, refusing
 
@@ -16894,12 +16980,22 @@ class FileDesk:
             self._clear(transfer, self.stop(transfer, fingerprint, "It was cancelled."))
         self.end(transfer)
         self._chat.note_status()
-        text = f"✗ {transfer.name} is cancelled."
+        text = (
+            f"✗ You take {transfer.name} back."
+            if transfer.own
+            else (f"✗ You do not take {transfer.name}.")
+        )
         self._chat.show_notice(text, id=transfer.id, number=transfer.handle, cancelled=True)
 
     def refuse(self, transfer: Transfer, why: str) -> None:
         self.tell(transfer.peer()[0], CANCEL, transfer, 1, why)
         self.end(transfer)
+
+    def clear_empty(self, transfer: Transfer) -> None:
+        """A partial into which nothing has come needs not stay."""
+        part = transfer.path + PART_ENDING
+        if os.path.isfile(part) and not os.path.getsize(part):
+            self._clear(transfer, None)
 
     def _clear(self, transfer: Transfer, run) -> None:
         """What came of an offer that is over is thrown away."""
@@ -16996,6 +17092,7 @@ class ChatClient:
         self.records.attach(self)
         if self.records.profile is not None:
             self.desk = FileDesk(self, self.records.profile)
+            self.desk.shares.remind()
         self.begin(self.first, link)
         spawn("chat", self._routine_chat)
 
@@ -17275,7 +17372,7 @@ class ChatClient:
         if self.desk is not None and self.desk.unfinished() and self.leaving == "eof":
             return  # a script waits for its files as long as they take
         if self.desk is not None and self.desk.running:
-            text = f"{len(self.desk.running)} files are on their way: they go on next time."
+            text = f"Files on their way: {len(self.desk.running)}. They go on next time."
             self.show_notice(text, files=len(self.desk.running))
         for connection in self.connections:
             connection.say_goodbye(self.leaving)
@@ -17698,15 +17795,22 @@ def _ask_again(client, fingerprint: bytes) -> None:
 
 def _chat_admit(client, rest: str) -> None:
     name = _need(rest, "/admit NAME")
-    if not _at_the_door(client, name, True):
-        _current_room(client).admission.admit(name, time.monotonic())
+    if _at_the_door(client, name, True):
+        return
+    if client.door is not None and client.door.forgive(*split_mark(name)):
+        client.show_notice(f"{one_line(name)} may knock again.", name=name)
+        return
+    _current_room(client).admission.admit(name, time.monotonic())
 
 
 def _chat_deny(client, rest: str) -> None:
     name = _need(rest, "/deny NAME")
     if not _at_the_door(client, name, False):
         _current_room(client).admission.refuse(name)
-    client.show_notice(f"{one_line(name)} was told that they are denied.", denied=name)
+    text = f"{one_line(name)} was told that they are denied."
+    if client.door is not None:
+        text += f" For 5 minutes they cannot knock again; /accept {one_line(name)} lifts that."
+    client.show_notice(text, denied=name)
 
 
 def _chat_requests(client, rest: str) -> None:
@@ -18130,7 +18234,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 68. Chat commands: files | uses 1, 2, 16, 35, 44, 65, 66
+# Part 68. Chat commands: files | uses 1, 2, 8, 16, 35, 44, 65, 66
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -18152,6 +18256,11 @@ def _desk(client) -> FileDesk:
     return client.desk
 
 
+def _without_quotes(text: str) -> str:
+    """A line that may stand in quotes, as it would with /file."""
+    return " ".join(split_paths(text)) if '"' in text else text
+
+
 def _take_option(words: list, option: str) -> str:
     """Takes an option and its value out of a line's words; "" if it is not there."""
     if option not in words[:-1]:
@@ -18159,6 +18268,13 @@ def _take_option(words: list, option: str) -> str:
     place = words.index(option)
     del words[place]
     return words.pop(place)
+
+
+def _meant(client, word: str) -> str:
+    """What to do about a word that is no path."""
+    if client.machine.directory.find(word) or client.machine.directory.find_contact(word):
+        return f"Did you mean @{one_line(word)}?"
+    return 'Tab completes paths; one with spaces stands in quotes: "my photo.jpg".'
 
 
 def _chat_file(client, rest: str) -> None:
@@ -18171,8 +18287,13 @@ def _chat_file(client, rest: str) -> None:
             target = word if word[0] == "#" else _nickname(client.connection, word)
             words.remove(word)
             break
-    for path in words:
-        path = os.path.expanduser(path)
+    paths = [os.path.expanduser(word) for word in words]
+    for word, path in zip(words, paths):
+        if not os.path.lexists(path):
+            raise ChatError(
+                f"{one_line(word)} is not there; nothing was offered.", _meant(client, word)
+            )
+    for path in paths:
         if via:
             _desk(client).by_server.send(path, client.connection, target, via, key)
         else:
@@ -18181,13 +18302,15 @@ def _chat_file(client, rest: str) -> None:
 
 def _chat_get(client, rest: str) -> None:
     desk = _desk(client)
-    name, colon, path = rest.partition(":")
+    name, colon, path = _without_quotes(rest).partition(":")
     if colon:
         _get_shared(client, name, path)
         return
     open_offers = [t for t in desk.book.transfers.values() if not t.own and t.state == PENDING]
-    if not rest and not open_offers:
-        raise ChatError("Nothing is offered to you.", "/files lists all.")
+    if not rest and len(open_offers) != 1:
+        shown = ", ".join(f"{t.handle} {t.name}" for t in open_offers[-5:])
+        text = f"Several files are offered: {shown}." if shown else "Nothing is offered to you."
+        raise ChatError(text, "Write /get and its number." if shown else "/files lists all.")
     words = rest.split()
     key = _take_option(words, "--accept-key")
     for word in words or [open_offers[-1].handle]:
@@ -18237,8 +18360,10 @@ def _file_state(transfer: Transfer, runs: list) -> str:
     if runs:
         done = sum(run.done for run in runs) * 100 // max(1, sum(run.size for run in runs))
         return f"on its way, {done} %"
+    if transfer.state == ENDED and transfer.done:
+        return "all have it" if transfer.own else f"here, {transfer.path}"
     if transfer.state == ENDED:
-        return "done" if transfer.done else "over"
+        return "over"
     if transfer.state == WANTED:
         return "goes on when you both are here"
     return f"offered, {len(transfer.done)} have it" if transfer.own else "offered"
@@ -18246,11 +18371,12 @@ def _file_state(transfer: Transfer, runs: list) -> str:
 
 def cancel_file(client, word: str) -> bool:
     """Whether /cancel means a file, which is cancelled then."""
-    try:
-        transfer = _desk(client).book.find(word)
-    except ChatError:
+    desk = _desk(client)
+    words = word.split()
+    if not all(w[:1] == "f" and w[1:].isdigit() for w in words):
         return False
-    client.desk.cancel(transfer)
+    for transfer in [desk.book.find(w) for w in words]:
+        desk.cancel(transfer)
     return True
 
 
@@ -18270,6 +18396,11 @@ def _chat_share(client, rest: str) -> None:
         people = dict(_somebody(client, name) for name in words[1:])
         desk.shares.share(words[0], {f.hex(): name for f, name in people.items()}, write)
         may = "read and change" if write else "read"
+        for name in people.values():
+            connection = _connection_of(client, name)
+            connection.machine.tell(
+                name, f"shares a folder with you: /ls {client.machine.name}", ACTION
+            )
         names = ", ".join(people.values())
         text = f"{names} may {may} {one_line(words[0])}, with /ls {client.machine.name}."
         client.show_notice(f"{text} /share --end {one_line(words[0])} ends it.", path=words[0])
@@ -18286,7 +18417,7 @@ def _list_shares(client, desk: FileDesk) -> None:
 
 
 def _chat_ls(client, rest: str) -> None:
-    name, _, path = _need(rest, "/ls NAME, or /ls NAME:FOLDER").partition(":")
+    name, _, path = _without_quotes(_need(rest, "/ls NAME, or /ls NAME:FOLDER")).partition(":")
     fingerprint, shown = _somebody(client, name)
     _desk(client).shares.look(fingerprint, shown, "/" + path.lstrip("/"))
 
@@ -18298,23 +18429,29 @@ for _row in (
     ("files", "/files", "the files offered and on their way", (), _chat_files),
     ("share", "/share FOLDER NAME... [--write]", "let people look into a folder; --end FOLDER",
      (), _chat_share),
-    ("ls", "/ls NAME[:FOLDER]", "what somebody shares with you", (), _chat_ls),
+    ("ls", "/ls NAME[:FOLDER]", "what somebody shares with you; also: python3 trchat.py sftp", (),
+     _chat_ls),
 ):  # fmt: skip
     command("chat", *_row[:3], _row[4], _row[3])
 
 
 # ==================================================================================================
-# Part 69. Chat commands: records | uses 1, 2, 6, 34, 35, 42, 65, 66, 68
+# Part 69. Chat commands: records | uses 1, 2, 6, 8, 16, 34, 35, 42, 65, 66, 68
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
+
+
+def _kept_text(entry: dict) -> str:
+    offered = entry["kind"] == OFFERED
+    return offer_words(decode_offer(entry["text"])) if offered else entry["text"]
 
 
 def _chat_outbox(client, rest: str) -> None:
     client.records.require()
     entries = list(client.records.waiting.values())
     rows = [
-        {"id": e["id"], "to": e["name"], "text": e["text"], "time": rfc3339(e["created"])}
+        {"id": e["id"], "to": e["name"], "text": _kept_text(e), "time": rfc3339(e["created"])}
         for e in entries
     ]
     lines = [f"… {r['id'][:8]}  to {r['to']}: {one_line(r['text'])[:60]}" for r in rows]
@@ -19320,11 +19457,13 @@ class ChatWords:
     def _on_offer(self, event: dict, here: bool):
         if "_message" in event:
             whom = f"#{event['room']}" if event["room"] else ", ".join(event["to"])
-            return f"↑ You offer {event['name']} ({size_words(event['size'])}) to {whom}."
+            size = size_words(event["size"])
+            return f"↑ {event['number']}: you offer {event['name']} ({size}) to {whom}."
         who = self._nick(shown_name({**event, "name": event["from"]}), event["fingerprint"])
         number = event["number"]
         offer = f"{local_clock(event['time'])} * {who} {event['text']}"
-        lines = [f"{offer}: /get {number} takes it, /cancel {number} does not"]
+        choice = f"/get {number} takes it, /cancel {number} does not"
+        lines = [f"{offer}: {event.get('_answer', choice)}"]
         if "_question" in event:
             lines.append(f"  {event['_question']}")
         return "\n".join(lines)
@@ -19332,10 +19471,10 @@ class ChatWords:
     def _on_received(self, event: dict, here: bool) -> str:
         home = os.path.expanduser("~") + os.sep
         path = event["path"].replace(home, "~" + os.sep, 1)
-        return f"✓ {event['name']} from {event['from']} is here: {path}"
+        return f"✓ {event['name']} from {event['from']} is here: {path}{_left_out(event)}"
 
     def _on_file_sent(self, event: dict, here: bool) -> str:
-        return f"✓ {', '.join(event['to'])} has {event['name']}."
+        return f"✓ {', '.join(event['to'])} has {event['name']}{_left_out(event)}."
 
     def _on_file_failed(self, event: dict, here: bool) -> str:
         other = f"from {event['from']}" if "from" in event else f"to {', '.join(event['to'])}"
@@ -19399,12 +19538,11 @@ class ChatWords:
     def status(self, status: dict) -> str:
         """What is true of the conversation in view, in one row; then what is unread elsewhere."""
         where = f" on {status['server']}" if status["server"] else ""
-        pieces = [status["title"] + where]
+        pieces = [status["title"] + where, *map(_transfer_words, status["files"])]
         pieces += _other_windows(status["others"])
         pieces += self._readers(status)
         if status["queued"]:
             pieces.append(f"{status['queued']} queued")
-        pieces += map(_transfer_words, status["files"])
         if status["away"]:
             pieces.append("you are away")
         return " · ".join(pieces)
@@ -19425,6 +19563,11 @@ class ChatWords:
         lifetime = status.get("lifetime")
         gone = [f"gone after {short_duration(lifetime)}"] if lifetime else []
         return [*room, *away, *gone, f"encrypted to {_reader_names(readers)}", *epoch, "PQ"]
+
+
+def _left_out(event: dict) -> str:
+    count = event.get("left_out", 0)
+    return f" ({count} links or devices were left out)" if count else ""
 
 
 def _transfer_words(run: dict) -> str:
@@ -21298,7 +21441,7 @@ for _activity in (
      _shell_send, _send_options, None),
     ("listen", "listen TARGET --json", "show what is said until stopped; for scripts",
      _streaming(_shell_listen), _connect_options, None),
-    ("sftp", "sftp TARGET bob", "SFTP to what somebody shares, for `sftp -D` and the like",
+    ("sftp", "sftp SERVER bob", "what bob shares, for others: sftp -D 'python3 trchat.py sftp ...'",
      _shell_sftp, _sftp_options, None),
     ("contacts", "contacts rename bob bobby", "people you know",
      _shell_contacts, _contacts_options, (4, "Contacts and saved servers")),

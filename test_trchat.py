@@ -14767,13 +14767,13 @@ FIELDS = {
     "queued": ("id to", ""),
     "delivered": ("id by", ""),
     "undelivered": ("id to", ""),
-    "request": ("from fingerprint", "room"),
+    "request": ("from fingerprint", "room warning"),
     "code": ("name digits verified", ""),
     "key-changed": ("name old new", ""),
     "offer": ("id name size files room direct text", "to from fingerprint verified time number key_changed disappear history"),
     "progress": ("id name size done rate left number", "to from"),
-    "received": ("id from name size path sha256 number", ""),
-    "file-sent": ("id to name size sha256 number", ""),
+    "received": ("id from name size path sha256 number", "left_out"),
+    "file-sent": ("id to name size sha256 number", "left_out"),
     "file-failed": ("id name size text number", "to from"),
     "reconnecting": ("attempt delay", ""),
     "reconnected": ("attempt delay", ""),
@@ -24587,8 +24587,8 @@ class FileDeskTest(FilesCase):
         alice, bob = self.gather(self.serve(), "alice", "bob")
         os.mkfifo(self.source("x", b"") + "pipe")
         for words, said in (
-            (self.base + "/none", "No such file"), (self.base + "/files/xpipe", "neither"),
-            ("/dev/zero", "neither"), ('"a', "quote"), ("", "/file PATH"), ("@bob", "cannot be read"),
+            (self.base + "/none", "is not there"), (self.base + "/files/xpipe", "neither"),
+            ("/dev/zero", "neither"), ('"a', "quote"), ("", "/file PATH"), ("@bob", "is not there"),
             (self.source("x", b"") + " @nobody", "nobody"),
         ):  # fmt: skip
             answer = alice.ask(f"/file {words}")

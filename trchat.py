@@ -4909,6 +4909,7 @@ class Directory:
         self.machine.messages.person_gone(person)
         self.machine.reception.person_gone(person)
         self.machine.streams.person_gone(person)
+        self.machine.emit("_gone", fingerprint=person.fingerprint)
 
     def _initiate(self, person: Person) -> None:
         if person.session is not None or self.machine.keys.bundle.hash > person.hash:
@@ -5375,10 +5376,13 @@ class ClientMachine:
             room.disconnect()
             if room.last is not None:
                 room.waiting.clear()  # from now on owed to each of them alone
+        gone = [person.fingerprint for person in self.directory.people.values()]
         self.directory.disconnect()
         self.messages.connection_lost()
         self.reception.disconnect()
         self.streams.disconnect()
+        for fingerprint in gone:
+            self.emit("_gone", fingerprint=fingerprint)
 
     def take_output(self) -> bytes:
         output, self._output = b"".join(self._output), []
@@ -15850,6 +15854,7 @@ class Running:
         self.left_out = 0  # links and devices of a folder
         self.cancelled = ""
         self.ended = threading.Event()  # its thread touches no file any more
+        self.last_word = False  # whether the sender has said what it must be
         self._started = self._reported = 0.0
         self._first = 0
 
@@ -16326,7 +16331,7 @@ class Shares:
         self._desk, self._chat, self._book = desk, chat, profile.transfers
         self._home = profile.paths.home
         self._told: set = set()  # (connection, identity) of those whose first look was told
-        self._open_to: dict = {}  # Channel -> paths of the folders that it shows
+        self._open_to: dict = {}  # Channel -> (identity, paths of the folders that it shows)
 
     # Ours
 
@@ -16358,8 +16363,13 @@ class Shares:
             raise ChatError(f"{one_line(path)} is not shared.", "/share lists what is.")
         self._book.shares = left
         self._book.save()
-        for channel in [c for c, paths in self._open_to.items() if full in paths]:
+        for channel in [c for c, (_, paths) in self._open_to.items() if full in paths]:
             channel.give_up("It is no longer shared.")
+
+    def cut(self, fingerprint: bytes) -> None:
+        """Somebody who is looking looks no longer."""
+        for channel in [c for c, (who, _) in self._open_to.items() if who == fingerprint]:
+            channel.give_up("They share nothing with you.")
 
     def serve(self, connection, person, stream: Stream) -> None:
         """Somebody wants to look."""
@@ -16373,7 +16383,7 @@ class Shares:
             names = ", ".join(os.path.basename(s["path"]) for s in found)
             self._chat.show_notice(f"{person.name} opens what you share: {names}.")
         channel = connection.channel(stream)
-        self._open_to[channel] = [share["path"] for share in found]
+        self._open_to[channel] = (person.fingerprint, [share["path"] for share in found])
         spawn("share folder", self._routine_serve, channel, found)
 
     def _routine_serve(self, channel: Channel, found: list) -> None:
@@ -16683,7 +16693,8 @@ class FileReceiver:
     def on_done(self, connection, event: dict) -> None:
         """The sender says that all has gone out: it is compared, and gets its name."""
         run = self._desk.running.get((event["id"].hex(), event["person"].fingerprint))
-        if run is not None and not run.transfer.own:
+        if run is not None and not run.transfer.own and not run.last_word:
+            run.last_word = True
             spawn("check file", self._routine_check, run, event["sha256"])
 
     def _routine_check(self, run: Running, expected: bytes) -> None:
@@ -16752,6 +16763,7 @@ class FileDesk:
             "_kept_offer": self._on_kept, "_cancel": self._on_cancel, "_seen": receiver.on_seen,
             "offer": self._on_offer, "delivered": self._on_delivered,
             "undelivered": self._on_undelivered, "_unsent": self._on_unsent,
+            "_gone": self._on_gone,
         }  # fmt: skip
 
     def handle(self, connection, event: dict) -> None:
@@ -16929,6 +16941,18 @@ class FileDesk:
             self.post(self.sending_failed, run, error)
             return
         self.post(self._all_sent, run)
+
+    def _on_gone(self, connection, event: dict) -> None:
+        """Whose last word was waited for has gone without it."""
+        for run in [r for r in self.running.values() if r.fingerprint == event["fingerprint"]]:
+            if run.sha256 if run.transfer.own else run.ended.is_set() and not run.last_word:
+                self.dismiss(run)
+
+    def cut(self, fingerprint: bytes) -> None:
+        """Nothing goes to somebody any more, or comes from them."""
+        for run in [r for r in self.running.values() if r.fingerprint == fingerprint]:
+            self.stop(run.transfer, fingerprint, "It was cancelled.")
+        self.shares.cut(fingerprint)
 
     def _all_sent(self, run: Running) -> None:
         """It is for the other side to compare it now."""
@@ -18000,6 +18024,8 @@ def _chat_block(client, rest: str, on: bool = True) -> None:
         _ask_again(client, fingerprint)
     records.require().contacts.block(fingerprint, name, on)
     records.refresh_trust()
+    if on and client.desk is not None:
+        client.desk.cut(fingerprint)
     text = f"{name} is blocked: nothing of them is shown, and what they send you alone is refused."
     client.show_notice(text if on else f"{name} is no longer blocked.", name=name, blocked=on)
 

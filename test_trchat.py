@@ -15990,6 +15990,12 @@ class TerminalFaceTest(EndToEnd):
         guest.see("You are bruno in #lobby", 2)
         guest.press("\x04")
         guest.see("1  Start a server", 3)
+        guest.line(token)  # where a number is asked for
+        guest.see("Your name [bruno]:", 3)
+        guest.line("")
+        guest.see("You are bruno in #lobby", 3)
+        guest.press("\x04")
+        guest.see("1  Start a server", 4)
         guest.line("0")
         self.assert_restored(guest, 0)
         host.press("\x03")

@@ -21556,8 +21556,11 @@ def _menu_choice() -> str:
     sys.stdout.write("\n trchat " + VERSION + "\n\n" + "\n".join(lines) + "\n\n")
     while True:
         answer = _menu_answer()
+        if answer.startswith(TOKEN_PREFIX):
+            return answer
+        typed = answer.casefold()
         for number, name, title in menu_rows():
-            if answer in (number, name) or title.casefold().startswith(answer):
+            if typed in (number, name) or title.casefold().startswith(typed):
                 return name
         sys.stdout.write("Type one of the numbers, or the first letters of a line.\n")
 
@@ -21572,7 +21575,7 @@ def _menu_answer() -> str:
     if not line:
         sys.stdout.write("\n")
         return "0"
-    return line.strip().casefold() or "2"
+    return line.strip() or "2"
 
 
 def _menu_activity(session: Session, choice: str) -> None:
@@ -21580,7 +21583,11 @@ def _menu_activity(session: Session, choice: str) -> None:
         "server": _menu_server, "connect": _menu_connect, "host": _menu_host,
         "contacts": _menu_people, "settings": _menu_settings, "ip": lambda session: ["ip"],
     }  # fmt: skip
-    words = makers[choice](session)
+    if choice.startswith(TOKEN_PREFIX):  # pasted where a number was asked for
+        consume_token(choice)
+        words = _connect_words(session, choice, "")
+    else:
+        words = makers[choice](session)
     if words:
         top = ["--home", session.paths.home, "--profile", session.paths.profile]
         arguments = make_parser().parse_args([*top, *words])

@@ -16570,7 +16570,8 @@ class ByServer:
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
 # ==================================================================================================
 
-RUNNING_MOST = 8  # transfers of ours on their way at a time; the others wait for their turn
+# Transfers of ours on their way at a time, to one person and to all; others wait for their turn.
+RUNNING_EACH, RUNNING_MOST = 4, 64
 
 
 class FileReceiver:
@@ -16925,13 +16926,22 @@ class FileDesk:
 
     def _take_turns(self) -> None:
         """Begins what waits, as long as few are on their way."""
-        while self._turns and sum(r.transfer.own for r in self.running.values()) < RUNNING_MOST:
-            connection, person, transfer = self._turns.pop(0)
+        while True:
+            turn = next((t for t in self._turns if self._may_begin(t[1].fingerprint)), None)
+            if turn is None:
+                break
+            self._turns.remove(turn)
+            connection, person, transfer = turn
             if connection.machine.directory.people.get(person.id) is person:
                 run = self.start(transfer, person.fingerprint, person.name)
                 number = bytes.fromhex(transfer.id)
                 run.channel = connection.open_stream(person, FOR_OFFER, number)
                 spawn("send file", self._routine_send, run)
+
+    def _may_begin(self, fingerprint: bytes) -> bool:
+        """Whether one more may be sent to somebody: who does not read holds up nobody else."""
+        to = [run.fingerprint for run in self.running.values() if run.transfer.own]
+        return len(to) < RUNNING_MOST and to.count(fingerprint) < RUNNING_EACH
 
     def _routine_send(self, run: Running) -> None:
         try:
@@ -17051,8 +17061,10 @@ class FileDesk:
         self.fail(transfer, person.name, event["why"])
 
     def unfinished(self) -> bool:
-        """Whether something is on its way."""
-        return bool(self.running or self._turns)
+        """Whether something is on its way, or about to be."""
+        wanted = [t for t in self.book.transfers.values() if not t.own and t.state == WANTED]
+        coming = any(self.person(t.peer()[0])[1] is not None for t in wanted)
+        return bool(self.running or self._turns or coming)
 
 
 # ==================================================================================================

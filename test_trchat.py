@@ -25129,7 +25129,7 @@ class FileAttackTest(FilesCase):
         patcher.start()
         self.addCleanup(patcher.stop)
         _, theirs = self.offer(alice, self.source("x", bytes(size)), bob, to=" @bob")
-        bob.type("/get")
+        bob.type(f"/get {theirs['number']}")
         return alice, bob, theirs
 
     def assert_nothing_came(self, bob, theirs, most=1000):
@@ -25438,6 +25438,8 @@ class TamperingRelay(trchat.RelayMachine):
 
 
 class FileTamperingTest(FilesCase):
+    SIZE = 12 << 20
+
     def test_a_server_that_changes_what_it_carries(self):
         for how in ("drop", "twice", "alter"):
             with self.subTest(how):

@@ -76,26 +76,27 @@ or thread: bytes in, events out) and each uses only parts above itself:
  60. Files on their way
  61. Shared folders
  62. Files by way of a server
- 63. File desk
- 64. Chat client
- 65. Commands
- 66. Chat commands: talking and rooms
- 67. Chat commands: people and servers
- 68. Chat commands: files
- 69. Chat commands: records
- 70. Console commands
- 71. Terminal input
- 72. Terminal
- 73. Words for events
- 74. Faces: terminal and JSON lines
- 75. Activities
- 76. Chatting directly
- 77. SFTP for other programs
- 78. Demonstration
- 79. Session
- 80. Shell commands
- 81. Command line
- 82. Menu and door
+ 63. Offers of others
+ 64. File desk
+ 65. Chat client
+ 66. Commands
+ 67. Chat commands: talking and rooms
+ 68. Chat commands: people and servers
+ 69. Chat commands: files
+ 70. Chat commands: records
+ 71. Console commands
+ 72. Terminal input
+ 73. Terminal
+ 74. Words for events
+ 75. Faces: terminal and JSON lines
+ 76. Activities
+ 77. Chatting directly
+ 78. SFTP for other programs
+ 79. Demonstration
+ 80. Session
+ 81. Shell commands
+ 82. Command line
+ 83. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -16564,14 +16565,10 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 63. File desk | uses 1, 2, 8, 16, 26, 29, 35, 36, 39, 41, 44, 57, 60-62
+# Part 63. Offers of others | uses 1, 8, 26, 29, 35, 36, 39, 41, 44, 57, 60, 61
 #
-# Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
-# (disks, streams, other programs) is done by threads that answer to the owner's inbox.
+# What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
-
-# Transfers of ours on their way at a time, to one person and to all; others wait for their turn.
-RUNNING_EACH, RUNNING_MOST = 4, 64
 
 
 class FileReceiver:
@@ -16743,6 +16740,17 @@ class FileReceiver:
         if run.left_out:
             fields["left_out"] = run.left_out
         self._desk.publish("received", transfer, run.name, **fields)
+
+
+# ==================================================================================================
+# Part 64. File desk | uses 1, 2, 8, 16, 26, 36, 44, 57, 60-63
+#
+# Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
+# (disks, streams, other programs) is done by threads that answer to the owner's inbox.
+# ==================================================================================================
+
+# Transfers of ours on their way at a time, to one person and to all; others wait for their turn.
+RUNNING_EACH, RUNNING_MOST = 4, 64
 
 
 class FileDesk:
@@ -17061,14 +17069,17 @@ class FileDesk:
         self.fail(transfer, person.name, event["why"])
 
     def unfinished(self) -> bool:
-        """Whether something is on its way, or about to be."""
+        """Whether something is on its way."""
+        return bool(self.running or self._turns)
+
+    def coming(self) -> bool:
+        """Whether something was asked for that may begin any moment."""
         wanted = [t for t in self.book.transfers.values() if not t.own and t.state == WANTED]
-        coming = any(self.person(t.peer()[0])[1] is not None for t in wanted)
-        return bool(self.running or self._turns or coming)
+        return any(self.person(t.peer()[0])[1] is not None for t in wanted)
 
 
 # ==================================================================================================
-# Part 64. Chat client | uses 1, 2, 17, 20, 30, 35, 36, 55, 58, 59, 63
+# Part 65. Chat client | uses 1, 2, 17, 20, 30, 35, 36, 55, 58, 59, 64
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -17403,6 +17414,7 @@ class ChatClient:
         if not self.leaving or self.reason:
             return
         unfinished = any(c.machine.messages.unfinished() for c in self.connections)
+        unfinished = unfinished or self.desk is not None and self.desk.coming()
         if unfinished and now < self._leave_by:
             return
         if self.desk is not None and self.desk.unfinished() and self.leaving == "eof":
@@ -17474,7 +17486,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 65. Commands | uses 1, 2
+# Part 66. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -17629,7 +17641,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 66. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 65
+# Part 67. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 66
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -17967,7 +17979,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 67. Chat commands: people and servers | uses 1, 2, 4, 23, 35, 36, 48, 56, 65, 66
+# Part 68. Chat commands: people and servers | uses 1, 2, 4, 23, 35, 36, 48, 56, 66, 67
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -18272,7 +18284,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 68. Chat commands: files | uses 1, 2, 8, 16, 35, 44, 65, 66
+# Part 69. Chat commands: files | uses 1, 2, 8, 16, 35, 44, 66, 67
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -18474,7 +18486,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 69. Chat commands: records | uses 1, 2, 6, 8, 16, 34, 35, 42, 65, 66, 68
+# Part 70. Chat commands: records | uses 1, 2, 6, 8, 16, 34, 35, 42, 66, 67, 69
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -18690,7 +18702,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 70. Console commands | uses 1, 2, 8, 55, 65
+# Part 71. Console commands | uses 1, 2, 8, 55, 66
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -18810,7 +18822,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 71. Terminal input | uses 35
+# Part 72. Terminal input | uses 35
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -19016,7 +19028,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 72. Terminal | uses 2, 31-33, 35, 71
+# Part 73. Terminal | uses 2, 31-33, 35, 72
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -19378,7 +19390,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 73. Words for events | uses 2, 8, 16, 31, 65, 66
+# Part 74. Words for events | uses 2, 8, 16, 31, 66, 67
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -19717,7 +19729,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 74. Faces: terminal and JSON lines | uses 2, 31, 35, 36, 65, 72, 73
+# Part 75. Faces: terminal and JSON lines | uses 2, 31, 35, 36, 66, 73, 74
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -20058,7 +20070,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 75. Activities | uses 1-4, 11, 13, 23, 35, 36, 38, 46, 48, 49, 51, 55, 56, 59, 64, 65, 70, 74
+# Part 76. Activities | uses 1-4, 11, 13, 23, 35, 36, 38, 46, 48, 49, 51, 55, 56, 59, 65, 66, 71, 75
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -20451,7 +20463,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 76. Chatting directly | uses 1, 2, 4, 23, 35, 38, 46, 55, 56, 59, 64, 74, 75
+# Part 77. Chatting directly | uses 1, 2, 4, 23, 35, 38, 46, 55, 56, 59, 65, 75, 76
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -20634,7 +20646,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 77. SFTP for other programs | uses 1, 2, 8, 24, 35, 36, 59, 64, 75
+# Part 78. SFTP for other programs | uses 1, 2, 8, 24, 35, 36, 59, 65, 76
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -20745,7 +20757,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 78. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 38, 46, 55, 56, 64, 65
+# Part 79. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 38, 46, 55, 56, 65, 66
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -20927,7 +20939,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 79. Session | uses 1, 2, 31, 35, 37, 38, 72, 74
+# Part 80. Session | uses 1, 2, 31, 35, 37, 38, 73, 75
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -21012,7 +21024,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 80. Shell commands | uses 1, 2, 4, 34-36, 38, 42, 43, 48, 51, 56, 59, 67, 72, 74-79
+# Part 81. Shell commands | uses 1, 2, 4, 34-36, 38, 42, 43, 48, 51, 56, 59, 68, 73, 75-80
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -21361,7 +21373,7 @@ class UsageError(Exception):
 
 
 # ==================================================================================================
-# Part 81. Command line | uses 1, 8, 35, 65, 67, 80
+# Part 82. Command line | uses 1, 8, 35, 66, 68, 81
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -21536,7 +21548,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 82. Menu and door | uses 1, 2, 4, 34-36, 46, 56, 65, 67, 74, 79-81
+# Part 83. Menu and door | uses 1, 2, 4, 34-36, 46, 56, 66, 68, 75, 80-82
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================

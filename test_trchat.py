@@ -36,6 +36,7 @@ import importlib.util  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
 import pty  # noqa: E402
@@ -58,11 +59,13 @@ import tempfile  # noqa: E402
 import termios  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import tracemalloc  # noqa: E402
 import types  # noqa: E402
 import unicodedata  # noqa: E402
 import unittest  # noqa: E402
 import unittest.mock  # noqa: E402
 import warnings  # noqa: E402
+import zlib  # noqa: E402
 
 # The top of test_trchat.py: right after `import sys` and before anything that needs a package.
 
@@ -19337,6 +19340,750 @@ class OutboxTest(LogCase):
         for position in range(len(data)):
             write_bytes(self.path, flipped(data, position, position % 8))
             self.assertEqual(len(self.opened().entries()), 3)
+
+
+# ==================================================================================================
+# Messages in pictures: BMP headers, what is hidden in them, and the two commands
+# ==================================================================================================
+
+
+def bmp_file(width, height, samples, bits=24, header=40, top_down=False, **options) -> bytes:
+    """A BMP by hand. `samples` are three a pixel, rows from the top down.
+
+    Options: `places` (bytes of a pixel that are colours, as masks), `compression`, `spare` (fourth
+    byte of a pixel), `gap` (before the pixels), `behind` (after them).
+    """
+    places, spare = options.get("places"), options.get("spare", b"\xee")
+    rows = [samples[i * 3 * width : (i + 1) * 3 * width] for i in range(height)]
+    if bits == 32:
+        rows = [with_fourth(row, places or (0, 1, 2), spare) for row in rows]
+    rows = [row + b"\xa5" * (-len(row) % 4) for row in (rows if top_down else rows[::-1])]
+    pixels = b"".join(rows)
+    compression = options.get("compression", 3 if places else 0)
+    masks = b"".join(struct.pack("<I", 0xFF << 8 * place) for place in places or ())
+    if header == 12:
+        info = struct.pack("<IHHHH", 12, width, height, 1, bits)
+    else:
+        signed = -height if top_down else height
+        info = struct.pack("<IiiHHIIiiII", header, width, signed, 1, bits, compression, len(pixels),
+                           2835, 2835, 0, 0)  # fmt: skip
+        info = (info + masks).ljust(header, b"\x5a")
+    gap = options.get("gap", b"")
+    behind = options.get("behind", b"")
+    offset = 14 + len(info) + len(gap)
+    size = offset + len(pixels) + len(behind)
+    return struct.pack("<2sIHHI", b"BM", size, 0, 0, offset) + info + gap + pixels + behind
+
+
+def with_fourth(row: bytes, places: tuple, spare: bytes) -> bytes:
+    """A row of three samples a pixel as one of four bytes a pixel."""
+    wide = bytearray(spare * (len(row) // 3 * 4))
+    for index, place in enumerate(sorted(places)):
+        wide[place::4] = row[index::3]
+    return bytes(wide)
+
+
+def noise(width, height, seed=1, low=20, high=235) -> bytes:
+    """Samples between two values."""
+    source = random.Random(seed)
+    return bytes(source.choices(range(low, high + 1), k=3 * width * height))
+
+
+def landscape(width, height, seed=1, contrast=14) -> bytes:
+    """Samples with soft shapes and the noise of a camera, as a photograph has them."""
+    source = random.Random(seed)
+    waves = [(source.uniform(-0.1, 0.1), source.uniform(-0.1, 0.1), source.uniform(0, 6))
+             for _ in range(6)]  # fmt: skip
+    samples = bytearray()
+    for y in range(height):
+        for x in range(width):
+            light = 128 + contrast * sum(math.sin(x * a + y * b + c) for a, b, c in waves)
+            for tint in (0.9, 1.0, 1.1):
+                samples.append(max(1, min(254, round(light * tint + source.gauss(0, 2.5)))))
+    return bytes(samples)
+
+
+def through_jpeg(width, height, samples, step=24) -> bytes:
+    """What is left of samples after JPEG with one quantiser for all."""
+    basis = [[math.sqrt((1 if u == 0 else 2) / 8) * math.cos((2 * x + 1) * u * math.pi / 16)
+              for x in range(8)] for u in range(8)]  # fmt: skip
+
+    def product(one, other):
+        columns = list(zip(*other))
+        return [[sum(a * b for a, b in zip(row, column)) for column in columns] for row in one]
+
+    back, out = [list(column) for column in zip(*basis)], bytearray(samples)
+    for y, x, colour in itertools.product(range(0, height, 8), range(0, width, 8), range(3)):
+        at = [[((y + j) * width + x + i) * 3 + colour for i in range(8)] for j in range(8)]
+        found = product(product(basis, [[out[a] for a in row] for row in at]), back)
+        kept = [[round(value / step) * step for value in row] for row in found]
+        for row, values in zip(at, product(product(back, kept), basis)):
+            for a, value in zip(row, values):
+                out[a] = max(0, min(255, round(value)))
+    return bytes(out)
+
+
+class PictureCase(PureCase):
+    """Tests with a passphrase whose key costs next to nothing."""
+
+    def setUp(self):
+        patch = mock.patch.object(trchat, "SCRYPT_LOG_N", 4)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def error_of(self, function, *args) -> trchat.ChatError:
+        return self.refused(function, *args, kind=trchat.ChatError)
+
+    def changed(self, one: bytes, other: bytes) -> int:
+        """How many samples differ; none by more than 1."""
+        differences = [abs(a - b) for a, b in zip(one, other) if a != b]
+        self.assertLessEqual(max(differences, default=0), 1)
+        return len(differences)
+
+
+class BitmapTest(PictureCase):
+    KINDS = (
+        {"header": 12}, {"header": 40}, {"header": 52}, {"header": 56}, {"header": 108},
+        {"header": 124}, {"header": 40, "top_down": True}, {"header": 124, "top_down": True},
+        {"bits": 32}, {"bits": 32, "top_down": True}, {"bits": 32, "header": 108},
+        {"bits": 32, "places": (2, 1, 0)}, {"bits": 32, "places": (2, 1, 0), "header": 52},
+        {"bits": 32, "places": (2, 1, 0), "header": 56}, {"bits": 32, "places": (3, 2, 1)},
+        {"bits": 32, "places": (3, 2, 1), "header": 124, "top_down": True},
+        {"bits": 32, "places": (0, 1, 3), "header": 108},
+        {"header": 124, "behind": b"an ICC profile" * 50}, {"gap": b"a palette as a hint!"},
+    )  # fmt: skip
+
+    def test_every_kind_gives_its_samples_from_the_top_down(self):
+        for kind, width in itertools.product(self.KINDS, (4, 5, 6, 7)):
+            with self.subTest(kind=kind, width=width):
+                samples = noise(width, 9)
+                bitmap = trchat.Bitmap(bmp_file(width, 9, samples, **kind))
+                self.assertEqual(bitmap.samples(), samples)
+                self.assertEqual((bitmap.width, bitmap.height, bitmap.count), (width, 9, 27 * width))
+                self.assertEqual(b"".join(bitmap.some_rows(9)), samples)
+                self.assertEqual(len(bitmap.some_rows(3)), 3)
+
+    def test_other_samples_leave_all_else_as_it_is(self):
+        for kind, width in itertools.product(self.KINDS, (4, 5, 6, 7)):
+            with self.subTest(kind=kind, width=width):
+                one, other = noise(width, 9, 1), noise(width, 9, 2)
+                bitmap = trchat.Bitmap(bmp_file(width, 9, one, **kind))
+                self.assertEqual(
+                    bytes(bitmap.with_samples(other)), bmp_file(width, 9, other, **kind)
+                )
+
+    def test_refused_with_its_reason(self):
+        good = bmp_file(8, 8, noise(8, 8))
+        wide = bmp_file(8, 8, noise(8, 8), bits=32)
+
+        def patched(place, form, *values, data=good):
+            return data[:place] + struct.pack(form, *values) + data[place + struct.calcsize(form) :]
+
+        strange = bmp_file(8, 8, noise(8, 8), bits=32, places=(0, 1, 2))
+        for data, reason in (
+            (b"", "no BMP"), (b"\x89PNG" + good, "no BMP"), (b"BM", "too early"),
+            (good[:30], "too early"), (good[:-1], "too early"), (strange[:60], "too early"),
+            (patched(28, "<H", 8), "palette (8 bits"), (patched(28, "<H", 4), "palette (4 bits"),
+            (patched(28, "<H", 1), "palette (1 bits"), (patched(28, "<H", 16), "16 bits"),
+            (patched(28, "<H", 64), "64 bits"), (patched(28, "<HI", 8, 1), "RLE"),
+            (patched(28, "<HI", 4, 2), "RLE"), (patched(28, "<HI", 0, 4), "JPEG"),
+            (patched(28, "<HI", 0, 5), "PNG"), (patched(30, "<I", 6), "alpha masks"),
+            (patched(30, "<I", 3), "compression 3"), (patched(30, "<I", 11), "compression 11"),
+            (patched(18, "<i", 0), "no size"), (patched(18, "<i", -8), "negative width"),
+            (patched(22, "<i", 0), "no size"), (patched(26, "<H", 3), "3 colour planes"),
+            (patched(18, "<ii", 2**31 - 1, 2**31 - 1), "claims 2147483647 x 2147483647"),
+            (patched(22, "<i", -(2**31)), "claims 8 x 2147483648"),
+            (patched(18, "<ii", 4000, 4000), "too early"),
+            (patched(14, "<I", 2**32 - 1), "header of 4294967295"),
+            (patched(14, "<I", 64), "header of 64"), (patched(14, "<I", 16), "header of 16"),
+            (patched(14, "<I", 124, data=good[:100]), "too early"),
+            (patched(10, "<I", 40), "within its header"),
+            (patched(10, "<I", 2**32 - 1), "too early"),
+            (patched(54, "<3I", 0x7C00, 0x3E0, 0x1F, data=strange), "colour masks"),
+            (patched(54, "<3I", 255, 255, 0xFF00, data=strange), "colour masks"),
+            (patched(10, "<I", 54, data=strange), "within its header"),
+            (patched(30, "<I", 3, data=wide), "colour masks"),
+        ):  # fmt: skip
+            with self.subTest(reason=reason, start=data[:34].hex()):
+                error = self.error_of(trchat.Bitmap, data)
+                self.assertIn(reason, error.text)
+                self.assertTrue(error.hint)
+
+    def test_no_cut_and_no_flipped_header_does_harm(self):
+        data = bmp_file(5, 4, noise(5, 4), bits=32, places=(2, 1, 0), header=108)
+        self.assertEqual(len(list(every_cut(data))), len(data))
+        for cut in every_cut(data):
+            self.error_of(trchat.Bitmap, cut)
+        for place, bit in itertools.product(range(122), range(8)):
+            with contextlib.suppress(trchat.ChatError):
+                bitmap = trchat.Bitmap(flipped(data, place, bit))
+                self.assertEqual(len(bitmap.samples()), bitmap.count)
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes(self, data):
+        with contextlib.suppress(trchat.ChatError):
+            trchat.Bitmap(b"BM" + data).samples()
+
+    def test_a_photograph_gives_no_warning(self):
+        for seed in range(3):
+            data = bmp_file(96, 96, landscape(96, 96, seed))
+            self.assertEqual(trchat.warnings_about(trchat.Bitmap(data)), [])
+
+    def test_what_gives_a_picture_away_is_said(self):
+        photo = landscape(96, 96)
+        grey = bytes(value for value in photo[1::3] for _ in range(3))
+        for samples, word in (
+            (grey, "grey"),
+            (bytes(3 * 96 * 96), "flat"),
+            (bytes(40 * (value // 40) for value in photo), "few colours"),
+            (bytes(255 if value > 140 else value for value in photo), "bright"),
+            (through_jpeg(96, 96, photo), "JPEG"),
+        ):
+            with self.subTest(word=word):
+                found = trchat.warnings_about(trchat.Bitmap(bmp_file(96, 96, samples)))
+                self.assertIn(word, " ".join(found))
+
+
+class MatrixEmbeddingTest(PictureCase):
+    def test_the_groups_hold_what_a_plain_hamming_code_says(self):
+        """The syndrome, worked out once more sample by sample (Westfeld, F5, section 5)."""
+        for k in range(1, 10):
+            zone = trchat.Zone(7, 19, 16, k)
+            numbers = (1 << k) - 1
+            samples = bytearray(random.Random(k).choices(range(256), k=7 + 19 * numbers + 5))
+            before, data = bytes(samples), random.Random(k).randbytes(2 * k)
+            trchat.embed(samples, zone, data)
+            bits = "".join(f"{byte:08b}" for byte in data)
+            for group in range(16):
+                places = [7 + 19 * number + group for number in range(numbers)]
+                held = 0
+                for number, place in enumerate(places, 1):
+                    held ^= number * (samples[place] & 1)
+                wanted = sum(int(bits[place * 16 + group]) << place for place in range(k))
+                self.assertEqual(held, wanted, (k, group))
+                self.assertLessEqual(self.changed([before[p] for p in places],
+                                                  [samples[p] for p in places]), 1)  # fmt: skip
+                before_group = [before[p] & 1 for p in places]
+                if [samples[p] & 1 for p in places] == before_group:
+                    self.assertEqual([samples[p] for p in places], [before[p] for p in places])
+            outside = set(range(len(before))) - {
+                7 + 19 * number + group for number in range(numbers) for group in range(16)
+            }
+            self.assertTrue(all(samples[place] == before[place] for place in outside))
+            self.assertEqual(trchat.extract(samples, zone, len(data)), data)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(1, 9), st.integers(0, 400), st.integers(0, 2**32))
+    def test_any_size_in_any_code(self, k, size, seed):
+        source = random.Random(seed)
+        groups = -(-8 * size // k)
+        zone = trchat.Zone(3, groups + seed % 3, groups, k)
+        samples = bytearray(source.choices((0, 1, 100, 254, 255), k=trchat._zone_end(zone)))
+        before, data = bytes(samples), source.randbytes(size)
+        trchat.embed(samples, zone, data)
+        self.assertEqual(trchat.extract(samples, zone, size), data)
+        self.changed(before, samples)
+
+    def test_more_than_one_block(self):
+        for k, size in ((1, 3001), (3, 3000), (6, 5001), (9, 7003)):
+            with self.subTest(k=k), mock.patch.object(trchat, "GROUP_BLOCK", 1024):
+                groups = -(-8 * size // k)
+                zone = trchat.Zone(0, groups, groups, k)
+                samples = bytearray(random.Random(k).randbytes(trchat._zone_end(zone)))
+                data = random.Random(size).randbytes(size)
+                trchat.embed(samples, zone, data)
+                self.assertEqual(trchat.extract(samples, zone, size), data)
+
+    def test_up_and_down_alike_and_never_over_the_edge(self):
+        for k in (1, 2, 6, 9):
+            with self.subTest(k=k):
+                groups = 8000
+                zone = trchat.Zone(0, groups, groups, k)
+                samples = bytearray([0, 255, 100, 101] * (trchat._zone_end(zone) // 4))
+                before = bytes(samples)
+                trchat.embed(samples, zone, random.Random(k).randbytes(groups * k // 8))
+                steps = collections.Counter((a, b - a) for a, b in zip(before, samples) if a != b)
+                self.assertEqual(
+                    set(steps), {(0, 1), (255, -1), (100, 1), (100, -1), (101, 1), (101, -1)}
+                )
+                for value in (100, 101):
+                    up, down = steps[value, 1], steps[value, -1]
+                    self.assertLess(abs(up - down), 6 * math.sqrt(up + down), steps)
+
+
+class SteganographyTest(PictureCase):
+    SECRET = "correct horse"
+
+    def lock(self, passphrase=SECRET):
+        return trchat.PassphraseLock(passphrase)
+
+    def hide(self, bitmap, content, name="", lock=None):
+        message = trchat.HiddenMessage(name, content)
+        return bytes(trchat.hide(bitmap, message, lock or self.lock()))
+
+    def reveal(self, data, lock=None):
+        return trchat.reveal(trchat.Bitmap(data), lock or self.lock())
+
+    def capacity(self, bitmap) -> int:
+        return trchat.Layout(bitmap.count, 0).capacity
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.data())
+    def test_round_trips(self, data):
+        width, height = data.draw(st.integers(60, 90)), data.draw(st.integers(100, 130))
+        kind = data.draw(st.sampled_from(BitmapTest.KINDS))
+        bitmap = trchat.Bitmap(bmp_file(width, height, noise(width, height), **kind))
+        name = data.draw(st.sampled_from(("", "a.txt", "Füße.tar.gz")))
+        room = self.capacity(bitmap) - bool(name) * (4 + len(name.encode()))
+        size = data.draw(st.one_of(st.integers(0, room), st.sampled_from((0, 1, room))))
+        content = random.Random(size).randbytes(size)
+        picture = self.hide(bitmap, content, name)
+        self.assertEqual(self.reveal(picture), trchat.HiddenMessage(name, content))
+
+    def test_up_to_the_last_byte_and_not_one_more(self):
+        for width, height in ((75, 75), (64, 101), (200, 150)):
+            bitmap = trchat.Bitmap(bmp_file(width, height, noise(width, height)))
+            content = random.Random(1).randbytes(self.capacity(bitmap))
+            self.assertEqual(self.reveal(self.hide(bitmap, content)).content, content)
+            error = self.error_of(self.hide, bitmap, content + b"x")
+            self.assertEqual(error.code, "too-large")
+            self.assertIn(f"{len(content):,} bytes; that is 1 too few", error.text)
+
+    def test_what_compresses_takes_more(self):
+        bitmap = trchat.Bitmap(bmp_file(80, 80, noise(80, 80)))
+        text = b"the same again, " * 2000
+        self.assertGreater(len(text), 5 * self.capacity(bitmap))
+        self.assertEqual(self.reveal(self.hide(bitmap, text)).content, text)
+
+    def test_the_smallest_picture(self):
+        for width in range(1, 100, 9):
+            bitmap = trchat.Bitmap(bmp_file(width, width, noise(width, width)))
+            if bitmap.count < 4 * 4096:
+                self.assertEqual(self.error_of(self.hide, bitmap, b"").code, "too-large")
+            else:
+                self.assertEqual(self.reveal(self.hide(bitmap, b"x")).content, b"x")
+
+    def test_fixed_samples_stay_and_are_the_salt(self):
+        """The salt, worked out once more as the part's head writes it."""
+        samples = noise(120, 90)
+        bitmap = trchat.Bitmap(bmp_file(120, 90, samples))
+        picture = self.hide(bitmap, random.Random(1).randbytes(self.capacity(bitmap)))
+        changed = trchat.Bitmap(picture).samples()
+        fixed = b""
+        for run in range(16):
+            start = len(samples) * run // 16
+            fixed += samples[start : start + 256]
+            self.assertEqual(changed[start : start + 256], samples[start : start + 256])
+            self.assertNotEqual(changed[start + 256 : start + 700], samples[start + 256 : start + 700])
+        label = b"trchat/1 picture"
+        framed = struct.pack(">I", len(label)) + label + struct.pack(">II", 120, 90) + fixed
+        for data in (bmp_file(120, 90, samples), picture):
+            carrier = trchat.Carrier(trchat.Bitmap(data), self.lock())
+            self.assertEqual(carrier.salt, hashlib.sha256(framed).digest())
+
+    def test_one_form_of_the_picture_reads_what_another_holds(self):
+        bitmap = trchat.Bitmap(bmp_file(101, 80, noise(101, 80)))
+        samples = trchat.Bitmap(self.hide(bitmap, b"turned over")).samples()
+        for kind in BitmapTest.KINDS:
+            again = bmp_file(101, 80, samples, **kind)
+            self.assertEqual(self.reveal(again).content, b"turned over", kind)
+
+    def test_as_few_samples_change_as_promised(self):
+        bitmap = trchat.Bitmap(bmp_file(300, 200, noise(300, 200, low=0, high=255)))
+        layout = trchat.Layout(bitmap.count, 0)
+        header = 8 * 34  # the header's changes come on top, one a group at most
+        for size in (10, 200, layout.quiet, 8000, layout.capacity):
+            content = random.Random(size).randbytes(size)
+            promised = layout.share(trchat.HiddenMessage("", content).encode()) * bitmap.count
+            found = self.changed(bitmap.samples(), trchat.Bitmap(self.hide(bitmap, content)).samples())
+            self.assertLess(found, promised + header + 6 * math.sqrt(promised))
+            self.assertGreater(found, promised - 6 * math.sqrt(promised))
+
+    def test_quiet_is_where_two_percent_change(self):
+        layout = trchat.Layout(3 * 4000 * 3000, 0)
+        share = {size: layout.share(bytes(size)) for size in (layout.quiet, layout.quiet + 2000)}
+        self.assertEqual([value <= 0.02 for value in share.values()], [True, False], share)
+        self.assertGreater(layout.quiet, 450_000)
+        self.assertEqual(trchat._share_warning(share[layout.quiet]), [])
+        self.assertIn("notice", trchat._share_warning(0.03)[0])
+        self.assertIn("easily notice", trchat._share_warning(0.06)[0])
+
+    def test_a_wrong_passphrase_an_empty_picture_and_another_key_look_the_same(self):
+        empty = bmp_file(120, 120, noise(120, 120))
+        full = self.hide(trchat.Bitmap(empty), b"secret")
+        mine = identity(0)
+        answers = [
+            self.error_of(self.reveal, full, self.lock("wrong")),
+            self.error_of(self.reveal, full, self.lock(self.SECRET.upper())),
+            self.error_of(self.reveal, empty),
+            self.error_of(self.reveal, bmp_file(200, 200, noise(200, 200)),
+                          trchat.ContactLock(mine.spki, mine)),
+        ]  # fmt: skip
+        self.assertEqual({(str(a), a.code) for a in answers}, {(str(answers[0]), "locked")})
+
+    def test_passphrases_are_normalised(self):
+        picture = self.hide(trchat.Bitmap(bmp_file(90, 90, noise(90, 90))), b"x", lock=self.lock("Å"))
+        self.assertEqual(self.reveal(picture, self.lock("A\u030a")).content, b"x")
+
+    def test_damage_is_an_error_and_never_garbage(self):
+        content = random.Random(3).randbytes(3000)
+        picture = self.hide(trchat.Bitmap(bmp_file(120, 120, noise(120, 120))), content, "a.bin")
+        seen = collections.Counter()
+        for place in range(54, len(picture), 997):
+            try:
+                found = self.reveal(flipped(picture, place))
+                self.assertEqual((found.name, found.content), ("a.bin", content))
+                seen["unharmed"] += 1  # a sample that holds nothing
+            except trchat.ChatError as error:
+                seen[error.code] += 1
+        self.assertGreater(seen["protocol"], 10, seen)
+        self.assertGreater(seen["locked"], 0, seen)  # header or salt: nothing can be known
+
+    def test_the_same_twice_gives_another_picture(self):
+        bitmap = trchat.Bitmap(bmp_file(90, 90, noise(90, 90)))
+        self.assertNotEqual(self.hide(bitmap, b"x" * 50), self.hide(bitmap, b"x" * 50))
+
+    def test_a_second_message_replaces_the_first(self):
+        first = self.hide(trchat.Bitmap(bmp_file(90, 90, noise(90, 90))), b"first")
+        second = self.hide(trchat.Bitmap(first), b"second")
+        self.assertEqual(self.reveal(second).content, b"second")
+
+    def test_a_header_that_lies(self):
+        """Anybody can make one for a contact: more than the picture holds, or less than a tag."""
+        bitmap, real = trchat.Bitmap(bmp_file(90, 90, noise(90, 90))), trchat.seal
+        for size in (2**48 - 1, 10_000, 15, 0):
+
+            def lying(key, nonce, plaintext, associated, size=size):
+                plaintext = size.to_bytes(6, "big") if len(plaintext) == 6 else plaintext
+                return real(key, nonce, plaintext, associated)
+
+            with mock.patch.object(trchat, "seal", lying):
+                picture = self.hide(bitmap, b"x")
+            self.assertEqual(self.error_of(self.reveal, picture).code, "protocol")
+
+    def test_payloads_that_lie(self):
+        packed = zlib.compress(b"x" * 5000)
+        for payload in (
+            b"", b"\x04", b"\xff", b"\x01", b"\x01\0\0\0\x09a", b"\x01\0\0\0\x02\xff\xff", b"\x02",
+            b"\x02" + struct.pack(">I", 4999) + packed, b"\x02" + struct.pack(">I", 5001) + packed,
+            b"\x02" + struct.pack(">I", 5000) + packed[:-1],
+            b"\x02" + struct.pack(">I", 5000) + packed + b"x",
+            b"\x02" + struct.pack(">I", 2**32 - 1) + packed, b"\x02\0\0\0\x05no zip",
+        ):  # fmt: skip
+            with self.subTest(payload=payload[:12]):
+                self.refused(trchat.HiddenMessage.decode, payload)
+        evil = b"\x01" + trchat.text_block("../../etc/pass\x1bwd") + b"x"
+        self.assertEqual(trchat.HiddenMessage.decode(evil).name, "passwd")
+
+    def test_a_bomb_does_not_fill_the_memory(self):
+        bomb = b"\x02" + struct.pack(">I", 2**32 - 1) + zlib.compress(bytes(40 << 20), 9)
+        with mock.patch.object(trchat, "MESSAGE_MOST", 1 << 20):
+            tracemalloc.start()
+            try:
+                self.refused(trchat.HiddenMessage.decode, bomb)
+                self.assertLess(tracemalloc.get_traced_memory()[1], 4 << 20)
+            finally:
+                tracemalloc.stop()
+
+    def test_memory(self):
+        data = bmp_file(1200, 1000, os.urandom(3 * 1200 * 1000))
+        bitmap, content = trchat.Bitmap(data), os.urandom(400_000)
+        tracemalloc.start()
+        try:
+            picture = self.hide(bitmap, content)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 4 * len(data))  # and the cover
+            tracemalloc.reset_peak()
+            self.assertEqual(self.reveal(picture).content, content)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 4 * len(data))
+        finally:
+            tracemalloc.stop()
+
+    def test_pairs_of_values_do_not_even_out(self):
+        """Westfeld and Pfitzmann's chi-square attack: replaced bits make 2i and 2i+1 as frequent.
+
+        Changes by 1 leave the pairs apart, even where half of all samples changed.
+        """
+        samples = landscape(160, 160, contrast=3)  # of few tones, so that pairs differ
+        bitmap = trchat.Bitmap(bmp_file(160, 160, samples))
+        content = random.Random(2).randbytes(self.capacity(bitmap))
+        hidden = trchat.Bitmap(self.hide(bitmap, content)).samples()
+        bits = random.Random(2).choices((0, 1), k=len(samples))
+        replaced = bytes(value & 254 | bit for value, bit in zip(samples, bits))
+
+        def unevenness(values):
+            """Chi-square over its degrees of freedom: about 1 if pairs are even."""
+            values = values[1::3]
+            counts = collections.Counter(values)
+            pairs = [(counts[i], counts[i + 1]) for i in range(0, 256, 2)]
+            parts = [(a - b) ** 2 / (a + b) for a, b in pairs if a + b >= 20]
+            return sum(parts) / len(parts)
+
+        before, after = unevenness(samples), unevenness(hidden)
+        self.assertLess(unevenness(replaced), 1.6)
+        self.assertGreater(before, 6)
+        self.assertGreater(after, before / 2)
+
+    def test_what_is_hidden_is_even_without_the_key(self):
+        """The lowest bits stay as even and as unrelated as they were."""
+        bitmap = trchat.Bitmap(bmp_file(200, 200, landscape(200, 200)))
+        content = bytes(self.capacity(bitmap) * 3 // 4 // 8) + os.urandom(2000)
+        with mock.patch.object(zlib, "compress", lambda data: data + b"12345"):
+            hidden = trchat.Bitmap(self.hide(bitmap, content)).samples()
+        ones = sum(value & 1 for value in hidden)
+        same = sum((a ^ b) & 1 for a, b in zip(hidden, hidden[3:]))
+        for count in (ones, same):
+            self.assertLess(abs(count - len(hidden) / 2), 5 * math.sqrt(len(hidden)) / 2)
+
+
+class PictureForContactTest(PictureCase):
+    def setUp(self):
+        super().setUp()
+        self.bob = identity(0)
+        self.bitmap = trchat.Bitmap(bmp_file(200, 160, noise(200, 160)))
+        self.modulus = trchat.RSAPublic(self.bob.spki).modulus
+
+    def hide(self, content):
+        lock = trchat.ContactLock(self.bob.spki)
+        return bytes(trchat.hide(self.bitmap, trchat.HiddenMessage("", content), lock))
+
+    def reveal(self, data, identity=None):
+        identity = identity or self.bob
+        lock = trchat.ContactLock(identity.spki, identity)
+        return trchat.reveal(trchat.Bitmap(data), lock)
+
+    def test_round_trip_up_to_the_last_byte(self):
+        most = trchat.Layout(self.bitmap.count, trchat.WRAPPED_SECRET).capacity
+        self.assertLess(most, trchat.Layout(self.bitmap.count, 0).capacity)
+        for size in (0, 1, 500, most):
+            content = random.Random(size).randbytes(size)
+            self.assertEqual(self.reveal(self.hide(content)).content, content)
+        error = self.error_of(self.hide, random.Random(1).randbytes(most + 1))
+        self.assertEqual(error.code, "too-large")
+
+    def test_nobody_else_opens_it(self):
+        picture = self.hide(b"for bob")
+        carol = identity(1)
+        self.assertEqual(self.error_of(self.reveal, picture, carol).code, "locked")
+        lock = trchat.PassphraseLock("x")
+        self.assertEqual(self.error_of(trchat.reveal, trchat.Bitmap(picture), lock).code, "locked")
+        with self.assertRaises(trchat.LocalProtocolError):
+            trchat.Carrier(trchat.Bitmap(picture), trchat.ContactLock(self.bob.spki)).reveal()
+
+    def test_its_change_stays_small_and_the_salt_as_it_was(self):
+        picture = self.hide(b"for bob")
+        found = self.changed(self.bitmap.samples(), trchat.Bitmap(picture).samples())
+        self.assertLess(found, 1700)  # 404 bytes in groups of a few bits each
+
+    def test_a_small_picture_has_room_for_a_passphrase_only(self):
+        small = trchat.Bitmap(bmp_file(100, 100, noise(100, 100)))
+        message = trchat.HiddenMessage("", b"x")
+        error = self.error_of(trchat.hide, small, message, trchat.ContactLock(self.bob.spki))
+        self.assertEqual(error.code, "too-large")
+        self.assertTrue(trchat.hide(small, message, trchat.PassphraseLock("x")))
+
+    def test_the_wrapped_secret_is_as_even_as_random_bytes(self):
+        """Who has the public key takes the number modulo n; its top bits must not tell either."""
+        salt, lock = bytes(32), trchat.ContactLock(self.bob.spki)
+        wrapped = [lock.create(salt)[1] for _ in range(300)]
+        self.assertEqual({len(w) for w in wrapped}, {384 + 20})
+        ones = sum(bin(int.from_bytes(w, "big")).count("1") for w in wrapped)
+        count = 300 * 404 * 8
+        self.assertLess(abs(ones - count / 2), 5 * math.sqrt(count) / 2)
+        top = [w[0] for w in wrapped]
+        self.assertLess(abs(sum(top) / 300 - 127.5), 5 * 74 / math.sqrt(300))
+        residues = [int.from_bytes(w, "big") % self.modulus * 256 // self.modulus for w in wrapped]
+        self.assertLess(abs(sum(residues) / 300 - 127.5), 5 * 74 / math.sqrt(300))
+
+    def test_its_secret_comes_back(self):
+        salt, lock = os.urandom(32), trchat.ContactLock(self.bob.spki, self.bob)
+        for _ in range(20):
+            secret, wrapped = lock.create(salt)
+            self.assertEqual(lock.consume(salt, wrapped), secret)
+
+
+class HiddenMessagesTest(EndToEnd):
+    """The two commands, as people and scripts use them."""
+
+    PASSPHRASE = {"TRCHAT_PASSPHRASE": "correct horse"}
+
+    def setUp(self):
+        super().setUp()
+        self.write("photo.bmp", bmp_file(161, 120, landscape(161, 120)))
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.home, name)
+
+    def write(self, name: str, data: bytes) -> None:
+        with open(self.path(name), "wb") as file:
+            file.write(data)
+
+    def read(self, name: str) -> bytes:
+        with open(self.path(name), "rb") as file:
+            return file.read()
+
+    def run_json(self, *words, env=None, given="") -> dict:
+        code, output, errors = self.run_once(*words, "--json", env=env or self.PASSPHRASE, given=given)
+        self.assertEqual(code, 0, errors)
+        return json.loads(output)
+
+    def test_text(self):
+        cover = self.read("photo.bmp")
+        code, output, errors = self.run_once(
+            "hide", "photo.bmp", "new.bmp", "--text", "Treffen um 8 \N{OWL}", env=self.PASSPHRASE
+        )
+        self.assertEqual(code, 0, errors)
+        self.assertIn("17 bytes hidden", output)
+        self.assertRegex(errors, r"photo\.bmp has room for 6,\d\d\d bytes")
+        self.assertEqual(self.read("photo.bmp"), cover)
+        self.assertEqual(len(self.read("new.bmp")), len(cover))
+        code, output, errors = self.run_once("reveal", "new.bmp", env=self.PASSPHRASE)
+        self.assertEqual((code, output, errors), (0, "Treffen um 8 \N{OWL}\n", ""))
+        shown = self.run_json("reveal", "new.bmp")
+        self.assertEqual(shown, {"event": "reveal", "kind": "text", "name": None, "size": 17,
+                                 "path": None, "text": "Treffen um 8 \N{OWL}"})  # fmt: skip
+
+    def test_text_from_standard_input_and_its_answer(self):
+        answer = self.run_json("hide", "photo.bmp", "new.bmp", given="two\nlines\n\n")
+        self.assertEqual(set(answer), {"event", "path", "bytes", "capacity", "quiet", "changed",
+                                       "for", "warnings"})  # fmt: skip
+        self.assertEqual((answer["path"], answer["bytes"], answer["for"]), ("new.bmp", 9, None))
+        self.assertEqual(answer["warnings"], [])
+        self.assertEqual(self.run_json("reveal", "new.bmp")["text"], "two\nlines")
+
+    def test_a_file(self):
+        content = random.Random(1).randbytes(3000)
+        self.write("plan.pdf", content)
+        answer = self.run_json("hide", "photo.bmp", "new.bmp", "--file", "plan.pdf")
+        self.assertIn("easily notice", " ".join(answer["warnings"]))
+        self.assert_refused(["reveal", "new.bmp"], "plan.pdf", "3,000", "--out", env=self.PASSPHRASE)
+        shown = self.run_json("reveal", "new.bmp", "--out", "back.pdf")
+        self.assertEqual((shown["kind"], shown["name"], shown["path"], shown["text"]),
+                         ("file", "plan.pdf", "back.pdf", None))  # fmt: skip
+        self.assertEqual(self.read("back.pdf"), content)
+        self.assertEqual(os.stat(self.path("back.pdf")).st_mode & 0o077, 0)
+
+    def test_nothing_is_overwritten(self):
+        self.write("plan.pdf", b"x")
+        cover = self.read("photo.bmp")
+        os.symlink("nowhere", self.path("link.bmp"))
+        for out in ("photo.bmp", "plan.pdf", "link.bmp"):
+            words = ["hide", "photo.bmp", out, "--text", "x"]
+            self.assert_refused(words, out, "there already", env=self.PASSPHRASE)
+        self.run_json("hide", "photo.bmp", "new.bmp", "--text", "x")
+        words = ["reveal", "new.bmp", "--out", "plan.pdf"]
+        self.assert_refused(words, "plan.pdf", "there already", env=self.PASSPHRASE)
+        self.assertEqual((self.read("photo.bmp"), self.read("plan.pdf")), (cover, b"x"))
+        self.assertFalse(os.path.lexists(self.path("nowhere")))
+
+    def test_one_that_comes_in_between_is_not_overwritten(self):
+        path = self.path("late")
+        self.write("late", b"mine")
+        with self.assertRaises(trchat.ChatError) as caught:
+            trchat.write_new(path, b"other", 0o600)
+        self.assertIn("there already", str(caught.exception))
+        self.assertEqual(self.read("late"), b"mine")
+
+    def test_a_full_disk_leaves_nothing_behind(self):
+        with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            with self.assertRaises(trchat.ChatError) as caught:
+                trchat.write_new(self.path("half"), b"x" * 100, 0o600)
+        self.assertIn("No space left", str(caught.exception))
+        self.assertFalse(os.path.exists(self.path("half")))
+
+    def test_errors_are_one_sentence(self):
+        self.run_json("hide", "photo.bmp", "new.bmp", "--text", "x")
+        wrong = {"TRCHAT_PASSPHRASE": "wrong"}
+        answers = {
+            self.assert_refused(["reveal", "new.bmp"], "Nothing in this picture opens", env=wrong),
+            self.assert_refused(["reveal", "photo.bmp"], "or one that", env=self.PASSPHRASE),
+        }
+        self.assertEqual(len(answers), 1)
+        self.write("text.bmp", b"hello")
+        self.assert_refused(["reveal", "new.bmp"], "TRCHAT_PASSPHRASE")
+        new, out = self.path("new.bmp"), self.path("o.bmp")
+        for words, *parts in (
+            (["reveal", self.path("none.bmp")], "none.bmp", "No such file"),
+            (["reveal", self.home], "no file"), (["reveal", self.path("text.bmp")], "no BMP"),
+            (["reveal", new, "--mine"], "no key yet"), (["reveal", "a\0b"], "not valid"),
+            (["hide", self.path("text.bmp"), out, "--text", "x"], "no BMP"),
+        ):  # fmt: skip
+            self.assert_refused_here(words, *parts)
+        for words, part in (
+            (["--text", "x"], "A passphrase is needed"),
+            (["--text", "x", "--for", "bob"], "not among your contacts"),
+            (["--file", "none"], "none cannot be read"),
+        ):
+            code, output, errors = self.run_once("hide", "photo.bmp", "o.bmp", *words)
+            self.assertEqual((code, output), (1, ""))
+            self.assertIn(part, errors.splitlines()[-1])
+        for words in (["hide", "photo.bmp"], ["reveal"],
+                      ["hide", "photo.bmp", "o.bmp", "--text", "x", "--file", "y"]):  # fmt: skip
+            self.assertEqual(self.run_here(*words)[0], 2)
+        self.assertFalse(os.path.exists(self.path("o.bmp")))
+
+    def test_for_a_contact(self):
+        """alice hides for bob, whose key she has; bob needs no passphrase for it."""
+        alice, bob = ["--profile", "alice"], ["--profile", "bob"]
+        shown = json.loads(self.run_once("id", "--json", *bob)[1])
+        with open(shown["certificate"], "rb") as file:
+            certificate = trchat._x509.load_pem_x509_certificate(file.read())
+        key = trchat.base64url(trchat.spki_of(certificate.public_key()))
+        card = {"name": "bob", "fingerprint": shown["fingerprint"], "key": key, "addresses": []}
+        self.write("cards.json", json.dumps({"contacts": [card]}).encode())
+        self.assertEqual(self.run_once("contacts", *alice, "import", "cards.json")[0], 0)
+        self.write("photo.bmp", bmp_file(200, 160, landscape(200, 160)))
+        words = ["hide", "photo.bmp", "new.bmp", "--for", "bob", "--text", "just you"]
+        answer = self.run_json(*words, *alice, env={"TRCHAT_PASSPHRASE": ""})
+        self.assertEqual(answer["for"], "bob")
+        code, output, errors = self.run_once("reveal", "new.bmp", *bob)
+        self.assertEqual((code, output), (0, "just you\n"))
+        self.assertIn("not signed", errors)
+        sealed = {"TRCHAT_NEW_PASSPHRASE": "bob's own"}
+        self.assertEqual(self.run_once("id", "passphrase", *bob, env=sealed)[0], 0)
+        own = {"TRCHAT_PASSPHRASE": "bob's own"}
+        self.assert_refused(["reveal", "new.bmp", *bob], "--mine", env=own)
+        self.assertEqual(self.run_json("reveal", "new.bmp", "--mine", *bob, env=own)["text"], "just you")
+
+    def test_a_contact_without_a_key(self):
+        fingerprint = "sha256:" + "ab" * 32
+        self.assertEqual(self.run_once("contacts", "add", "bob", fingerprint)[0], 0)
+        words = ["hide", "photo.bmp", "new.bmp", "--for", "bob", "--text", "x"]
+        self.assert_refused(words, "key of bob is not known")
+
+    def test_both_ways_from_the_menu(self):
+        window = Window(self.command(), self.home, self.environment())
+        self.addCleanup(window.end)
+        window.see("5  Hide or reveal a message in a BMP")
+        window.line("5")
+        window.see("Hide or reveal (h or r; Enter goes back):")
+        window.line("h")
+        window.see("Picture to hide it in (BMP):")
+        window.line("photo.bmp")
+        window.see("Name of the new picture:")
+        window.line("new.bmp")
+        window.see("For which contact")
+        window.line("")
+        window.see("photo.bmp has room for 6,")
+        window.see("Text (Enter takes a file instead):")
+        window.line("meet me at the owl")
+        window.see("Passphrase for the picture:")
+        window.line("correct horse")
+        window.see("The same again:")
+        window.line("correct horse")
+        window.see("18 bytes hidden")
+        window.see("0  Exit", 2)
+        window.line("5")
+        window.see("Hide or reveal (h or r; Enter goes back):", 2)
+        window.line("r")
+        window.see("Picture:")
+        window.line("new.bmp")
+        window.see("Passphrase of the picture:")
+        window.line("correct horse")
+        window.see("0  Exit", 3)
+        self.assertEqual(window.text().count("meet me at the owl"), 2)  # as typed, as revealed
+        self.assertNotIn("correct horse", window.text())
+        window.line("0")
+        self.assertEqual(window.exit_code(), 0)
 
 
 # ==================================================================================================

@@ -43,60 +43,63 @@ or thread: bytes in, events out) and each uses only parts above itself:
  27. SFTP client machine *
  28. Sealed records *
  29. Sealed files *
- 30. Conversations *
- 31. Keys and widths *
- 32. Line editor *
- 33. Screen *
- 34. Settings *
- 35. Settings and paths
- 36. Events and threads
- 37. Dependencies
- 38. Vault
- 39. Rooted folders
- 40. SFTP client
- 41. Files through SFTP
- 42. History and outbox
- 43. Contacts
- 44. Transfers on record
- 45. SOCKS5
- 46. Network
- 47. Port mapping
- 48. A mapped port, and addresses
- 49. Tunnels
- 50. Tunnels through ngrok
- 51. Tunnels through ssh and tor
- 52. Runs of sftp
- 53. Files on SFTP servers
- 54. Connections of a server
- 55. Relay server
- 56. Where to connect
- 57. Channels
- 58. Connections
- 59. Records of a chat
- 60. Files on their way
- 61. Shared folders
- 62. Files by way of a server
- 63. Offers of others
- 64. File desk
- 65. Chat client
- 66. Commands
- 67. Chat commands: talking and rooms
- 68. Chat commands: people and servers
- 69. Chat commands: files
- 70. Chat commands: records
- 71. Console commands
- 72. Terminal input
- 73. Terminal
- 74. Words for events
- 75. Faces: terminal and JSON lines
- 76. Activities
- 77. Chatting directly
- 78. SFTP for other programs
- 79. Demonstration
- 80. Session
- 81. Shell commands
- 82. Command line
- 83. Menu and door
+ 30. BMP pictures *
+ 31. Steganography *
+ 32. Conversations *
+ 33. Keys and widths *
+ 34. Line editor *
+ 35. Screen *
+ 36. Settings *
+ 37. Settings and paths
+ 38. Events and threads
+ 39. Dependencies
+ 40. Vault
+ 41. Rooted folders
+ 42. SFTP client
+ 43. Files through SFTP
+ 44. History and outbox
+ 45. Contacts
+ 46. Transfers on record
+ 47. SOCKS5
+ 48. Network
+ 49. Port mapping
+ 50. A mapped port, and addresses
+ 51. Tunnels
+ 52. Tunnels through ngrok
+ 53. Tunnels through ssh and tor
+ 54. Runs of sftp
+ 55. Files on SFTP servers
+ 56. Connections of a server
+ 57. Relay server
+ 58. Where to connect
+ 59. Channels
+ 60. Connections
+ 61. Records of a chat
+ 62. Files on their way
+ 63. Shared folders
+ 64. Files by way of a server
+ 65. Offers of others
+ 66. File desk
+ 67. Chat client
+ 68. Commands
+ 69. Chat commands: talking and rooms
+ 70. Chat commands: people and servers
+ 71. Chat commands: files
+ 72. Chat commands: records
+ 73. Console commands
+ 74. Terminal input
+ 75. Terminal
+ 76. Words for events
+ 77. Faces: terminal and JSON lines
+ 78. Activities
+ 79. Chatting directly
+ 80. SFTP for other programs
+ 81. Demonstration
+ 82. Session
+ 83. Shell commands
+ 84. Hidden messages in the shell
+ 85. Command line
+ 86. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -235,6 +238,7 @@ hashlib = Lazy("hashlib")
 heapq = Lazy("heapq")
 hmac = Lazy("hmac")
 re = Lazy("re")
+zlib = Lazy("zlib")
 
 
 class Record:
@@ -631,6 +635,7 @@ _kdf = Lazy("cryptography.hazmat.primitives.kdf.hkdf")
 _mlkem = Lazy("cryptography.hazmat.primitives.asymmetric.mlkem")
 _padding = Lazy("cryptography.hazmat.primitives.asymmetric.padding")
 _rsa = Lazy("cryptography.hazmat.primitives.asymmetric.rsa")
+_scrypt = Lazy("cryptography.hazmat.primitives.kdf.scrypt")
 _serialization = Lazy("cryptography.hazmat.primitives.serialization")
 _x25519 = Lazy("cryptography.hazmat.primitives.asymmetric.x25519")
 _exceptions = Lazy("cryptography.exceptions")
@@ -638,6 +643,7 @@ _exceptions = Lazy("cryptography.exceptions")
 RSA_BITS = 3072
 RSA_BYTES = RSA_BITS // 8
 KEM_PUBLIC, KEM_CIPHERTEXT = 1184, 1088  # ML-KEM-768, FIPS 203 table 3
+SCRYPT_LOG_N, SCRYPT_R, SCRYPT_P = 17, 8, 1  # 128 MiB, about 0.4 s
 SINGLE_USE_NONCE = bytes(12)  # only for keys that encrypt exactly one message
 
 
@@ -666,6 +672,16 @@ def same(one: bytes, other: bytes) -> bool:
 def hkdf(secret: bytes, salt: bytes, info: bytes, size: int = 32) -> bytes:
     """HKDF-SHA256 (RFC 5869), extract and expand."""
     return _kdf.HKDF(_hashes.SHA256(), size, salt, info).derive(secret)
+
+
+def passphrase_key(passphrase: str, salt: bytes, log_n: int) -> bytes:
+    """scrypt (RFC 7914) of a passphrase, 32 bytes."""
+    normal = unicodedata.normalize("NFKC", passphrase).encode("utf-8")
+    try:
+        kdf = _scrypt.Scrypt(salt=salt, length=32, n=1 << log_n, r=SCRYPT_R, p=SCRYPT_P)
+        return kdf.derive(normal)
+    except MemoryError:
+        raise ChatError("There is too little memory for scrypt.", "Close something.") from None
 
 
 def seal(key: bytes, nonce: bytes, plaintext: bytes, associated: bytes) -> bytes:
@@ -759,7 +775,7 @@ class RSAPublic:
             raise RemoteProtocolError("An identity key is not RSA-3072.")
         if key.public_numbers().e != 65537 or spki_of(key) != spki:
             raise RemoteProtocolError("An identity key is not in its usual form.")
-        self._key = key
+        self._key, self.modulus = key, key.public_numbers().n
 
     def verify(self, signature: bytes, data: bytes) -> None:
         """RSA-PSS with SHA-256 and a salt of 32 bytes (RFC 8017)."""
@@ -7222,7 +7238,630 @@ class SealedReference(Record):
 
 
 # ==================================================================================================
-# Part 30. Conversations | pure | uses 1, 2
+# Part 30. BMP pictures | pure | uses 1
+#
+# Uncompressed pictures of 24 and 32 bits a pixel (Microsoft: BITMAPFILEHEADER and what may follow
+# it), as the colour samples that can be changed; everything else is refused with its reason.
+# ==================================================================================================
+
+PICTURE_MOST = 1 << 30  # bytes of a BMP
+# Sizes of the header: BITMAPCOREHEADER, BITMAPINFOHEADER, V2 to V5. OS/2's longer ones are refused,
+# as their numbers for compressions mean something else.
+CORE_HEADER, INFO_HEADERS = 12, (40, 52, 56, 108, 124)
+BI_RGB, BI_BITFIELDS = 0, 3
+COMPRESSION_NAMES = {1: "RLE", 2: "RLE", 4: "a JPEG inside", 5: "a PNG inside", 6: "alpha masks"}
+BYTE_MASKS = {0xFF << 8 * place: place for place in range(4)}
+BITMAP_HINT = "Save it anew as an uncompressed BMP of 24 bits; most paint programs can."
+
+
+class Bitmap:
+    """An uncompressed BMP of 24 or 32 bits a pixel; ChatError `usage` for anything else.
+
+    `count` is how many colour samples it has: three a pixel.
+    """
+
+    def __init__(self, data: bytes):
+        self._data = data
+        if data[:2] != b"BM":
+            raise ChatError("This is no BMP picture.", BITMAP_HINT)
+        if len(data) < 26:
+            raise _cut_off()
+        self._offset, self._header = struct.unpack_from("<II", data, 10)
+        height = self._read_header()
+        self.height, self._top_down = abs(height), height < 0
+        self.count = 3 * self.width * self.height
+        self._check_pixels()
+
+    def _read_header(self) -> int:
+        """Takes width and pixel size; the height, which is negative for rows from the top down."""
+        self._colours = [0, 1, 2]  # the bytes of a pixel that are colours
+        if self._header == CORE_HEADER:
+            self.width, height, planes, self._bits = struct.unpack_from("<4H", self._data, 18)
+            compression = BI_RGB
+        elif self._header in INFO_HEADERS:
+            if len(self._data) < 14 + self._header:
+                raise _cut_off()
+            fields = struct.unpack_from("<iiHHI", self._data, 18)
+            self.width, height, planes, self._bits, compression = fields
+        else:
+            raise _unfit(f"has a header of {self._header} bytes, which is none of Windows' own")
+        if planes != 1:
+            raise _unfit(f"claims {planes} colour planes")
+        self._check_pixel_form(compression)
+        return height
+
+    def _check_pixel_form(self, compression: int) -> None:
+        if compression in COMPRESSION_NAMES:
+            raise _unfit(f"is compressed or unusual: {COMPRESSION_NAMES[compression]}")
+        if self._bits in (1, 2, 4, 8):
+            raise _unfit(f"has a palette ({self._bits} bits a pixel)")
+        if self._bits not in (24, 32):
+            raise _unfit(f"has {self._bits} bits a pixel")
+        if compression == BI_BITFIELDS and self._bits == 32:
+            self._read_masks()
+        elif compression != BI_RGB:
+            raise _unfit(f"has the unknown compression {compression}")
+
+    def _read_masks(self) -> None:
+        """Which bytes are colours; the masks are behind 40 bytes, or in a longer header."""
+        if len(self._data) < 66:
+            raise _cut_off()
+        places = {BYTE_MASKS.get(mask) for mask in struct.unpack_from("<3I", self._data, 54)}
+        if len(places) != 3 or None in places:
+            raise _unfit("has colour masks that are not one byte each")
+        self._colours = sorted(places)
+        self._header = max(self._header, 52)
+
+    def _check_pixels(self) -> None:
+        if self.width <= 0 or self.height == 0:
+            raise _unfit("has no size, or a negative width")
+        self._stride = (self.width * self._bits + 31) // 32 * 4
+        size = self._stride * self.height
+        if size > PICTURE_MOST:
+            raise _unfit(f"claims {self.width} x {self.height} pixels")
+        if self._offset < 14 + self._header:
+            raise _unfit("has its pixels within its header")
+        if self._offset + size > len(self._data):
+            raise _cut_off()
+
+    def _rows(self) -> range:
+        """Where the rows begin, from the top down."""
+        end = self._offset + self._stride * self.height
+        starts = range(self._offset, end, self._stride)
+        return starts if self._top_down else starts[::-1]
+
+    def samples(self) -> bytes:
+        """The colour samples, rows from the top down."""
+        size = self.width * self._bits // 8
+        with memoryview(self._data) as view:
+            pixels = b"".join([view[start : start + size] for start in self._rows()])
+        if self._bits == 24:
+            return pixels
+        samples = bytearray(self.count)
+        for index, place in enumerate(self._colours):
+            samples[index::3] = pixels[place::4]
+        return bytes(samples)
+
+    def some_rows(self, most: int) -> list:
+        """The colour samples of at most `most` rows, evenly spread."""
+        step, rows = -(-self.height // most), []
+        for start in self._rows()[::step]:
+            row = self._data[start : start + self._stride]
+            planes = [row[place :: self._bits // 8][: self.width] for place in self._colours]
+            rows.append(b"".join(map(bytes, zip(*planes))))
+        return rows
+
+    def with_samples(self, samples: bytes) -> bytearray:
+        """The whole file with other colour samples; all else in it stays as it is."""
+        data, size = bytearray(self._data), 3 * self.width
+        with memoryview(samples) as view:
+            for index, start in enumerate(self._rows()):
+                row = view[index * size : (index + 1) * size]
+                if self._bits == 24:
+                    data[start : start + size] = row
+                    continue
+                for colour, place in enumerate(self._colours):
+                    data[start + place : start + 4 * self.width : 4] = row[colour::3]
+        return data
+
+
+def _unfit(reason: str) -> ChatError:
+    return ChatError(f"This BMP cannot be used: it {reason}.", BITMAP_HINT)
+
+
+def _cut_off() -> ChatError:
+    return ChatError("This BMP ends too early.", "Copy it again, whole.")
+
+
+# What gives a picture away once its samples change
+
+
+LOOK_ROWS = 64  # rows that are looked at
+JPEG_STEP = 1.2  # how much larger steps between JPEG's blocks are than within them
+
+
+def warnings_about(bitmap: Bitmap) -> list:
+    """Why changes to this picture may be noticed, as sentences; empty for a usual photograph."""
+    rows = bitmap.some_rows(LOOK_ROWS)
+    looked = b"".join(rows)
+    red, green, blue = looked[0::3], looked[1::3], looked[2::3]
+    flat = sum(_equal(row[3:], row[:-3]) for row in rows)
+    few = len(set(zip(red, green, blue)))
+    found = (
+        (min(_equal(red, green), _equal(green, blue)) > 0.9 * len(red),
+         "It is grey, and grey pixels turn slightly coloured."),
+        (flat > 0.5 * len(looked), "Large parts of it are flat, where a change stands out."),
+        (few <= 256 and 8 * few < len(red), "It has few colours, and gets many new ones."),
+        (looked.count(0) + looked.count(255) > 0.2 * len(looked),
+         "Much of it is wholly dark or bright, where noise stands out."),
+        (_block_step(rows) > JPEG_STEP, "It was a JPEG, whose traces show what was changed."),
+    )  # fmt: skip
+    return [text for true, text in found if true]
+
+
+def _equal(one: bytes, other: bytes) -> int:
+    """How many bytes are the same in both."""
+    difference = int.from_bytes(one, "little") ^ int.from_bytes(other, "little")
+    return difference.to_bytes(len(one), "little").count(0)
+
+
+def _block_step(rows: list) -> float:
+    """Steps of green between columns 7 and 8 of JPEG's blocks, over those between the others."""
+    steps, counts = [0] * 8, [1] * 8
+    for row in rows:
+        green = row[1::3]
+        for place in range(8):
+            pairs = list(zip(green[place::8], green[place + 1 :: 8]))
+            steps[place] += sum(abs(one - other) for one, other in pairs)
+            counts[place] += len(pairs)
+    means = [step / count for step, count in zip(steps, counts)]
+    return means[7] / max(sum(means[:7]) / 7, 0.5)
+
+
+# ==================================================================================================
+# Part 31. Steganography | pure | uses 1-3, 26
+#
+# A message in the noise of a BMP picture. Only the colour samples count, rows from the top down; of
+# each sixteenth of them the first 256 never change, and SHA-256 of label, u32 width, u32 height and
+# those is the picture's salt. What is left is turned by an offset and holds:
+#
+#   header   12 nonce, AES-256-GCM of u48 the body's size, under the header key
+#   body     AES-256-GCM of the payload, under HKDF-SHA256(body secret, nonce)
+#   payload  u8 1 for a file + 2 if compressed, of a file s name, if compressed u32 size, content
+#
+# HKDF-SHA256(secret, salt) gives 16 offset, 32 header key, 32 body secret. The secret is
+# scrypt(passphrase, salt), or random, in RSA-OAEP for a contact. The latter stands in front of a
+# second turn, where an offset from the contact's public key tells, as a number of 404 bytes: the
+# ciphertext plus a random multiple of the modulus, so that it is as even as random bytes (within
+# 2^-160). Who has that public key can find the place and take the number modulo n, in every
+# picture; to tell a ciphertext from noise there takes the private key. Anybody can have hidden what
+# is for a contact: it is not signed.
+#
+# Bits are embedded with matrix embedding (Crandall 1998; Westfeld's F5, 2001) over [2^k-1, k]
+# Hamming codes: k bits are the XOR of the numbers of the odd ones among 2^k-1 samples, and at most
+# one of these changes, by 1 up or down at random (0 only up, 255 only down). In each 65,536 groups
+# stand the next bits of the data: first the lowest bits of all of them, then the next ones. k is
+# the largest that fits: into a sixteenth of the samples for header and number, into all that follow
+# for the body.
+# ==================================================================================================
+
+PICTURE_LABEL = PROTOCOL + b" picture"
+MESSAGE_MOST = 256 << 20  # bytes of content, so that what is compressed cannot fill the memory
+FIXED_RUNS, FIXED_RUN = 16, 256  # samples
+CODES = range(9, 0, -1)  # k, the one that changes least first
+PICTURE_HEADER = 12 + 6 + 16
+PICTURE_TAG = 16
+WRAPPED_SECRET = RSA_BYTES + 20  # bytes: 160 bits make the modulus vanish
+SMALL_SHARE = 16  # header and wrapped secret take at most this part of the samples
+GROUP_BLOCK = 1 << 16  # groups that are worked on at once, a multiple of 8
+QUIET_SHARE, LOUD_SHARE = 0.02, 0.05  # of the samples: where detectors begin to see, and do see
+
+
+# Matrix embedding
+
+
+class Zone(Record):
+    """`groups` groups of 2^k-1 samples, each holding k bits.
+
+    The samples of a group are those at its number in each of 2^k-1 slices, one every `step`.
+    """
+
+    start: int
+    step: int
+    groups: int
+    k: int
+
+    def blocks(self):
+        """Yields (groups, the slices of their samples in the order of their numbers)."""
+        for first in range(0, self.groups, GROUP_BLOCK):
+            count = min(GROUP_BLOCK, self.groups - first)
+            begin = self.start + first
+            begins = range(begin, begin + self.step * ((1 << self.k) - 1), self.step)
+            yield count, [slice(place, place + count) for place in begins]
+
+
+def _groups(size: int, k: int) -> int:
+    """How many groups of k bits `size` bytes take."""
+    return -(-8 * size // k)
+
+
+def _small_zone(start: int, free: int, size: int) -> Zone:
+    """For `size` bytes at `start`, of at most a small part of the `free` samples."""
+    for k in CODES:
+        groups = _groups(size, k)
+        if groups * ((1 << k) - 1) * SMALL_SHARE <= free:
+            return Zone(start, groups, groups, k)
+    raise _too_small()
+
+
+def _too_small() -> ChatError:
+    text = "This picture is too small to hide anything in."
+    return ChatError(text, "Take one of at least 200 x 200 pixels.", "too-large")
+
+
+def _wide_zone(start: int, end: int, size: int) -> Zone | None:
+    """For `size` bytes, over all samples from `start` to `end`; None if they do not fit."""
+    for k in CODES:
+        step, groups = (end - start) // ((1 << k) - 1), _groups(size, k)
+        if groups <= step:
+            return Zone(start, step, groups, k)
+    return None
+
+
+def _zone_end(zone: Zone) -> int:
+    return zone.start + zone.step * ((1 << zone.k) - 1)
+
+
+def _syndromes(samples: bytes | bytearray, slices: list, k: int) -> list:
+    """k numbers, in which the lowest bit of byte j is that bit of what group j holds."""
+    syndromes = [0] * k
+    for number, place in enumerate(slices, 1):
+        plane = int.from_bytes(samples[place], "little")
+        for bit in range(k):
+            if number >> bit & 1:
+                syndromes[bit] ^= plane
+    return syndromes
+
+
+def extract(samples: bytes | bytearray, zone: Zone, size: int) -> bytes:
+    """The `size` bytes in a zone."""
+    parts = []
+    for count, slices in zone.blocks():
+        ones = _repeated(1, count)
+        syndromes = _syndromes(samples, slices, zone.k)
+        bits = b"".join([(found & ones).to_bytes(count, "little") for found in syndromes])
+        parts.append(_packed_bits(bits[: len(bits) // 8 * 8]))
+    return b"".join(parts)[:size]
+
+
+def embed(samples: bytearray, zone: Zone, data: bytes) -> None:
+    """Puts bytes into a zone."""
+    stream, offset = data + random_bytes(2), 0  # the last group may take some bits more
+    for count, slices in zone.blocks():
+        size = -(-count * zone.k // 8)
+        bits = _spread(stream[offset : offset + size])
+        wrong = _wrong(samples, slices, zone.k, bits, count)
+        (_change_many if zone.k < 6 else _change_few)(samples, slices, wrong, count)
+        offset += size
+
+
+def _wrong(samples: bytearray, slices: list, k: int, bits: bytes, count: int) -> list:
+    """k numbers that say, in byte j, which bits of group j are not as they must be."""
+    ones = _repeated(1, count)
+    wanted = [int.from_bytes(bits[i * count : (i + 1) * count], "little") for i in range(k)]
+    return [(s ^ w) & ones for s, w in zip(_syndromes(samples, slices, k), wanted)]
+
+
+def _other_change(sample: int) -> int:
+    """What to XOR for the step that is not an XOR with 1: down if even, else up."""
+    return 1 if sample in (0, 255) else sample ^ (sample + 1 if sample & 1 else sample - 1)
+
+
+OTHER_CHANGE = bytes(map(_other_change, range(256)))
+SIGNS = bytes([1, 255] * 128)  # a random byte as what is left of such an XOR
+ALL_BITS = bytes([0] + [255] * 255)
+
+
+def _change_many(samples: bytearray, slices: list, wrong: list, count: int) -> None:
+    """All samples of one number at once; the sign stands beside the number, so it takes k < 8."""
+    signs = int.from_bytes(random_bytes(count), "little") & _repeated(128, count)
+    value = signs | sum(bits << place for place, bits in enumerate(wrong))
+    chosen = value.to_bytes(count, "little")
+    for number, place in enumerate(slices, 1):
+        table = bytearray(256)
+        table[number], table[128 + number] = 1, 255
+        plane = bytes(samples[place])
+        change = int.from_bytes(plane.translate(OTHER_CHANGE), "little")
+        change &= int.from_bytes(chosen.translate(table), "little")
+        samples[place] = (int.from_bytes(plane, "little") ^ change).to_bytes(count, "little")
+
+
+def _change_few(samples: bytearray, slices: list, wrong: list, count: int) -> None:
+    """Only the one sample of each group, which is faster where groups are long."""
+    low = sum(bits << place for place, bits in enumerate(wrong[:8])).to_bytes(count, "little")
+    high = (wrong[8] if len(wrong) > 8 else 0).to_bytes(count, "little")
+    begins = [slices[0].start, *(place.start for place in slices)]  # 0: any, as it stays the same
+    numbers = [one + 256 * other for one, other in zip(low, high)] if any(high) else low
+    places = [begins[number] + group for group, number in enumerate(numbers)]
+    values = bytes([samples[place] for place in places])
+    signs = int.from_bytes(random_bytes(count).translate(SIGNS), "little")
+    changed = int.from_bytes(bytes(map(bool, numbers)).translate(ALL_BITS), "little")
+    change = int.from_bytes(values.translate(OTHER_CHANGE), "little") & signs & changed
+    fresh = (int.from_bytes(values, "little") ^ change).to_bytes(count, "little")
+    for place, value in zip(places, fresh):
+        samples[place] = value
+
+
+def _repeated(byte: int, count: int) -> int:
+    return int.from_bytes(u8(byte) * count, "little")
+
+
+def _spread(data: bytes) -> bytes:
+    """Eight bytes for each, whose lowest bits are its bits."""
+    return format(int.from_bytes(data, "big"), f"0{8 * len(data)}b").encode("ascii")
+
+
+def _packed_bits(bits: bytes) -> bytes:
+    """Every eight bytes of 0 or 1 as the bits of one."""
+    value = 0
+    for place in range(8):
+        value = value << 1 | int.from_bytes(bits[place::8], "big")
+    return value.to_bytes(len(bits) // 8, "big")
+
+
+# What opens a picture: (salt, wrapped secret) <-> secret
+
+
+class PassphraseLock:
+    """For everybody who knows a passphrase; nothing of it is in the picture."""
+
+    wrapped = 0  # bytes
+
+    def __init__(self, passphrase: str):
+        self._passphrase = passphrase
+
+    def place(self, salt: bytes) -> int:
+        return 0
+
+    def create(self, salt: bytes) -> tuple:
+        """(secret, what is put into the picture for it)."""
+        return self.consume(salt, b""), b""
+
+    def consume(self, salt: bytes, wrapped: bytes) -> bytes:
+        return passphrase_key(self._passphrase, salt, SCRYPT_LOG_N)
+
+
+class ContactLock:
+    """For the one whose public key (DER SubjectPublicKeyInfo) it is; with the identity it opens."""
+
+    wrapped = WRAPPED_SECRET
+
+    def __init__(self, spki: bytes, identity: Identity | None = None):
+        self._spki, self._public, self._identity = spki, RSAPublic(spki), identity
+
+    def place(self, salt: bytes) -> int:
+        """A large number, which the wrapped secret's offset follows from."""
+        return int.from_bytes(hkdf(self._spki, salt, PICTURE_LABEL + b" for", 16), "big")
+
+    def create(self, salt: bytes) -> tuple:
+        secret = random_bytes(32)
+        ciphertext = int.from_bytes(self._public.encrypt(secret, PICTURE_LABEL), "big")
+        while True:
+            number = int.from_bytes(random_bytes(WRAPPED_SECRET), "big")
+            number += ciphertext - number % self._public.modulus
+            if number.bit_length() <= 8 * WRAPPED_SECRET:
+                return secret, number.to_bytes(WRAPPED_SECRET, "big")
+
+    def consume(self, salt: bytes, wrapped: bytes) -> bytes:
+        if self._identity is None:
+            raise LocalProtocolError("only its receiver opens it")
+        ciphertext = int.from_bytes(wrapped, "big") % self._public.modulus
+        return self._identity.decrypt(ciphertext.to_bytes(RSA_BYTES, "big"), PICTURE_LABEL)
+
+
+class PictureKeys:
+    """What a secret gives for the picture with this salt."""
+
+    def __init__(self, secret: bytes, salt: bytes):
+        keys = hkdf(secret, salt, PICTURE_LABEL, 80)
+        self.place, self.header = int.from_bytes(keys[:16], "big"), keys[16:48]
+        self._body = keys[48:]
+
+    def body(self, nonce: bytes) -> bytes:
+        return hkdf(self._body, nonce, PICTURE_LABEL + b" body")
+
+
+# Messages
+
+
+class HiddenMessage(Record):
+    """A text (UTF-8, no name) or a file with its name."""
+
+    name: str
+    content: bytes
+
+    def encode(self) -> bytes:
+        """Compressed if that makes it shorter."""
+        small = zlib.compress(self.content)
+        compressed = len(small) + 4 < len(self.content)
+        name = text_block(self.name) if self.name else b""
+        body = u32(len(self.content)) + small if compressed else self.content
+        return u8(bool(self.name) + 2 * compressed) + name + body
+
+    @classmethod
+    def decode(cls, payload: bytes) -> HiddenMessage:
+        """RemoteProtocolError if it is none of ours; its name is a safe one."""
+        reader = Reader(payload)
+        kind = reader.number(1)
+        name = safe_file_name(reader.text()) if kind & 1 else ""
+        if kind > 3:
+            raise RemoteProtocolError("A hidden message is of a newer trchat.")
+        size = reader.number(4) if kind & 2 else None
+        content = reader.rest()
+        return cls(name, content if size is None else _decompressed(content, size))
+
+
+def _decompressed(data: bytes, size: int) -> bytes:
+    """RemoteProtocolError unless it is just `size` bytes."""
+    machine = zlib.decompressobj()
+    try:
+        content = machine.decompress(data, min(size, MESSAGE_MOST) + 1)
+    except zlib.error:
+        content = b""
+    if len(content) != size or not machine.eof or machine.unused_data:
+        raise RemoteProtocolError("A hidden message is not as long as it says.")
+    return content
+
+
+class Layout:
+    """Where everything stands in a picture of `count` samples, for a lock with a `wrapped` secret.
+
+    `wrapped` and `header` are zones; `capacity` is how many bytes of text it holds at most, `quiet`
+    how many of them change at most QUIET_SHARE of the samples.
+    """
+
+    def __init__(self, count: int, wrapped: int):
+        if count < 4 * FIXED_RUNS * FIXED_RUN:
+            raise _too_small()
+        self._count, self.free = count, count - FIXED_RUNS * FIXED_RUN
+        self.wrapped = _small_zone(0, self.free, wrapped) if wrapped else None
+        self.front = _zone_end(self.wrapped) if self.wrapped else 0  # its samples
+        self.header = _small_zone(0, self.free - self.front, PICTURE_HEADER)
+        self._end = self.free - self.front
+        self._room = self._end - _zone_end(self.header)
+        self.capacity = self._room // 8 - PICTURE_TAG - 1
+        self.quiet = min(self.capacity, max(map(self._quiet, CODES)) - PICTURE_TAG - 1)
+
+    def _quiet(self, k: int) -> int:
+        """Bytes that this code holds in as many groups as change QUIET_SHARE of the samples."""
+        most = int(QUIET_SHARE * self._count / (1 - 0.5**k))
+        return k * min(most, self._room // ((1 << k) - 1)) // 8
+
+    def body(self, size: int) -> Zone:
+        """For so many bytes; ChatError `too-large` if there is no room for them."""
+        zone = self.find_body(size)
+        if zone is None:
+            over = size - PICTURE_TAG - 1 - self.capacity
+            text = f"The picture has room for {self.capacity:,} bytes; that is {over:,} too few."
+            raise ChatError(text, "Take a larger picture, or a shorter message.", "too-large")
+        return zone
+
+    def find_body(self, size: int) -> Zone | None:
+        return _wide_zone(_zone_end(self.header), self._end, size)
+
+    def share(self, payload: bytes) -> float:
+        """Which part of the samples a payload changes, on average."""
+        zone = self.body(len(payload) + PICTURE_TAG)
+        return zone.groups * (1 - 0.5**zone.k) / self._count
+
+
+class Carrier:
+    """The samples of a picture that may change, turned to a lock's place; for one use."""
+
+    def __init__(self, bitmap: Bitmap, lock: PassphraseLock | ContactLock):
+        self._bitmap, self._lock = bitmap, lock
+        self._layout = Layout(bitmap.count, lock.wrapped)
+        samples = memoryview(bitmap.samples())
+        edges = [bitmap.count * run // FIXED_RUNS for run in range(FIXED_RUNS + 1)]
+        self._runs = list(zip(edges, edges[1:]))
+        shape = u32(bitmap.width) + u32(bitmap.height)
+        self._fixed = [bytes(samples[begin : begin + FIXED_RUN]) for begin, _ in self._runs]
+        self.salt = sha256(b"".join((block(PICTURE_LABEL), shape, *self._fixed)))
+        free = [samples[begin + FIXED_RUN : end] for begin, end in self._runs]
+        self._place = lock.place(self.salt) % self._layout.free
+        front, self._rest = _cut(_turned(free, self._place), self._layout.front)
+        self._front = bytearray().join(front)
+
+    def hide(self, payload: bytes) -> bytearray:
+        """The file with a payload in it; ChatError `too-large` if it is too long."""
+        size = len(payload) + PICTURE_TAG
+        body = self._layout.body(size)
+        secret, wrapped = self._lock.create(self.salt)
+        keys, nonce = PictureKeys(secret, self.salt), random_bytes(12)
+        samples = self._behind(keys)
+        header = nonce + seal(keys.header, nonce, size.to_bytes(6, "big"), b"")
+        if self._layout.wrapped:
+            embed(self._front, self._layout.wrapped, wrapped)
+        embed(samples, self._layout.header, header)
+        embed(samples, body, seal(keys.body(nonce), SINGLE_USE_NONCE, payload, b""))
+        rest = _turned([memoryview(samples)], len(samples) - keys.place % len(samples))
+        back = self._layout.free - self._place
+        return self._with_free(_turned([memoryview(self._front), *rest], back))
+
+    def _behind(self, keys: PictureKeys) -> bytearray:
+        """The samples of header and body, turned to where these keys have their place."""
+        size = self._layout.free - self._layout.front
+        rest, self._rest = self._rest, []  # the cover's samples are not kept twice
+        return bytearray().join(_turned(rest, keys.place % size))
+
+    def _with_free(self, free: list) -> bytearray:
+        parts = []
+        for fixed, (begin, end) in zip(self._fixed, self._runs):
+            run, free = _cut(free, end - begin - FIXED_RUN)
+            parts += [fixed, *run]
+        return self._bitmap.with_samples(b"".join(parts))
+
+    def reveal(self) -> bytes | None:
+        """The payload; None if nothing opens; RemoteProtocolError if it is damaged."""
+        layout, wrapped = self._layout, b""
+        if layout.wrapped:
+            wrapped = extract(self._front, layout.wrapped, self._lock.wrapped)
+        try:
+            keys = PictureKeys(self._lock.consume(self.salt, wrapped), self.salt)
+            samples = self._behind(keys)
+            header = extract(samples, layout.header, PICTURE_HEADER)
+            nonce = header[:12]
+            size = int.from_bytes(open_sealed(keys.header, nonce, header[12:], b""), "big")
+        except RemoteProtocolError:
+            return None
+        zone = layout.find_body(size)
+        if zone is None:
+            raise RemoteProtocolError("A hidden message claims more room than its picture has.")
+        body = extract(samples, zone, size)
+        return open_sealed(keys.body(nonce), SINGLE_USE_NONCE, body, b"")
+
+
+def _cut(pieces: list, place: int) -> tuple:
+    """The memoryviews before and behind the place that many bytes on."""
+    before, behind = [], []
+    for piece in pieces:
+        before.append(piece[:place])
+        behind.append(piece[place:])
+        place = max(place - len(piece), 0)
+    return before, behind
+
+
+def _turned(pieces: list, place: int) -> list:
+    """What is behind a place, and then what was before."""
+    before, behind = _cut(pieces, place)
+    return behind + before
+
+
+def hide(bitmap: Bitmap, message: HiddenMessage, lock: PassphraseLock | ContactLock) -> bytearray:
+    """The picture's file with a message in it; ChatError `too-large` if there is no room."""
+    return Carrier(bitmap, lock).hide(message.encode())
+
+
+def reveal(bitmap: Bitmap, lock: PassphraseLock | ContactLock) -> HiddenMessage:
+    """What is hidden; ChatError `locked` if nothing opens with this lock, or nothing is there."""
+    try:
+        payload = Carrier(bitmap, lock).reveal()
+        if payload is not None:
+            return HiddenMessage.decode(payload)
+    except RemoteProtocolError:
+        hint = "Get the picture once more, as the file that was made, not shown and saved again."
+        raise ChatError("What is hidden in this picture is damaged.", hint, "protocol") from None
+    text = "Nothing in this picture opens: it holds no message, or one that is locked otherwise."
+    raise ChatError(text, LOCKED_HINT, "locked")
+
+
+LOCKED_HINT = (
+    "Check the passphrase (for your own sealed key: --mine), and that it is the very file."
+)
+
+
+# ==================================================================================================
+# Part 32. Conversations | pure | uses 1, 2
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -7340,7 +7979,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 31. Keys and widths | pure | uses 2
+# Part 33. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -7666,7 +8305,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 32. Line editor | pure | uses 2, 31
+# Part 34. Line editor | pure | uses 2, 33
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -8005,7 +8644,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 33. Screen | pure | uses 31
+# Part 35. Screen | pure | uses 33
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -8208,7 +8847,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 34. Settings | pure | uses 1, 2
+# Part 36. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -8411,7 +9050,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 35. Settings and paths | uses 1, 2, 4, 34
+# Part 37. Settings and paths | uses 1, 2, 4, 36
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -8692,7 +9331,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 36. Events and threads | uses 2, 35
+# Part 38. Events and threads | uses 2, 37
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -8806,7 +9445,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 37. Dependencies | uses 1, 35
+# Part 39. Dependencies | uses 1, 37
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -9167,35 +9806,23 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 38. Vault | uses 1-4, 35
+# Part 40. Vault | uses 1-4, 37
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
 
 _x509 = Lazy("cryptography.x509")
 _ec = Lazy("cryptography.hazmat.primitives.asymmetric.ec")
-_scrypt = Lazy("cryptography.hazmat.primitives.kdf.scrypt")
 
 SEALED_BEGIN, SEALED_END = "-----BEGIN TRCHAT SEALED KEY-----", "-----END TRCHAT SEALED KEY-----"
-SCRYPT_LOG_N, SCRYPT_R, SCRYPT_P = 17, 8, 1  # 128 MiB, about 0.4 s
 SEAL_LABEL = PROTOCOL + b" sealed key"
-
-
-def _passphrase_key(passphrase: str, salt: bytes, log_n: int) -> bytes:
-    """scrypt (RFC 7914) of a passphrase."""
-    normal = unicodedata.normalize("NFKC", passphrase).encode("utf-8")
-    try:
-        kdf = _scrypt.Scrypt(salt=salt, length=32, n=1 << log_n, r=SCRYPT_R, p=SCRYPT_P)
-        return kdf.derive(normal)
-    except MemoryError:
-        raise ChatError("There is too little memory to open the key.", "Close something.") from None
 
 
 def seal_key(der: bytes, passphrase: str) -> bytes:
     """A private key (PKCS#8 DER) as sealed PEM: u8 log2 N, 16 salt, 12 nonce, AES-256-GCM."""
     salt, nonce = random_bytes(16), random_bytes(12)
     head = u8(SCRYPT_LOG_N) + salt + nonce
-    key = _passphrase_key(passphrase, salt, SCRYPT_LOG_N)
+    key = passphrase_key(passphrase, salt, SCRYPT_LOG_N)
     sealed = head + seal(key, nonce, der, SEAL_LABEL + head)
     data = binascii.b2a_base64(sealed, newline=False).decode("ascii")
     lines = [data[i : i + 64] for i in range(0, len(data), 64)]
@@ -9220,7 +9847,7 @@ def open_key(pem: bytes, passphrase: str, path: str) -> bytes:
     if len(ciphertext) < 16 or not 10 <= head[0] <= 20:
         raise damaged_file(path)
     try:
-        key = _passphrase_key(passphrase, head[1:17], head[0])
+        key = passphrase_key(passphrase, head[1:17], head[0])
         return open_sealed(key, head[17:], ciphertext, SEAL_LABEL + head)
     except RemoteProtocolError:
         hint = "Try again; it cannot be recovered without it."
@@ -9430,7 +10057,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 39. Rooted folders | uses 1, 2, 24-26, 35
+# Part 41. Rooted folders | uses 1, 2, 24-26, 37
 #
 # A folder of this computer as an SFTP server shows it, with no way out. A path is walked name by
 # name, each opened in the folder before it and never through a link, so that it does not help to
@@ -9882,7 +10509,7 @@ def free_name(folder_path: str, name: str) -> str:
 
 
 # ==================================================================================================
-# Part 40. SFTP client | uses 1, 2, 24, 27, 35, 36
+# Part 42. SFTP client | uses 1, 2, 24, 27, 37, 38
 #
 # Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
 # than a window of a file is in memory, and its hash is made beside, in the same pass.
@@ -10166,7 +10793,7 @@ def changed_meanwhile(path: str, done: str) -> ChatError:
 
 
 # ==================================================================================================
-# Part 41. Files through SFTP | uses 1, 2, 24, 26, 27, 35, 40
+# Part 43. Files through SFTP | uses 1, 2, 24, 26, 27, 37, 42
 #
 # Whole files and folders. A file grows under a name ending in .part and gets its own when it is
 # whole and on the disk; what an interruption left there is compared with the original before the
@@ -10559,7 +11186,7 @@ def _received_before(client, remote: str, path: str, size) -> Transferred | None
 
 
 # ==================================================================================================
-# Part 42. History and outbox | uses 1-3, 28, 35, 36
+# Part 44. History and outbox | uses 1-3, 28, 37, 38
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -11039,7 +11666,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 43. Contacts | uses 1-4, 6, 35
+# Part 45. Contacts | uses 1-4, 6, 37
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -11480,7 +12107,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 44. Transfers on record | uses 1, 2, 28, 35
+# Part 46. Transfers on record | uses 1, 2, 28, 37
 #
 # What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
 # a transfer by a number, `f3`, programs by the id of the message that offered it.
@@ -11605,7 +12232,7 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 45. SOCKS5 | uses 1, 2, 4, 35
+# Part 47. SOCKS5 | uses 1, 2, 4, 37
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -11689,7 +12316,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 46. Network | uses 1-4, 35, 38, 45
+# Part 48. Network | uses 1-4, 37, 40, 47
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -11958,7 +12585,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 47. Port mapping | uses 1-3, 9, 10, 35, 36, 46
+# Part 49. Port mapping | uses 1-3, 9, 10, 37, 38, 48
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -12424,7 +13051,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 48. A mapped port, and addresses | uses 1-4, 9, 10, 35, 36, 46, 47
+# Part 50. A mapped port, and addresses | uses 1-4, 9, 10, 37, 38, 48, 49
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -12783,7 +13410,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 49. Tunnels | uses 1, 2, 35, 36
+# Part 51. Tunnels | uses 1, 2, 37, 38
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -13176,7 +13803,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 50. Tunnels through ngrok | uses 2, 3, 35, 49
+# Part 52. Tunnels through ngrok | uses 2, 3, 37, 51
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -13423,7 +14050,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 51. Tunnels through ssh and tor | uses 1-4, 35, 36, 49, 50
+# Part 53. Tunnels through ssh and tor | uses 1-4, 37, 38, 51, 52
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -13779,7 +14406,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 52. Runs of sftp | uses 1-3, 29, 35, 49, 51
+# Part 54. Runs of sftp | uses 1-3, 29, 37, 51, 53
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -14050,7 +14677,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 53. Files on SFTP servers | uses 1, 2, 26, 29, 35, 41, 42, 52
+# Part 55. Files on SFTP servers | uses 1, 2, 26, 29, 37, 43, 44, 54
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -14362,7 +14989,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 54. Connections of a server | uses 1
+# Part 56. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -14449,7 +15076,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 55. Relay server | uses 1, 2, 8, 35, 36, 38, 46, 54
+# Part 57. Relay server | uses 1, 2, 8, 37, 38, 40, 48, 56
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -14948,7 +15575,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 56. Where to connect | uses 1, 2, 4, 9, 35, 36, 46
+# Part 58. Where to connect | uses 1, 2, 4, 9, 37, 38, 48
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -15088,7 +15715,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 57. Channels | uses 1, 2, 35
+# Part 59. Channels | uses 1, 2, 37
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -15187,7 +15814,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 58. Connections | uses 1, 3, 35, 36, 46, 55-57
+# Part 60. Connections | uses 1, 3, 37, 38, 48, 57-59
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -15438,7 +16065,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 59. Records of a chat | uses 1, 2, 8, 16, 17, 28, 30, 35, 38, 42-44
+# Part 61. Records of a chat | uses 1, 2, 8, 16, 17, 28, 32, 37, 40, 44-46
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -15830,7 +16457,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 60. Files on their way | uses 1-3, 24-26, 35, 39-41
+# Part 62. Files on their way | uses 1-3, 24-26, 37, 41-43
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -16228,7 +16855,7 @@ def remove_part(part: str) -> None:
 
 
 # ==================================================================================================
-# Part 61. Shared folders | uses 1-3, 8, 16, 24, 26, 35, 36, 39-41, 44, 60
+# Part 63. Shared folders | uses 1-3, 8, 16, 24, 26, 37, 38, 41-43, 46, 62
 #
 # Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
 # look is a stream and a thread of its own.
@@ -16490,7 +17117,7 @@ class Shares:
 
 
 # ==================================================================================================
-# Part 62. Files by way of a server | uses 1-3, 26, 29, 35, 36, 41, 44, 53, 60
+# Part 64. Files by way of a server | uses 1-3, 26, 29, 37, 38, 43, 46, 55, 62
 #
 # For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
 # offer carries what is needed to fetch and open it.
@@ -16565,7 +17192,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 63. Offers of others | uses 1, 8, 26, 29, 35, 36, 39, 41, 44, 57, 60, 61
+# Part 65. Offers of others | uses 1, 8, 26, 29, 37, 38, 41, 43, 46, 59, 62, 63
 #
 # What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
@@ -16743,7 +17370,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 64. File desk | uses 1, 2, 8, 16, 26, 36, 44, 57, 60-63
+# Part 66. File desk | uses 1, 2, 8, 16, 26, 38, 46, 59, 62-65
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -17079,7 +17706,7 @@ class FileDesk:
 
 
 # ==================================================================================================
-# Part 65. Chat client | uses 1, 2, 17, 20, 30, 35, 36, 55, 58, 59, 64
+# Part 67. Chat client | uses 1, 2, 17, 20, 32, 37, 38, 57, 60, 61, 66
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -17486,7 +18113,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 66. Commands | uses 1, 2
+# Part 68. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -17641,7 +18268,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 67. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 66
+# Part 69. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 68
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -17979,7 +18606,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 68. Chat commands: people and servers | uses 1, 2, 4, 23, 35, 36, 48, 56, 66, 67
+# Part 70. Chat commands: people and servers | uses 1, 2, 4, 23, 37, 38, 50, 58, 68, 69
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -18284,7 +18911,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 69. Chat commands: files | uses 1, 2, 8, 16, 35, 44, 66, 67
+# Part 71. Chat commands: files | uses 1, 2, 8, 16, 37, 46, 68, 69
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -18486,7 +19113,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 70. Chat commands: records | uses 1, 2, 6, 8, 16, 34, 35, 42, 66, 67, 69
+# Part 72. Chat commands: records | uses 1, 2, 6, 8, 16, 36, 37, 44, 68, 69, 71
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -18702,7 +19329,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 71. Console commands | uses 1, 2, 8, 55, 66
+# Part 73. Console commands | uses 1, 2, 8, 57, 68
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -18822,7 +19449,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 72. Terminal input | uses 35
+# Part 74. Terminal input | uses 37
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -19028,7 +19655,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 73. Terminal | uses 2, 31-33, 35, 72
+# Part 75. Terminal | uses 2, 33-35, 37, 74
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -19390,7 +20017,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 74. Words for events | uses 2, 8, 16, 31, 66, 67
+# Part 76. Words for events | uses 2, 8, 16, 33, 68, 69
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -19729,7 +20356,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 75. Faces: terminal and JSON lines | uses 2, 31, 35, 36, 66, 73, 74
+# Part 77. Faces: terminal and JSON lines | uses 2, 33, 37, 38, 68, 75, 76
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -20070,7 +20697,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 76. Activities | uses 1-4, 11, 13, 23, 35, 36, 38, 46, 48, 49, 51, 55, 56, 59, 65, 66, 71, 75
+# Part 78. Activities | uses 1-4, 11, 13, 23, 37, 38, 40, 48, 50, 51, 53, 57, 58, 61, 67, 68, 73, 77
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -20463,7 +21090,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 77. Chatting directly | uses 1, 2, 4, 23, 35, 38, 46, 55, 56, 59, 65, 75, 76
+# Part 79. Chatting directly | uses 1, 2, 4, 23, 37, 40, 48, 57, 58, 61, 67, 77, 78
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -20646,7 +21273,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 78. SFTP for other programs | uses 1, 2, 8, 24, 35, 36, 59, 65, 76
+# Part 80. SFTP for other programs | uses 1, 2, 8, 24, 37, 38, 61, 67, 78
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -20757,7 +21384,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 79. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 38, 46, 55, 56, 65, 66
+# Part 81. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 40, 48, 57, 58, 67, 68
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -20939,7 +21566,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 80. Session | uses 1, 2, 31, 35, 37, 38, 73, 75
+# Part 82. Session | uses 1, 2, 33, 37, 39, 40, 75, 77
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -20993,6 +21620,14 @@ class Session:
         with Terminal(sys.stdin, sys.stdout) as terminal:
             return terminal.read_secret(question)
 
+    def ask_new_secret(self, question: str) -> str:
+        """A passphrase that is typed twice."""
+        with Terminal(sys.stdin, sys.stdout) as terminal:
+            new = terminal.read_secret(question)
+            if new != terminal.read_secret("The same again: "):
+                raise ChatError("These were not the same.", "Nothing was changed; try again.")
+        return new
+
     def settings(self) -> Settings:
         return load_settings(self.paths, dict(os.environ), self.arguments.set or [])
 
@@ -21024,7 +21659,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 81. Shell commands | uses 1, 2, 4, 34-36, 38, 42, 43, 48, 51, 56, 59, 68, 73, 75-80
+# Part 83. Shell commands | uses 1, 2, 4, 36-38, 40, 44, 45, 50, 53, 58, 61, 70, 77-82
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -21338,10 +21973,7 @@ def _change_passphrase(session: Session) -> int:
         if not sys.stdin.isatty():
             text = "A new passphrase is needed."
             raise ChatError(text, "Set TRCHAT_NEW_PASSPHRASE in the environment.")
-        with Terminal(sys.stdin, sys.stdout) as terminal:
-            new = terminal.read_secret("New passphrase (empty for none): ")
-            if new != terminal.read_secret("The same again: "):
-                raise ChatError("These were not the same.", "Nothing was changed; try again.")
+        new = session.ask_new_secret("New passphrase (empty for none): ")
     for pair, key in zip(pairs, keys):
         pair.store_key(key, new)
     box = ContactsBox(vault_key)
@@ -21373,7 +22005,234 @@ class UsageError(Exception):
 
 
 # ==================================================================================================
-# Part 82. Command line | uses 1, 8, 35, 66, 68, 81
+# Part 84. Hidden messages in the shell | uses 1, 2, 26, 30, 31, 37, 40, 82, 83
+#
+# `hide` and `reveal`: what is asked of a person, which files are read, and where results go.
+# Nothing here ever overwrites a file.
+# ==================================================================================================
+
+
+def _shell_hide(session: Session) -> int:
+    given = session.arguments
+    if given.text is not None and given.file is not None:
+        raise UsageError("hide: take --text or --file, not both")
+    _check_free(given.out)
+    bitmap = Bitmap(read_chosen(given.cover, PICTURE_MOST))
+    contact = _contact_with_key(session, given.contact) if given.contact else None
+    layout = Layout(bitmap.count, (ContactLock if contact else PassphraseLock).wrapped)
+    warnings = warnings_about(bitmap)
+    _tell_room(given.cover, layout, warnings)
+    message = _message_to_hide(session)
+    payload = message.encode()
+    share = layout.share(payload)  # too much is refused before a passphrase is asked for
+    session.prepare()
+    lock = ContactLock(contact.key) if contact else PassphraseLock(_new_picture_passphrase(session))
+    _say_if_long(session, bitmap)
+    data = Carrier(bitmap, lock).hide(payload)
+    write_new(given.out, data, 0o666)  # as pictures are; a private one would stand out
+    warnings += _share_warning(share)
+    fields = {"path": given.out, "bytes": len(message.content), "capacity": layout.capacity,
+              "quiet": layout.quiet, "changed": round(share, 6), "for": contact and contact.name,
+              "warnings": warnings}  # fmt: skip
+    text = (
+        f"{given.out}: {len(message.content):,} bytes hidden, {share:.2%} of the samples changed."
+    )
+    for warning in _share_warning(share):
+        say_aside(f"Note: {warning}")
+    return session.answer("hide", fields, text + "\n" + KEEP_SECRET)
+
+
+LARGE_PICTURE = 30_000_000  # samples: it takes more than a second
+
+
+def _say_if_long(session: Session, bitmap: Bitmap) -> None:
+    if session.interactive and bitmap.count > LARGE_PICTURE:
+        say_aside("This is a large picture: it takes some seconds ...")
+
+
+KEEP_SECRET = "Give away only the new picture: whoever has both sees the difference."
+
+
+def _tell_room(cover: str, layout: Layout, warnings: list) -> None:
+    """What fits, before anything is asked."""
+    quiet = (
+        f"up to {layout.quiet:,} are hard to notice" if layout.quiet > 0 else "any can be noticed"
+    )
+    say_aside(f"{cover} has room for {layout.capacity:,} bytes, more of what compresses; {quiet}.")
+    for warning in warnings:
+        say_aside(f"Note: this picture is not a good one. {warning}")
+
+
+def _share_warning(share: float) -> list:
+    if share <= QUIET_SHARE:
+        return []
+    how = "easily notice" if share > LOUD_SHARE else "notice"
+    return [f"Programs may {how} a change of {share:.1%}; a larger picture hides it better."]
+
+
+def _message_to_hide(session: Session) -> HiddenMessage:
+    given = session.arguments
+    text, path = given.text, given.file
+    if session.interactive and text is None and path is None:
+        text = session.ask_text("Text (Enter takes a file instead): ")
+        path = session.ask_text("File: ").strip() if not text else None
+    if path is not None:
+        name = safe_file_name(os.path.basename(os.path.abspath(path)))
+        return HiddenMessage(name, read_chosen(path, MESSAGE_MOST))
+    text = sys.stdin.read().rstrip("\n") if text is None else text
+    return HiddenMessage("", text.encode("utf-8", "replace"))
+
+
+def _new_picture_passphrase(session: Session) -> str:
+    passphrase = os.environ.get("TRCHAT_PASSPHRASE", "")
+    if not passphrase:
+        _need_terminal("Or add --for CONTACT.")
+        passphrase = session.ask_new_secret("Passphrase for the picture: ")
+    if not passphrase:
+        raise ChatError(
+            "Without a passphrase anybody could read it.", "Choose one, or --for CONTACT."
+        )
+    return passphrase
+
+
+def _need_terminal(otherwise: str) -> None:
+    if not sys.stdin.isatty():
+        text = "A passphrase is needed for the picture."
+        raise ChatError(text, f"Set TRCHAT_PASSPHRASE in the environment. {otherwise}", "locked")
+
+
+def _contact_with_key(session: Session, name: str) -> Contact:
+    contact = _profile_contacts(session).require(name)
+    if contact.blocked:
+        raise ChatError(f"{contact.name} is blocked.", "Unblock that person first.")
+    if not contact.key:
+        hint = "It comes when you meet in a room, or with their card: contacts import."
+        raise ChatError(f"The key of {contact.name} is not known yet.", hint, "no-such-person")
+    if not contact.verified:
+        say_aside(
+            f"Note: the key of {contact.name} is not verified; /code in the chat compares it."
+        )
+    return contact
+
+
+def _shell_reveal(session: Session) -> int:
+    given = session.arguments
+    if given.out is not None:
+        _check_free(given.out)
+    bitmap = Bitmap(read_chosen(given.picture, PICTURE_MOST))
+    session.prepare()
+    _say_if_long(session, bitmap)
+    message = _revealed(session, bitmap)
+    path = given.out
+    if path is None and message.name and session.interactive:
+        shown = f"{message.name} ({len(message.content):,} bytes)"
+        path = session.ask_text(f"It holds the file {shown}. Save it as: ").strip() or None
+    if path is not None:
+        write_new(path, message.content, 0o600)
+    elif message.name:
+        text = f"It holds the file {message.name} ({len(message.content):,} bytes)."
+        raise ChatError(text, "Say where to put it: --out FILE.")
+    return _tell_message(session, message, path)
+
+
+def _tell_message(session: Session, message: HiddenMessage, path: str | None) -> int:
+    text = None if message.name else message.content.decode("utf-8", "replace")
+    fields = {"kind": "file" if message.name else "text", "name": message.name or None,
+              "size": len(message.content), "path": path, "text": text}  # fmt: skip
+    if path is not None:
+        said = f"{path}: {len(message.content):,} bytes."
+    else:
+        said = printable(text or "") if sys.stdout.isatty() else text or ""
+    return session.answer("reveal", fields, said)
+
+
+def _revealed(session: Session, bitmap: Bitmap) -> HiddenMessage:
+    """By one's own key, if it is at hand; else by a passphrase."""
+    pair = KeyPair(session.paths, "client")
+    if session.arguments.mine and not pair.exists():
+        hint = "Choose the profile it was hidden for, with --profile NAME."
+        raise ChatError("This profile has no key yet.", hint, "locked")
+    if session.arguments.mine or pair.exists() and not pair.sealed():
+        identity = load_identity(session.paths, session.ask_passphrase)[0]
+        try:
+            message = reveal(bitmap, ContactLock(identity.spki, identity))
+            say_aside("It was hidden for your key. It is not signed: anybody can have done that.")
+            return message
+        except ChatError as error:
+            if session.arguments.mine or error.code != "locked":
+                raise
+    if not os.environ.get("TRCHAT_PASSPHRASE"):
+        _need_terminal("If it is for your own key, which is sealed, add --mine.")
+    return reveal(bitmap, PassphraseLock(session.ask_passphrase("Passphrase of the picture: ")))
+
+
+def read_chosen(path: str, most: int) -> bytes:
+    """A file that somebody named; ChatError `storage` or `too-large` if it cannot be taken."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its name is not valid"
+        text = f"{one_line(path)} cannot be read: {reason}."
+        raise ChatError(text, "Check its name, and who may read it.", "storage") from None
+    if len(data) > most:
+        text = f"{one_line(path)} has more than {most >> 20} MiB."
+        raise ChatError(text, "Take a smaller one.", "too-large")
+    return data
+
+
+def _check_free(path: str) -> None:
+    if os.path.lexists(path):
+        raise _taken(path)
+
+
+def _taken(path: str) -> ChatError:
+    hint = "Take another name: nothing is ever overwritten."
+    return ChatError(f"{one_line(path)} is there already.", hint, "storage")
+
+
+def write_new(path: str, data: bytes | bytearray, mode: int) -> None:
+    """A file that was not there before, whole or not at all."""
+    made = False
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(path, flags, mode), "wb") as file:
+            made = True
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise _taken(path) from None
+    except (OSError, ValueError) as error:
+        if made:
+            os.unlink(path)
+        reason = getattr(error, "strerror", None) or "its name is not valid"
+        text = f"Writing {one_line(path)} failed: {reason}."
+        raise ChatError(text, "Check its folder, and the space there.", "storage") from None
+
+
+def _hide_options(parser) -> None:
+    parser.add_argument("cover", help="a BMP picture of 24 or 32 bits; it stays as it is")
+    parser.add_argument("out", help="the new picture")
+    parser.add_argument("--text", help="the message; left out: standard input")
+    parser.add_argument("--file", metavar="FILE", help="a file instead of a text")
+    parser.add_argument("--for", dest="contact", metavar="CONTACT",
+                        help="for this person's key, instead of a passphrase")  # fmt: skip
+
+
+def _reveal_options(parser) -> None:
+    parser.add_argument("picture", help="the BMP picture")
+    parser.add_argument(
+        "--out", metavar="FILE", help="where a file goes; left out: a text is shown"
+    )
+    parser.add_argument("--mine", action="store_true",
+                        help="it was hidden for your own key, which is sealed")  # fmt: skip
+
+
+# ==================================================================================================
+# Part 85. Command line | uses 1, 8, 37, 68, 70, 83, 84
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -21495,6 +22354,10 @@ for _activity in (
      _shell_sftp, _sftp_options, None),
     ("contacts", "contacts rename bob bobby", "people you know",
      _shell_contacts, _contacts_options, (4, "Contacts and saved servers")),
+    ("hide", "hide photo.bmp new.bmp --for bob", "hide a text or a file in a BMP picture",
+     _shell_hide, _hide_options, (5, "Hide or reveal a message in a BMP")),
+    ("reveal", "reveal new.bmp", "show what is hidden in a BMP picture",
+     _shell_reveal, _reveal_options, None),
     ("demo", "demo", "a server and three people in one process", _shell_demo, None, None),
     ("id", "id passphrase", "your key and its fingerprint", _shell_id, _id_options, None),
     ("servers", "servers remove NAME", "the servers you were on",
@@ -21548,7 +22411,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 83. Menu and door | uses 1, 2, 4, 34-36, 46, 56, 66, 68, 75, 80-82
+# Part 86. Menu and door | uses 1, 2, 4, 36-38, 48, 58, 68, 70, 77, 82, 83, 85
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -21606,6 +22469,7 @@ def _menu_activity(session: Session, choice: str) -> None:
     makers = {
         "server": _menu_server, "connect": _menu_connect, "host": _menu_host,
         "contacts": _menu_people, "settings": _menu_settings, "ip": lambda session: ["ip"],
+        "hide": _menu_picture,
     }  # fmt: skip
     if choice.startswith(TOKEN_PREFIX):  # pasted where a number was asked for
         consume_token(choice)
@@ -21678,6 +22542,28 @@ def _menu_people(session: Session) -> list:
     if answer.isdigit():
         raise ChatError("There is no such number.", "Choose one of the list.")
     return ["contacts", "--", *answer.split()] if answer else []
+
+
+def _menu_picture(session: Session) -> list:
+    """Hiding or revealing; the commands themselves ask for texts and passphrases."""
+    answer = session.ask_text("Hide or reveal (h or r; Enter goes back): ").strip().casefold()
+    if answer and "hide".startswith(answer):
+        return _menu_hide(session)
+    if answer and "reveal".startswith(answer):
+        picture = session.ask_text("Picture: ").strip()
+        return ["reveal", "--", picture] if picture else []
+    if answer:
+        raise ChatError("It is either of these two.", "Type h or r.")
+    return []
+
+
+def _menu_hide(session: Session) -> list:
+    cover = session.ask_text("Picture to hide it in (BMP): ").strip()
+    out = session.ask_text("Name of the new picture: ").strip() if cover else ""
+    if not out:
+        return []
+    name = session.ask_text("For which contact (Enter takes a passphrase): ").strip()
+    return ["hide", *(["--for", name] if name else []), "--", cover, out]
 
 
 def _menu_settings(session: Session) -> list:

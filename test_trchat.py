@@ -22582,6 +22582,1176 @@ def port_of(home: str, profile: str) -> int:
 
 
 # ==================================================================================================
+# Shredding
+# ==================================================================================================
+
+MOUNTINFO = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
+27 1 8:2 / / rw,relatime shared:1 - ext4 /dev/sda2 rw,data=ordered
+30 27 0:30 / /my\040disk rw shared:2 master:1 - btrfs /dev/sdb1 rw,subvol=/
+31 27 8:17 / /home rw,relatime - xfs /dev/sdb1 rw,noquota
+32 27 0:31 / /home/me rw - fuse.sshfs me@host: rw
+33 27 0:32 / /twice rw - ext4 /dev/sda3 rw
+34 27 0:33 / /twice rw - tmpfs tmpfs rw
+35 27 8:3 / /journal rw - ext4 /dev/sda4 rw,data=journal
+36 27 0:35 / /odd\134name\012x rw - nfs4 host:/x rw
+"""
+MAC_MOUNTS = """/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)
+/dev/disk4s2 on /Volumes/Old (of mine) (hfs, local, nodev, nosuid, journaled, noowners)
+//me@host/share on /Volumes/share (smbfs, nodev, nosuid, mounted by me)
+map auto_home on /System/Volumes/Data/home (autofs, automounted, nobrowse)
+"""
+
+
+class MountsTest(PureCase):
+    """What is said of a file system and of the disks below it."""
+
+    def setUp(self):
+        self.sysfs = tempfile.mkdtemp(prefix="trchat-test-")
+        self.addCleanup(shutil.rmtree, self.sysfs)
+        os.makedirs(os.path.join(self.sysfs, "dev", "block"))
+        self.mounts = trchat.parse_mountinfo(MOUNTINFO)
+
+    def disk(self, device, place, rotational="1", **words):
+        """A disk in a sysfs of our own, with a partition where the place ends in one."""
+        folder = os.path.join(self.sysfs, place)
+        os.makedirs(os.path.join(folder, "slaves"), exist_ok=True)
+        whole = os.path.dirname(folder) if words.pop("partition", False) else folder
+        if rotational:
+            words["queue/rotational"] = rotational
+        if whole != folder:
+            os.rmdir(os.path.join(folder, "slaves"))
+            write(os.path.join(folder, "partition"), "1")
+        for name, text in words.items():
+            write(os.path.join(whole, name.replace("__", "/")), text + "\n")
+        os.symlink(folder, os.path.join(self.sysfs, "dev", "block", device))
+        return folder
+
+    def judge(self, device):
+        return trchat.judge_disk(device, self.sysfs, lambda path: self.fail("no loop here"))
+
+    def test_the_mount_of_a_path(self):
+        for path, kind in (
+            ("/", "ext4"), ("/homes/x", "ext4"), ("/home", "xfs"), ("/home/you", "xfs"),
+            ("/home/me/x", "fuse.sshfs"), ("/my disk/x", "btrfs"), ("/twice/x", "tmpfs"),
+            ("/odd\\name\nx/y", "nfs4"), ("/proc/1", "proc"),
+        ):  # fmt: skip
+            self.assertEqual(trchat.find_mount(self.mounts, path).kind, kind, path)
+        self.assertIsNone(trchat.find_mount([], "/x"))
+
+    def test_answers_of_file_systems(self):
+        disk = trchat.Medium("yes", "and the disk is a magnetic one", "")
+        for kind, options, answer in (
+            ("ext4", "rw", "yes"), ("ext2", "rw", "yes"), ("xfs", "rw", "yes"), ("vfat", "rw", "yes"),
+            ("ext4", "rw,data=journal", "no"), ("ext3", "data=journal", "no"),
+            ("ext4", "data=ordered", "yes"), ("btrfs", "rw", "no"), ("zfs", "rw", "no"),
+            ("apfs", "local", "no"), ("f2fs", "rw", "no"), ("bcachefs", "rw", "no"), ("ReFS", "", "no"),
+            ("overlay", "rw", "unknown"), ("nfs4", "rw", "unknown"), ("cifs", "rw", "unknown"),
+            ("fuse.sshfs", "rw", "unknown"), ("fuseblk", "rw", "unknown"), ("9p", "", "unknown"),
+            ("tmpfs", "rw", "yes"), ("somethingfs", "rw", "unknown"), ("NTFS", "", "yes"),
+        ):  # fmt: skip
+            mount = trchat.Mount("8:1", "/", kind, set(options.split(",")))
+            medium = trchat.judge_mount(mount, lambda: disk)
+            self.assertEqual(medium.in_place, answer, kind)
+            self.assertIn(kind.lower(), medium.reason)
+            if answer != "yes":
+                self.assertRegex(medium.advice, r"^What helps: .*\.$")
+        steering = trchat.Mount("8:1", "/", "a\x1b[31m\nb", set())
+        self.assertNotIn("\x1b", trchat.judge_mount(steering, None).reason)
+
+    def test_old_names_in_a_journal_are_mentioned(self):
+        disk = trchat.Medium("yes", "x", "")
+        for kind, journal in (("ext4", True), ("xfs", True), ("ext2", False), ("vfat", False)):
+            reason = trchat.judge_mount(trchat.Mount("8:1", "/", kind, set()), lambda: disk).reason
+            self.assertEqual("journal" in reason, journal, kind)
+
+    def test_answers_of_disks(self):
+        self.disk("8:0", "devices/pci0/ata1/block/sda")
+        self.disk("8:1", "devices/pci0/ata1/block/sda/sda1", partition=True)
+        self.disk("259:1", "devices/pci0/nvme0/nvme0n1/nvme0n1p1", "0", partition=True)
+        self.disk("8:16", "devices/pci0/usb1/1-1/block/sdb")
+        self.disk("254:0", "devices/pci0/virtio1/block/vda")
+        self.disk("9:9", "devices/strange", "")
+        for device, answer, word in (
+            ("8:0", "yes", "magnetic"), ("8:1", "yes", "magnetic"), ("259:1", "no", "SSD"),
+            ("8:16", "unknown", "USB"), ("254:0", "unknown", "virtual"), ("9:9", "unknown", "nothing"),
+            ("0:52", "unknown", "nothing"),
+        ):  # fmt: skip
+            medium = self.judge(device)
+            self.assertEqual(medium.in_place, answer, device)
+            self.assertIn(word, medium.reason)
+
+    def test_disks_under_mapped_ones(self):
+        magnetic = self.disk("8:0", "devices/ata1/sda")
+        fast = self.disk("259:0", "devices/nvme0/nvme0n1", "0")
+        for number, below, answer in ((0, [magnetic], "yes"), (1, [magnetic, fast], "no")):
+            folder = self.disk(f"253:{number}", f"devices/virtual/dm-{number}", dm__name="vg-data")
+            for disk in below:
+                os.symlink(disk, os.path.join(folder, "slaves", os.path.basename(disk)))
+            self.assertEqual(self.judge(f"253:{number}").in_place, answer)
+        inner = self.disk("253:7", "devices/virtual/dm-7", dm__name="vg-data-real")
+        os.symlink(magnetic, os.path.join(inner, "slaves", "sda"))
+        outer = self.disk("253:8", "devices/virtual/dm-8", dm__name="vg-data")
+        os.symlink(inner, os.path.join(outer, "slaves", "dm-7"))
+        medium = self.judge("253:8")
+        self.assertEqual(medium.in_place, "unknown")
+        self.assertIn("snapshots", medium.reason)
+
+    def test_the_file_behind_a_loop_device(self):
+        self.disk("7:0", "devices/virtual/loop0", loop__backing_file="/my disk/image")
+        asked = []
+        below = trchat.Medium("no", "btrfs", "What helps.")
+        medium = trchat.judge_disk("7:0", self.sysfs, lambda path: asked.append(path) or below)
+        self.assertEqual((asked, medium.in_place), (["/my disk/image"], "no"))
+
+    def test_an_image_in_itself_has_an_end(self):
+        folder = self.disk("7:0", "devices/virtual/loop0", loop__backing_file="/image")
+        line = f"1 0 7:0 / / rw - ext4 {folder} rw"
+        real = trchat._read_word
+        words = lambda path: line if "mountinfo" in path else real(path.replace("/sys/", self.sysfs + "/"))
+        with mock.patch.object(trchat, "_read_word", words), \
+                mock.patch.object(trchat.os.path, "realpath", lambda path: folder):  # fmt: skip
+            self.assertEqual(trchat._linux_medium("/x", 4).in_place, "unknown")
+
+    def test_macos(self):
+        mounts = trchat.parse_mount_output(MAC_MOUNTS)
+        for path, kind in (
+            ("/Users/me", "apfs"), ("/Volumes/Old (of mine)/x", "hfs"), ("/Volumes/share/x", "smbfs"),
+        ):  # fmt: skip
+            self.assertEqual(trchat.find_mount(mounts, path).kind, kind)
+        with mock.patch.object(sys, "platform", "darwin"), \
+                mock.patch.object(trchat, "_mount_output", lambda: MAC_MOUNTS):  # fmt: skip
+            self.assertEqual(trchat.medium_of("/Users/me/x").in_place, "no")
+            self.assertEqual(trchat.medium_of("/Volumes/Old (of mine)/x").in_place, "unknown")
+            with mock.patch.object(trchat, "_mount_output", lambda: ""):
+                self.assertEqual(trchat.medium_of("/x").in_place, "unknown")
+
+    def test_windows(self):
+        class Buffer:
+            value = ""
+
+        def kernel(drive_type, kind):
+            def volume(root, a, b, c, d, e, buffer, size):
+                buffer.value = kind
+
+            calls = {"GetDriveTypeW": lambda root: drive_type, "GetVolumeInformationW": volume}
+            windll = types.SimpleNamespace(kernel32=types.SimpleNamespace(**calls))
+            make = lambda size: Buffer()
+            return types.SimpleNamespace(windll=windll, create_unicode_buffer=make)
+
+        for drive_type, kind, answer, word in (
+            (3, "NTFS", "unknown", "ntfs"), (3, "ReFS", "no", "refs"), (4, "NTFS", "unknown", "smb3"),
+            (2, "exFAT", "unknown", "exfat"), (3, "", "unknown", "this drive"),
+        ):  # fmt: skip
+            with mock.patch.object(trchat, "ctypes", kernel(drive_type, kind)):
+                medium = trchat._windows_medium("C:\\x")
+                self.assertEqual(medium.in_place, answer)
+                self.assertIn(word, medium.reason)
+
+    @unittest.skipUnless(sys.platform == "linux", "needs /proc/self/mountinfo")
+    def test_this_computer(self):
+        self.assertIn(trchat.medium_of(os.path.realpath(self.sysfs)).in_place, ("yes", "no", "unknown"))
+        self.assertEqual(trchat.medium_of("/proc/self").in_place, "unknown")
+        if os.path.ismount("/dev/shm"):
+            self.assertEqual(trchat.medium_of("/dev/shm").in_place, "yes")
+
+    @EXAMPLES
+    @given(st.text(st.sampled_from("ab/ -:,()\\0147\n\ton"), max_size=80))
+    def test_any_table(self, text):
+        for mounts in (trchat.parse_mountinfo(text), trchat.parse_mount_output(text)):
+            trchat.find_mount(mounts, "/a/b")
+
+    def test_the_least_sure_counts(self):
+        media = [trchat.Medium(a, a, "") for a in ("yes", "unknown", "no")]
+        self.assertEqual(trchat.worst_medium(media).in_place, "no")
+        self.assertEqual(trchat.worst_medium(media[:2]).in_place, "unknown")
+
+
+MARKER = b"CONTENTMARK "
+
+
+class ShredCase(FileTest):
+    """A folder to shred in, and one outside that must stay as it is."""
+
+    def setUp(self):
+        super().setUp()
+        self.base = os.path.realpath(self.base)
+        self.paths = trchat.Paths(os.path.join(self.base, "trchat"))
+        self.paths.make_folders()
+        self.root, self.outside = os.path.join(self.base, "root"), os.path.join(self.base, "outside")
+        os.makedirs(self.root)
+        os.makedirs(self.outside)
+        self.make("../outside/secret")
+        self.before = self.shape(self.outside)
+
+    def at(self, *names) -> str:
+        return os.path.join(self.root, *names)
+
+    def make(self, name, size=3000, mode=None) -> str:
+        path = self.at(*name.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_bytes(path, (MARKER * (size // len(MARKER) + 1))[:size])
+        if mode is not None:
+            os.chmod(path, mode)
+        return path
+
+    def shape(self, folder):
+        """All names below a folder, with what they hold."""
+        found = {}
+        for path in everything_below(folder):
+            if os.path.islink(path):
+                found[path] = os.readlink(path)
+            elif os.path.isfile(path):
+                with open(path, "rb") as file:
+                    found[path] = file.read()
+            else:
+                found[path] = None
+        return found
+
+    def survey(self, *paths, **more):
+        return trchat.survey(list(paths), self.paths.home, **more)
+
+    def shred(self, *paths, passes=1, watch=lambda done, total: False):
+        return trchat.shred(self.survey(*paths), passes, watch)
+
+    def counts(self, found) -> tuple:
+        folders = found.trees if isinstance(found, trchat.ShredPlan) else found.folders
+        return found.files, folders, found.links, found.bytes
+
+    def refused(self, found) -> dict:
+        return {os.path.basename(path): reason for path, reason in found.refused}
+
+    def outside_is_untouched(self):
+        self.assertEqual(self.shape(self.outside), self.before)
+
+    def ways(self):
+        """Both ways of walking: by descriptors, and name by name as on Windows."""
+        for by_descriptors in (True, False):
+            with mock.patch.object(trchat, "HAS_DIR_FD", by_descriptors), \
+                    self.subTest(by_descriptors=by_descriptors):  # fmt: skip
+                yield by_descriptors
+
+    @contextlib.contextmanager
+    def as_nobody(self):
+        """Permissions count for nobody but root, who runs many tests."""
+        if os.getuid():
+            yield
+            return
+        for path in (self.base, *everything_below(self.base)):
+            os.chown(path, 65534, 65534, follow_symlinks=False)
+        os.setresuid(65534, 65534, 0)
+        try:
+            yield
+        finally:
+            os.setresuid(0, 0, 0)
+
+
+class ShredPlanTest(ShredCase):
+    """The survey: what there is, and what is refused; it changes nothing."""
+
+    def test_kinds(self):
+        self.make("a", 10), self.make("d/e/b", 20)
+        os.symlink(self.outside, self.at("d", "link"))
+        os.symlink("nowhere", self.at("broken"))
+        os.mkfifo(self.at("pipe"))
+        listener = socket.socket(socket.AF_UNIX)
+        self.addCleanup(listener.close)
+        with contextlib.chdir(self.root) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+            listener.bind("socket" if hasattr(contextlib, "chdir") else self.at("socket"))
+        before = self.shape(self.base)
+        for _ in self.ways():
+            plan = self.survey(*(self.at(n) for n in os.listdir(self.root)), self.at("none"), "/dev/null")
+            self.assertEqual(self.counts(plan), (2, 2, 2, 30))
+            self.assertEqual(self.refused(plan), {
+                "pipe": "it is a pipe", "socket": "it is a socket", "null": "it is a device",
+                "none": "there is no such file",
+            })  # fmt: skip
+            self.assertEqual(self.shape(self.base), before)
+
+    def test_names_that_are_typed_oddly(self):
+        self.make("d/a", 10)
+        os.symlink(self.at("d"), self.at("link"))
+        plan = self.survey(self.at("d") + "//", self.at("d", "..", "d"), self.at("d", "a"), self.at("link", "a"))
+        self.assertEqual((self.counts(plan), plan.refused), ((1, 1, 0, 10), []))
+        plan = self.survey(self.at("link") + "/")
+        self.assertEqual(self.counts(plan), (0, 0, 1, 0), "a link, not what it leads to")
+        for path in ("", "\0", "a\0b", "\ud800", "x" * 5000, self.at("d", "a", "b")):
+            plan = self.survey(path)
+            self.assertTrue(plan.is_empty(), repr(path))
+            self.assertEqual(len(plan.refused), 1)
+
+    def test_what_is_never_shredded(self):
+        inner = self.at("in", "here")
+        os.makedirs(inner)
+        home = self.at("user")
+        os.makedirs(home)
+        os.mkdir(self.paths.file("inbox"))
+        was = os.getcwd()
+        self.addCleanup(os.chdir, was)
+        os.chdir(inner)
+        with mock.patch.dict(os.environ, HOME=home):
+            for path, word in (
+                ("/", "drive"), ("//", "drive"), (".", "current folder"), ("..", "current folder"),
+                (inner, "current folder"), (self.at("in"), "current folder"), (self.root, "in it"),
+                ("../..", "in it"), (home, "home folder"), (self.base, "trchat"), ("", "current folder"),
+                (self.paths.home, "trchat"), (self.paths.folder, "/wipe"),
+                (self.paths.file("inbox", "x"), "/wipe"), (self.paths.file("cert"), "/wipe"),
+            ):  # fmt: skip
+                plan = self.survey(path)
+                self.assertTrue(plan.is_empty(), path)
+                self.assertIn(word, plan.refused[0][1], path)
+            os.symlink(self.paths.folder, "way")
+            self.assertIn("/wipe", self.survey("way/cert").refused[0][1])
+            self.assertEqual(self.survey("way").links, 1, "the link is no part of the profile")
+
+    def test_trchats_folder_under_another_name(self):
+        self.make("x")
+        plan = trchat.survey([self.root], self.root)
+        self.assertTrue(plan.is_empty())
+        os.makedirs(self.at("tree", "deep"))
+        key = (os.stat(self.at("tree", "deep")).st_dev, os.stat(self.at("tree", "deep")).st_ino)
+        with mock.patch.object(trchat, "_guarded_folders", lambda home: ({key: "guarded"}, key)):
+            self.assertEqual(self.refused(self.survey(self.at("tree"))), {"deep": "guarded"})
+
+    def test_hard_links(self):
+        self.make("a", 100)
+        os.link(self.at("a"), self.at("b"))
+        os.link(self.at("a"), os.path.join(self.base, "elsewhere"))
+        plan = self.survey(self.at("a"))
+        self.assertEqual((plan.linked(), plan.bytes), ([(self.at("a"), 2)], 100))
+        plan = self.survey(self.at("a"), self.at("b"))
+        self.assertEqual((plan.linked(), plan.bytes, plan.files), ([(self.at("a"), 1)], 100, 2))
+        self.assertIn("1 more name elsewhere", trchat.plan_report(plan)[1])
+        os.unlink(os.path.join(self.base, "elsewhere"))
+        self.assertEqual(self.survey(self.at("a"), self.at("b")).linked(), [])
+
+    def test_read_only(self):
+        self.make("a", mode=0o400), self.make("b")
+        plan = self.survey(self.at("a"), self.at("b"))
+        self.assertEqual((plan.read_only, plan.files), ([self.at("a")], 2))
+        plan = self.survey(self.at("a"), self.at("b"), read_only=False)
+        self.assertEqual((plan.read_only, plan.files, self.refused(plan)), ([], 1, {"a": "it is read-only"}))
+
+    def test_a_folder_from_which_nothing_may_be_removed(self):
+        self.make("d/a"), self.make("d/sub/b"), self.make("c")
+        os.chmod(self.at("d"), 0o500)
+        self.addCleanup(os.chmod, self.at("d"), 0o700)
+        with self.as_nobody():
+            plan = self.survey(self.at("d", "a"), self.at("c"))
+            self.assertEqual((plan.files, self.refused(plan)), (1, {"a": "nothing may be removed from its folder"}))
+            plan = self.survey(self.at("d"))
+            self.assertEqual(self.refused(plan), {"d": "nothing may be removed from it"})
+            result = trchat.shred(plan, 1, lambda *_: False)
+            self.assertEqual((result.folders, len(result.refused)), (0, 1))
+        self.assertTrue(os.path.exists(self.at("d", "sub", "b")))
+
+    def test_texts(self):
+        self.make("a\nb\x1b[31m", 1500), self.make("c", 500, 0o400)
+        os.mkfifo(self.at("p\r\x1bq"))
+        plan = self.survey(self.root)
+        fields, text = trchat.plan_report(plan)
+        self.assertEqual(
+            list(fields), ["files", "folders", "links", "bytes", "in_place", "refused", "warnings"]
+        )
+        self.assertEqual(text.split("\n")[0], "To be destroyed: 2 files (2.0 kB), 1 folder.")
+        self.assertIn("Overwritten in place: ", text)
+        self.assertNotRegex(text, "[\x1b\r]")
+        self.assertEqual(fields["refused"], [{"path": self.at("p\r\x1bq"), "reason": "it is a pipe"}])
+        self.assertEqual([w for w in fields["warnings"] if "Read-only" in w], [f"Read-only: {self.at('c')}."])
+        for number in range(30):
+            os.mkfifo(self.at(f"more{number}"))
+        self.assertIn("✗ and 21 more", trchat.plan_report(self.survey(self.root))[1])
+
+    def test_passes(self):
+        self.assertEqual([trchat.parse_passes(t) for t in ("1", "007", "100")], [1, 7, 100])
+        for text in ("0", "101", "-1", "1.5", "", "²", "1e2", "9" * 5000, "1\n"):
+            self.error_of(trchat.parse_passes, text, code="usage")
+
+
+class ShredTest(ShredCase):
+    def seen_at_the_end(self, what):
+        """Has `what(handle)` called for each file when it is overwritten and not emptied yet."""
+        found, empty = [], trchat._ShredFile.empty
+
+        def look(file):
+            found.append(what(file.handle))
+            empty(file)
+
+        patcher = mock.patch.object(trchat._ShredFile, "empty", look)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+        return found
+
+    def test_contents_are_overwritten_before_they_are_let_go(self):
+        for _ in self.ways():
+            paths = [self.make("a", 3 << 20), self.make("d/b", 5000)]
+            held = [os.open(path, os.O_RDONLY) for path in paths]
+            inodes = {os.fstat(handle).st_ino: handle for handle in held}
+            found = self.seen_at_the_end(lambda h: os.pread(inodes[os.fstat(h).st_ino], 4 << 20, 0))
+            result = self.shred(*paths, self.at("d"))
+            self.assertEqual(self.counts(result), (2, 1, 0, (3 << 20) + 5000))
+            for content in found:
+                self.assertNotIn(MARKER, content)
+                self.assertGreater(len(set(content)), 250, "noise")
+            self.assertEqual(len(found), 2)
+            self.assertNotEqual(found[0][:4096], found[1][:4096], "a key for each file")
+            self.assertEqual([os.fstat(h).st_size for h in held], [0, 0])
+            self.assertEqual(os.listdir(self.root), [])
+            for handle in held:
+                os.close(handle)
+            mock.patch.stopall()
+
+    def test_sizes_are_rounded_up_to_blocks(self):
+        block = os.statvfs(self.root).f_frsize
+        for size, rounded in ((1, block), (block, block), (block + 1, 2 * block), (0, 0)):
+            self.make("a", size)
+            found = self.seen_at_the_end(lambda h: os.fstat(h).st_size)
+            self.assertEqual(self.shred(self.at("a")).bytes, size)
+            self.assertEqual(found, [rounded])
+            mock.patch.stopall()
+
+    def test_a_full_disk_costs_only_the_rest_of_the_block(self):
+        self.make("a", 100)
+        real = trchat._ShredFile.write
+
+        def write_some(file, count):
+            if os.fstat(file.handle).st_size and os.lseek(file.handle, 0, os.SEEK_CUR) >= 100:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(file, count)
+
+        with mock.patch.object(trchat._ShredFile, "write", write_some):
+            self.assertEqual(self.shred(self.at("a")).files, 1)
+
+    def test_passes(self):
+        self.make("a", 10_000)
+        told, contents, real = [], [], trchat._ShredFile.sync
+
+        def sync(file):
+            contents.append(os.pread(os.open(f"/proc/self/fd/{file.handle}", os.O_RDONLY), 20_000, 0))
+            real(file)
+
+        if not os.path.isdir("/proc/self/fd"):
+            self.skipTest("needs /proc/self/fd")
+        with mock.patch.object(trchat._ShredFile, "sync", sync):
+            self.shred(self.at("a"), passes=3, watch=lambda *pair: told.append(pair))
+        self.assertEqual(len(set(contents)), 4, "three passes, then emptied")
+        self.assertEqual(contents[3], b"")
+        self.assertEqual({total for _, total in told}, {30_000})
+
+    def test_links_are_removed_and_not_followed(self):
+        for _ in self.ways():
+            os.symlink(os.path.join(self.outside, "secret"), self.make("d/x") + "l")
+            os.symlink(self.outside, self.at("d", "folder"))
+            os.symlink("nowhere", self.at("broken"))
+            result = self.shred(self.at("d"), self.at("broken"))
+            self.assertEqual(self.counts(result)[:3], (1, 1, 3))
+            self.assertEqual(os.listdir(self.root), [])
+            self.outside_is_untouched()
+
+    def swap(self, path, make_other) -> None:
+        os.rename(path, path + ".was")
+        make_other(path)
+
+    def test_what_is_swapped_in_between_is_never_touched(self):
+        secret = os.path.join(self.outside, "secret")
+        others = (
+            lambda path: os.symlink(secret, path), lambda path: os.symlink(self.outside, path),
+            lambda path: write_bytes(path, b"new"), os.mkfifo, os.mkdir, lambda path: None,
+            lambda path: os.link(secret, path),
+        )  # fmt: skip
+        for _ in self.ways():
+            for number, make_other in enumerate(others):
+                path = self.make(f"t{number}/a")
+                plan = self.survey(path)
+                self.swap(path, make_other)
+                result = trchat.shred(plan, 1, lambda *_: False)
+                self.assertEqual((result.files, list(self.refused(result))), (0, ["a"]), number)
+                with open(path + ".was", "rb") as file:
+                    self.assertIn(MARKER, file.read())
+                self.outside_is_untouched()
+            shutil.rmtree(self.root)
+            os.mkdir(self.root)
+
+    def test_folders_swapped_for_links(self):
+        for _ in self.ways():
+            for swapped in ("d", "d/e", "."):
+                self.make("d/e/secret")
+                plan = self.survey(self.at("d"))
+                path = os.path.normpath(self.at(swapped))
+                self.swap(path, lambda path: os.symlink(self.outside, path))
+                result = trchat.shred(plan, 1, lambda *_: False)
+                self.assertEqual(result.files, 0, swapped)
+                self.assertTrue(result.refused)
+                self.outside_is_untouched()
+                os.unlink(path)
+                shutil.rmtree(path + ".was")
+                os.makedirs(self.root, exist_ok=True)
+
+    def test_what_is_swapped_in_after_the_last_look(self):
+        """Between looking at a name and opening it."""
+        secret = os.path.join(self.outside, "secret")
+        for make_other in (lambda path: os.symlink(secret, path), lambda path: os.link(secret, path)):
+            path = self.make("a")
+            plan, check = self.survey(path), trchat.OpenFolder.check
+
+            def look_and_lose(place, found, path=path, check=check, make_other=make_other):
+                check(place, found)
+                os.unlink(path)
+                make_other(path)
+
+            with mock.patch.object(trchat.OpenFolder, "check", look_and_lose):
+                result = trchat.shred(plan, 1, lambda *_: False)
+            self.assertEqual(result.files, 0)
+            self.outside_is_untouched()
+            os.unlink(path)
+
+    def test_folders_swapped_for_others(self):
+        """Which hold the same file, so that only the folder tells."""
+        for _ in self.ways():
+            self.make("d/a")
+            os.mkdir(self.at("other"))
+            os.link(self.at("d", "a"), self.at("other", "a"))
+            plan = self.survey(self.at("d"))
+            self.swap(self.at("d"), lambda path: os.rename(self.at("other"), path))
+            result = trchat.shred(plan, 1, lambda *_: False)
+            self.assertEqual((result.files, result.folders), (0, 0))
+            self.assertEqual(os.listdir(self.at("d")), ["a"])
+            for name in ("d", "d.was"):
+                shutil.rmtree(self.at(name))
+
+    def test_read_only(self):
+        for _ in self.ways():
+            self.make("a", mode=0o400)
+            with self.as_nobody():
+                result = self.shred(self.at("a"))
+                self.assertEqual((result.files, result.refused), (1, []))
+
+    def test_permission_denied_in_the_middle(self):
+        for number in range(5):
+            self.make(f"d/{number}")
+        os.chmod(self.at("d", "2"), 0)
+        with self.as_nobody():
+            result = self.shred(self.at("d"))
+        self.assertEqual((self.counts(result)[:2], list(self.refused(result))), ((4, 0), ["2"]))
+        self.assertEqual(os.listdir(self.at("d")), ["2"])
+        os.chmod(self.at("d", "2"), 0o600)
+        with open(self.at("d", "2"), "rb") as file:
+            self.assertIn(MARKER, file.read())
+
+    def test_a_write_that_fails_is_said_and_the_rest_goes_on(self):
+        for number in range(4):
+            self.make(f"d/{number}", 9000)
+        real, seen = trchat._ShredFile.write, []
+
+        def write_some(file, count):
+            seen.append(file.found.name)
+            if file.found.name == "1" and seen.count("1") > 1:
+                raise OSError(errno.EIO, "Input/output error")
+            real(file, count)
+
+        with mock.patch.object(trchat, "SHRED_BLOCK", 4096), \
+                mock.patch.object(trchat._ShredFile, "write", write_some):  # fmt: skip
+            result = self.shred(self.at("d"))
+        self.assertEqual((result.files, result.folders), (3, 0))
+        self.assertIn("Input/output error; part of its content is overwritten", self.refused(result)["1"])
+        self.assertEqual(os.listdir(self.at("d")), ["1"])
+
+    def test_a_name_that_cannot_be_removed_keeps_its_name(self):
+        self.make("d/a")
+        with mock.patch.object(
+            trchat.OpenFolder, "remove", side_effect=OSError(errno.EPERM, "Operation not permitted")
+        ):
+            result = self.shred(self.at("d"))
+        self.assertEqual((result.files, result.folders, os.listdir(self.at("d"))), (0, 0, ["a"]))
+        self.assertIn("overwritten, but its name stays: Operation not", self.refused(result)["a"])
+
+    def test_what_comes_into_a_folder_meanwhile_stays(self):
+        self.make("d/a")
+        plan = self.survey(self.at("d"))
+        self.make("d/new")
+        result = trchat.shred(plan, 1, lambda *_: False)
+        self.assertEqual((result.files, result.folders, list(self.refused(result))), (1, 0, ["d"]))
+        self.assertEqual(os.listdir(self.at("d")), ["new"])
+
+    def test_sparse_files_are_not_filled(self):
+        path = self.at("sparse")
+        with open(path, "wb") as file:
+            file.write(MARKER * 1000)
+            file.seek(1 << 26)
+            file.write(MARKER * 1000)
+            file.truncate(1 << 27)
+        if os.stat(path).st_blocks > 1 << 12:
+            self.skipTest("this file system has no sparse files")
+        found = self.seen_at_the_end(
+            lambda h: (os.fstat(h).st_blocks, os.fstat(h).st_size, _content_of(h, 0), _content_of(h, 1 << 26))
+        )
+        blocks = os.stat(path).st_blocks
+        self.assertEqual(self.shred(path, passes=2).files, 1)
+        [(after, size, first, last)] = found
+        self.assertLessEqual(after, blocks + 16)
+        self.assertEqual(size, 1 << 27, "not padded after a hole")
+        self.assertNotIn(MARKER, first + last)
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)  # nothing but a hole
+        watch = mock.Mock(return_value=False)
+        self.assertEqual(self.shred(path, watch=watch).bytes, 1 << 40)
+        self.assertEqual({call.args[0] for call in watch.call_args_list}, {0})
+
+    def test_what_is_not_written_yet_is_no_hole(self):
+        """Some systems say so until it has been synced."""
+        with open(self.at("sparse"), "wb") as file:
+            file.truncate(1 << 20)
+        calls, real = [], os.lseek
+        handle = os.open(self.at("sparse"), os.O_WRONLY)
+        self.addCleanup(os.close, handle)
+        seek = lambda *args: calls.append(args[2]) or real(*args)
+        with mock.patch.object(trchat, "sync_to_disk", lambda handle: calls.append("sync")), \
+                mock.patch.object(os, "lseek", seek):  # fmt: skip
+            found = trchat.ShredName("sparse", os.stat(self.at("sparse")))
+            self.assertEqual(trchat._ShredFile(found, handle).data_ranges(), [])
+        self.assertEqual(calls, ["sync", os.SEEK_DATA])
+
+    def test_folders_that_cannot_be_synced(self):
+        """On some network file systems; but a disk that fails is said to."""
+        real = trchat.sync_to_disk
+        for number, stays in ((errno.EINVAL, []), (errno.EIO, ["d"])):
+
+            def sync(handle, number=number):
+                if stat.S_ISDIR(os.fstat(handle).st_mode):
+                    raise OSError(number, "it does not work")
+                real(handle)
+
+            self.make("d/a")
+            with mock.patch.object(trchat, "sync_to_disk", sync):
+                result = self.shred(self.at("d"))
+            self.assertEqual(list(self.refused(result)), stays)
+            self.assertEqual(os.listdir(self.root), stays)
+
+    def test_names(self):
+        names = ["a", "x" * 255, "ü" * 127, "a\nb", "-rf", " ", "…", "a" * 12, "\\", "*"]
+        names += [os.fsdecode(b"\xff\xfe"), os.fsdecode(b"\xff" * 255)]
+        renamed, rename = [], trchat.OpenFolder.rename
+
+        def note(place, old, new):
+            renamed.append((old, new))
+            rename(place, old, new)
+
+        for _ in self.ways():
+            for name in names:
+                self.make(name)
+            with mock.patch.object(trchat.OpenFolder, "rename", note):
+                result = self.shred(*map(self.at, names))
+            self.assertEqual((result.files, result.refused, os.listdir(self.root)), (len(names), [], []))
+        self.assertEqual(sorted(old for old, _ in renamed), sorted(names * 2))
+        for old, new in renamed:
+            self.assertEqual(len(new), max(12, len(os.fsencode(old))))
+        self.assertEqual(len({new for _, new in renamed}), 2 * len(names))
+
+    def test_a_name_that_cannot_be_changed_is_removed_all_the_same(self):
+        self.make("a")
+        with mock.patch.object(trchat.OpenFolder, "rename", side_effect=OSError(errno.ENOSPC, "full")):
+            self.assertEqual(self.shred(self.at("a")).files, 1)
+        self.assertEqual(os.listdir(self.root), [])
+
+    def test_hard_links(self):
+        self.make("a", 5000)
+        for name in ("b", "c"):
+            os.link(self.at("a"), self.at(name))
+        os.link(self.at("a"), os.path.join(self.base, "elsewhere"))
+        result = self.shred(self.at("a"), self.at("b"), self.at("c"))
+        self.assertEqual((self.counts(result), os.listdir(self.root)), ((3, 0, 0, 5000), []))
+        self.assertEqual(os.path.getsize(os.path.join(self.base, "elsewhere")), 0)
+
+    def test_a_file_named_beside_its_folder(self):
+        for order in (("d", "d/a"), ("d/a", "d"), ("d/e/b", "d", "d/e")):
+            self.make("d/a"), self.make("d/e/b")
+            result = self.shred(*(self.at(*name.split("/")) for name in order))
+            self.assertEqual((self.counts(result)[:2], result.refused), ((2, 2), []), order)
+            self.assertEqual(os.listdir(self.root), [])
+
+    def test_a_tree_whose_paths_are_too_long(self):
+        folder = os.open(self.root, os.O_RDONLY)
+        for _ in range(60):
+            os.mkdir("n" * 200, dir_fd=folder)
+            deeper = os.open("n" * 200, os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = deeper
+        os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=folder))
+        os.close(folder)
+        result = self.shred(self.at("n" * 200))
+        self.assertEqual((self.counts(result), result.refused), ((1, 60, 0, 0), []))
+
+    def test_ten_thousand_files(self):
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        top = tempfile.mkdtemp(prefix="trchat-test-", dir=memory)
+        self.addCleanup(shutil.rmtree, top, ignore_errors=True)
+        for number in range(10_000):
+            folder = os.path.join(top, "tree", str(number // 250), str(number // 50))
+            if number % 50 == 0:
+                os.makedirs(folder)
+            write_bytes(os.path.join(folder, str(number)), b"x")
+        start, handles = time.monotonic(), len(os.listdir("/proc/self/fd")) if memory else 0
+        result = self.shred(os.path.join(top, "tree"))
+        self.assertLess(time.monotonic() - start, 20)
+        self.assertEqual((self.counts(result), os.listdir(top)), ((10_000, 241, 0, 10_000), []))
+        if memory:
+            self.assertEqual(len(os.listdir("/proc/self/fd")), handles, "all closed")
+
+    @settings(EXAMPLES, max_examples=25)
+    @given(st.lists(st.tuples(
+        st.lists(st.sampled_from("abc"), min_size=1, max_size=4), st.sampled_from("flhd"),
+    ), max_size=12), st.booleans())  # fmt: skip
+    def test_any_tree(self, rows, by_descriptors):
+        os.makedirs(self.at("tree"))
+        for names, kind in rows:
+            path = self.at("tree", *names)
+            with contextlib.suppress(OSError):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                if kind == "f":
+                    with open(path, "xb") as file:
+                        file.write(MARKER * len(names))
+                elif kind == "l":
+                    os.symlink(os.path.join(self.outside, "secret"), path)
+                elif kind == "h":
+                    os.link(self.at("tree", "a"), path)
+                else:
+                    os.mkdir(path)
+        paths = everything_below(self.at("tree"))
+        with mock.patch.object(trchat, "HAS_DIR_FD", by_descriptors):
+            plan = self.survey(*random.sample(paths, min(3, len(paths))), self.at("tree"))
+            result = trchat.shred(plan, 1, lambda *_: False)
+        self.assertEqual(result.refused, [])
+        self.assertEqual(result.files + result.folders + result.links, len(paths) + 1)
+        self.assertFalse(os.path.lexists(self.at("tree")))
+        self.outside_is_untouched()
+
+
+def _content_of(handle, offset):
+    """What is in a file that is open for writing only."""
+    reading = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY)
+    try:
+        return os.pread(reading, 12_000, offset)
+    finally:
+        os.close(reading)
+
+
+class ShredInterruptedTest(ShredCase):
+    """Whatever the moment: a file is untouched, or gone, or said to be half done."""
+
+    def state(self, path):
+        if not os.path.exists(path):
+            return "gone"
+        with open(path, "rb") as file:
+            content = file.read()
+        whole = content == (MARKER * (len(content) // len(MARKER) + 1))[: len(content)]
+        return "untouched" if whole and content else "half"
+
+    def interrupt_each(self, sizes, passes):
+        """Interrupts at each moment there is; the states that were seen."""
+        shutil.rmtree(self.root)
+        for moment in itertools.count():
+            paths = [self.make(f"m{moment}/{n}", size) for n, size in enumerate(sizes)]
+            os.symlink("x", self.at(f"m{moment}", "link"))
+            calls = []
+            watch = lambda *pair: calls.append(pair) or len(calls) > moment
+            result = self.shred(self.at(f"m{moment}"), passes=passes, watch=watch)
+            states = [self.state(path) for path in paths]
+            half = {int(name): reason for name, reason in self.refused(result).items()}
+            self.assertEqual([n for n, s in enumerate(states) if s == "half"], sorted(half))
+            self.assertEqual((result.files, result.interrupted), (states.count("gone"), len(calls) > moment))
+            for reason in half.values():
+                self.assertIn("shred it again", reason)
+            names = set(os.listdir(self.at(f"m{moment}"))) if os.path.exists(self.at(f"m{moment}")) else set()
+            self.assertLessEqual(names, {*map(str, range(len(sizes))), "link"}, "no random name stays")
+            if not result.interrupted:
+                self.assertEqual(names, set())
+                return
+            yield states
+
+    def test_at_each_moment(self):
+        with mock.patch.object(trchat, "SHRED_BLOCK", 4096), mock.patch.object(trchat, "BATCH_FILES", 2):
+            seen = [s for states in self.interrupt_each([9000, 3000, 1, 9000, 5000], 1) for s in states]
+            self.assertEqual(set(seen), {"untouched", "half", "gone"})
+            seen = list(map(sorted, self.interrupt_each([9000, 3000, 9000], 2)))
+            self.assertIn(["half", "half", "untouched"], seen)
+            self.assertIn(["gone", "gone", "half"], seen)
+
+    def test_which_pass(self):
+        self.make("a", 5000)
+        calls = []
+        result = self.shred(self.at("a"), passes=9, watch=lambda *p: calls.append(p) or p[0] >= 10_000)
+        self.assertIn("interrupted in pass 3 of 9", self.refused(result)["a"])
+
+    def test_the_report(self):
+        self.make("a", 5000), self.make("b", 5000)
+        plan = self.survey(self.at("a"), self.at("b"))
+        result = trchat.shred(plan, 1, lambda *_: True)
+        text = trchat.result_report(plan, result)[1]
+        self.assertTrue(text.startswith("Interrupted. Destroyed: 0 files (0 bytes)."), text)
+        self.assertEqual([self.state(self.at(n)) for n in "ab"], ["untouched"] * 2)
+
+    def test_a_run_of_its_own(self):
+        self.make("a", 5000)
+        finished, told = [], []
+        run = trchat.ShredRun(1, lambda *pair: finished.append(pair), lambda *p: told.append(p), 0.0)
+        run.start(lambda: self.survey(self.at("a")), False)
+        self.assertTrue(run.ended.wait(PATIENCE))
+        self.assertEqual((finished[0][1], finished[0][0].files), (None, 1))
+        run = trchat.ShredRun(1, lambda *pair: finished.append(pair), lambda *p: told.append(p), 0.0)
+        run.start(lambda: self.survey(self.at("a")), True)
+        self.assertTrue(run.ended.wait(PATIENCE))
+        self.assertEqual(finished[1][1].files, 1)
+        self.assertIn((0, 5000), told)
+
+
+STRACE = shutil.which("strace")
+SHRED_DRIVER = """
+import sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import trchat
+plan = trchat.survey(sys.argv[3:], sys.argv[2])
+result = trchat.shred(plan, 2, lambda *_: False)
+sys.exit(len(result.refused))
+"""
+
+
+class ShredOrderTest(ShredCase):
+    @unittest.skipUnless(STRACE and sys.platform == "linux", "needs strace")
+    def test_the_order_of_calls(self):
+        self.make("d/abc", 100)
+        log, script = os.path.join(self.base, "log"), os.path.dirname(SOURCE_PATH)
+        calls = "trace=openat,write,fsync,ftruncate,rename,renameat,unlink,unlinkat,rmdir,close"
+        done = subprocess.run(
+            [STRACE, "-f", "-y", "-o", log, "-e", calls, sys.executable, "-c", SHRED_DRIVER, script,
+             self.paths.home, self.at("d")], capture_output=True, env=child_environment(self.base, {}),
+        )  # fmt: skip
+        if not os.path.exists(log) or b"ptrace" in done.stderr:
+            self.skipTest("strace may not trace here")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        with open(log, encoding="utf-8", errors="replace") as file:
+            lines = [line.split(None, 1)[1] for line in file if self.root in line or "unlinkat(" in line]
+        start = next(n for n, line in enumerate(lines) if '"abc"' in line and "O_WRONLY" in line)
+        self.assertRegex(lines[start], "O_NONBLOCK.*O_NOFOLLOW")
+        self.assertIn("O_NOCTTY", lines[start])
+        steps = []
+        for line in lines[start + 1 :]:
+            name, rest = line.split("(", 1)
+            inode = "file" if f"<{self.at('d', 'abc')}>" in rest.split(",")[0] else "folder"
+            if name in ("write", "fsync", "ftruncate"):
+                steps.append(f"{name} {inode}")
+            elif name.startswith(("rename", "unlink", "rmdir")):
+                steps.append(name.replace("at", ""))
+        once = ["fsync folder", "unlink", "fsync folder"]
+        self.assertEqual(steps, [
+            "write file", "write file", "fsync file", "write file", "fsync file", "ftruncate file",
+            "fsync file", "rename", *once, "rename", *once,
+        ], "\n".join(lines))  # fmt: skip
+        self.assertIn("AT_REMOVEDIR", [line for line in lines if line.startswith("unlinkat")][-1])
+
+
+def _mount_problem() -> str:
+    if os.name != "posix" or os.getuid() or not os.path.exists("/dev/loop-control"):
+        return "needs root and loop devices"
+    return "" if shutil.which("mkfs.ext4") and shutil.which("mount") else "needs mkfs.ext4 and mount"
+
+
+@unittest.skipIf(_mount_problem(), _mount_problem())
+class ShredOnDiskTest(ShredCase):
+    """On a file system of its own, whose image is looked through for what stays."""
+
+    def mounted(self, kind, *options):
+        image, point = os.path.join(self.base, "image"), os.path.join(self.base, "mnt")
+        os.makedirs(point, exist_ok=True)
+        with open(image, "wb") as file:
+            file.truncate(24 << 20)
+        if not shutil.which(f"mkfs.{kind}"):
+            self.skipTest(f"needs mkfs.{kind}")
+        subprocess.run([f"mkfs.{kind}", "-q", "-F", image], check=True, stdout=subprocess.DEVNULL)
+        words = ["mount", "-o", ",".join(("loop", *options)), image, point]
+        if subprocess.run(words, stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("nothing can be mounted here")
+        self.addCleanup(subprocess.run, ["umount", point], stderr=subprocess.DEVNULL)
+        return image, point
+
+    def fill(self, point) -> None:
+        for number in range(24):
+            folder = os.path.join(point, "tree", f"NAMEMARK-folder{number % 3}")
+            os.makedirs(folder, exist_ok=True)
+            write_bytes(os.path.join(folder, f"NAMEMARK-{number}"), MARKER * 40 * number + b"tail")
+        os.sync()
+
+    def markers(self, image) -> tuple:
+        with open(image, "rb") as file:
+            content = file.read()
+        return content.count(MARKER), content.count(b"NAMEMARK")
+
+    def left(self, kind, *options):
+        image, point = self.mounted(kind, *options)
+        self.fill(point)
+        os.sync()
+        self.assertGreater(self.markers(image)[0], 11_000)
+        plan = self.survey(os.path.join(point, "tree"))
+        result = trchat.shred(plan, 1, lambda *_: False)
+        self.assertEqual((result.files, result.folders, result.refused), (24, 4, []))
+        subprocess.run(["umount", point], check=True)
+        return plan, self.markers(image)
+
+    def test_nothing_stays(self):
+        self.assertEqual(self.left("ext4")[1][0], 0)
+        self.assertEqual(self.left("ext2")[1], (0, 0))
+
+    def test_xfs(self):
+        self.assertEqual(self.left("xfs")[1][0], 0)
+
+    def test_a_journal_of_data_is_said_to_keep_it(self):
+        plan, (contents, _) = self.left("ext4", "data=journal")
+        self.assertEqual(plan.medium().in_place, "no")
+        self.assertGreater(contents, 0)
+
+    def test_another_file_system_inside_is_not_entered(self):
+        _, point = self.mounted("ext4")
+        self.make("d/a")
+        os.makedirs(self.at("d", "other"))
+        self.fill(point)
+        words = ["mount", "--bind", os.path.join(point, "tree"), self.at("d", "other")]
+        if subprocess.run(words, stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("nothing can be bound here")
+        self.addCleanup(subprocess.run, ["umount", self.at("d", "other")])
+        result = self.shred(self.at("d"))
+        self.assertEqual((result.files, result.folders), (1, 0))
+        self.assertIn("another file system", self.refused(result)["other"])
+        self.assertEqual(len(os.listdir(self.at("d", "other"))), 3)
+
+
+SHRED_KEYS = {"event", "files", "folders", "links", "bytes", "in_place", "refused", "warnings", "dry_run"}
+
+
+class ShredCommandTest(KeptTest):
+    def make(self, name, size=3000, mode=0o600):
+        path = os.path.join(self.home, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_bytes(path, (MARKER * (size // len(MARKER) + 1))[:size])
+        os.chmod(path, mode)
+        return path
+
+    def test_json(self):
+        paths = [self.make("a", 10), self.make("d/b", 20)]
+        shown = self.shell_json("shred", "--dry-run", paths[0], os.path.join(self.home, "d"))
+        self.assertEqual(set(shown), SHRED_KEYS)
+        expected = {"event": "shred", "files": 2, "folders": 1, "links": 0, "bytes": 30, "refused": []}
+        self.assertLessEqual(expected.items(), {**shown, "dry_run": True}.items())
+        self.assertTrue(shown["dry_run"])
+        self.assertEqual([os.path.getsize(path) for path in paths], [10, 20], "touches nothing")
+        self.assertEqual(os.listdir(self.home).count(".trchat"), 0, "not even a home is made")
+        shown = self.shell_json("shred", "--yes", paths[0], "--passes", "2", os.path.join(self.home, "d"))
+        self.assertEqual(set(shown), SHRED_KEYS)
+        self.assertLessEqual({**expected, "dry_run": False}.items(), shown.items())
+        self.assertFalse(any(map(os.path.exists, paths)))
+
+    def test_some_are_refused(self):
+        path, pipe = self.make("a"), os.path.join(self.home, "pipe")
+        os.mkfifo(pipe)
+        code, output, errors = self.shell("shred", path, pipe, "--yes", "--json")
+        first, second = map(json.loads, output.splitlines())
+        self.assertEqual((code, first["files"], second["event"]), (1, 1, "error"))
+        self.assertEqual(first["refused"], [{"path": pipe, "reason": "it is a pipe"}])
+        self.assertEqual(errors.count("\n"), 1)
+        code, output, errors = self.shell("shred", pipe, "/dev/null", "--yes")
+        self.assertEqual((code, output), (1, ""))
+        self.assertIn("it is a pipe (1 more", errors)
+
+    def test_nobody_to_ask(self):
+        path = self.make("a")
+        self.assert_shell_refused(["shred", path], "Nobody is there to be asked", "--yes")
+        self.assertTrue(os.path.exists(path))
+
+    def test_wrong_usage(self):
+        path = self.make("a")
+        for words in (["--passes", "0", path], ["--passes", "101", path], [], ["--nonsense", path]):
+            code, errors = self.run_here("shred", "--yes", *words)
+            self.assertEqual(code, 2, errors)
+        self.assertTrue(os.path.exists(path))
+
+    def test_the_profile_in_use(self):
+        self.furnish("alice")
+        for path in (self.profiles, self.path("alice"), self.path("alice", "cert", "client_key.pem")):
+            self.assert_shell_refused(["shred", "--yes", path], "/wipe")
+        self.assertTrue(os.path.exists(self.path("alice", "cert", "client_key.pem")))
+        self.assert_shell_refused(["shred", "--yes", "/"], "whole drive")
+
+    def test_interrupted(self):
+        """By Ctrl-C in the middle of a file."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            path = self.make("big", 8 << 20)
+            with open(path, "rb") as held:
+                process = self.start_raw("shred", "--yes", "--passes", "100", "--json", path)
+                while MARKER in os.pread(held.fileno(), 4096, 0):
+                    self.assertIsNone(process.poll())
+                process.send_signal(number)
+                output, errors = process.communicate(timeout=PATIENCE)
+            shown = json.loads(output)
+            self.assertEqual((process.returncode, shown["files"]), (130, 0), errors)
+            self.assertEqual(shown["refused"][0]["path"], path)
+            self.assertRegex(shown["refused"][0]["reason"], r"interrupted in pass \d+ of 100; part of")
+            self.assertIn("Ending after what is being written", errors)
+            self.assertTrue(os.path.exists(path))
+
+    def start_raw(self, *words):
+        process = subprocess.Popen(
+            self.command(*words), cwd=self.home, env=self.environment(), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+
+class ShredAskedTest(KeptTest):
+    """At a terminal, from the menu."""
+
+    window, assert_restored = TerminalFaceTest.window, TerminalFaceTest.assert_restored
+
+    def setUp(self):
+        super().setUp()
+        self.windows = []
+
+    def tearDown(self):
+        for window in self.windows:
+            window.end()
+        super().tearDown()
+
+    def test_from_the_menu(self):
+        for name, mode in (("a b", 0o600), ("c", 0o400)):
+            write_bytes(os.path.join(self.home, name), MARKER)
+            os.chmod(os.path.join(self.home, name), mode)
+        window = self.window()
+        window.see("6  Shred files")
+        window.line("6")
+        window.see("(Enter goes back; Tab completes)")
+        window.press("a\t")
+        window.see('"a b"')
+        window.line(" c")
+        window.see("To be destroyed: 2 files (24 bytes).")
+        window.see("read-only, too? [y/N]")
+        window.line("n")
+        window.see("Destroy all this for good? [y/N]")
+        window.line("")
+        window.see("Nothing was touched.")
+        window.see("6  Shred files", 2)
+        window.line("shred")
+        window.see("(Enter goes back; Tab completes)", 2)
+        window.line("'a b' c")
+        window.see("read-only, too? [y/N]", 2)
+        window.line("n")
+        window.see("Destroy all this for good? [y/N]", 2)
+        window.line("y")
+        window.see("Destroyed: 1 file (12 bytes).")
+        window.see("c: it is read-only")
+        window.see("6  Shred files", 3)
+        self.assertEqual([n for n in os.listdir(self.home) if not n.startswith(".")], ["c"])
+        window.line("0")
+        self.assert_restored(window, 0)
+
+
+class ShredInChatTest(KeptTest):
+    def setUp(self):
+        super().setUp()
+        self.alice = self.enter("alice", self.serve("open"))
+        self.folder = os.path.join(self.base, "mine")
+        os.mkdir(self.folder)
+
+    def make(self, name="a b", size=3000):
+        path = os.path.join(self.folder, name)
+        write_bytes(path, (MARKER * (size // len(MARKER) + 1))[:size])
+        return path
+
+    def test_asked_first(self):
+        path = self.make()
+        shown = self.alice.ask(f'/shred "{path}"')
+        self.assertEqual((shown["files"], shown["bytes"], shown["dry_run"]), (1, 3000, True))
+        self.assertIn(f'To do it: /shred --yes "{path}"', shown["text"])
+        self.assertTrue(os.path.exists(path))
+        shown = self.alice.ask(f'/shred --yes --passes 2 "{path}"')
+        self.assertEqual((shown["files"], shown["dry_run"], shown["refused"]), (1, False, []))
+        self.assertFalse(os.path.exists(path))
+        self.assertEqual(set(shown), SHRED_KEYS - {"event"} | {"event", "text"})
+
+    def test_refused(self):
+        self.make()
+        for line, word in (
+            ("/shred", "/shred [--yes]"), ("/shred --yes", "/shred [--yes]"), ("/shred --now x", "--now"),
+            ("/shred --passes 0 x", "number of passes"), ('/shred "x', "quote"),
+        ):  # fmt: skip
+            shown = self.alice.ask(line)
+            self.assertEqual(shown["event"], "error", line)
+            self.assertIn(word, shown["text"])
+        shown = self.alice.ask(f"/shred --yes {self.profiles}")
+        self.assertIn("trchat", shown["refused"][0]["reason"])
+        self.assertNotIn("To do it", shown["text"])
+        self.assertTrue(os.path.exists(self.path("alice", "cert")))
+
+    def held(self):
+        """Has the disk wait until the event is set; (it waits, event)."""
+        waits, free, real = threading.Event(), threading.Event(), trchat.sync_to_disk
+
+        def wait(handle):
+            waits.set()
+            self.assertTrue(free.wait(PATIENCE))
+            real(handle)
+
+        patcher = mock.patch.object(trchat, "sync_to_disk", wait)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+        self.addCleanup(free.set)
+        return waits, free
+
+    def test_nothing_waits_for_the_disk(self):
+        waits, free = self.held()
+        path = self.make()
+        self.alice.type(f"/shred --yes '{path}'")
+        self.assertTrue(waits.wait(PATIENCE))
+        self.alice.ask("/names", room="lobby")
+        self.assertIn("already", self.alice.ask(f"/shred --yes '{path}'")["text"])
+        free.set()
+        self.alice.wait_until(lambda _: self.alice.of("notice", files=1, dry_run=False), "the end")
+
+    def test_leaving_says_what_is_half_done(self):
+        waits, free = self.held()
+        path = self.make(size=3 << 20)
+        with mock.patch.object(trchat, "SYNC_BYTES", 1 << 20):
+            self.alice.type(f"/shred --yes '{path}'")
+            self.assertTrue(waits.wait(PATIENCE))
+            run, stopped = self.alice.client.shredding, threading.Event()
+            run.stop = lambda stop=run.stop: (stop(), stopped.set())
+            self.alice.client.leave("BYE")
+            self.assertTrue(stopped.wait(PATIENCE))
+            free.set()
+            self.alice.wait_until(lambda _: self.alice.of("closed"), "the end")
+        shown = self.alice.of("notice", dry_run=False)[0]
+        self.assertIn("interrupted in pass 1 of 1", shown["refused"][0]["reason"])
+        self.assertEqual(self.alice.events[-1]["event"], "closed")
+        self.assertTrue(os.path.exists(path))
+
+    def test_the_end_of_a_script_waits_for_it(self):
+        waits, free = self.held()
+        path = self.make(size=3 << 20)
+        self.alice.type(f"/shred --yes '{path}'")
+        self.assertTrue(waits.wait(PATIENCE))
+        self.alice.client.leave("eof")
+        self.alice.barrier()
+        free.set()
+        self.alice.wait_until(lambda _: self.alice.of("closed"), "the end")
+        self.assertEqual(self.alice.of("notice", dry_run=False)[0]["files"], 1)
+
+    def test_progress(self):
+        with mock.patch.object(trchat, "SHRED_NEWS_SECONDS", 0.0):
+            self.alice.type(f"/shred --yes '{self.make(size=3 << 20)}'")
+            self.alice.wait_until(lambda _: self.alice.of("notice", files=1), "the end")
+        shown = self.alice.of("notice", size=3 << 20)
+        self.assertIn("Shredding: 0 % of 3.1 MB.", [event["text"] for event in shown])
+
+
+# ==================================================================================================
 # Tunnels
 # ==================================================================================================
 
@@ -24992,7 +26162,7 @@ class FileLinesTest(FileTest):
             write_bytes(os.path.join(folder, name), b"")
             with self.subTest(name):
                 before = f"/file {folder}{os.sep}"
-                start, found = trchat._complete_path(before)
+                start, found = trchat.complete_path(before)
                 line = before[:start] + found[0]
                 self.assertEqual(trchat.split_paths(line[len("/file ") :]), [os.path.join(folder, name)])
 
@@ -25003,7 +26173,7 @@ class FileLinesTest(FileTest):
         at = os.path.join(self.base, "c") + os.sep
 
         def complete(typed):
-            start, found = trchat._complete_path("/file " + typed)
+            start, found = trchat.complete_path("/file " + typed)
             return [f[len(at) + (f[0] == '"') :] for f in found]
 
         self.assertEqual(complete(at + "on"), ["on", "one.txt"])
@@ -25015,14 +26185,14 @@ class FileLinesTest(FileTest):
         self.assertEqual(complete(f'"{at}two t'), ['two three"'])
         self.assertEqual(complete("a.txt " + at + "one"), ["one.txt"])
         with mock.patch.dict(os.environ, {"HOME": self.base}):
-            self.assertEqual(trchat._complete_path("/file ~/c/on"), (6, ["~/c/on", "~/c/one.txt"]))
+            self.assertEqual(trchat.complete_path("/file ~/c/on"), (6, ["~/c/on", "~/c/one.txt"]))
 
     def test_a_completed_folder_with_a_blank_is_completed_further(self):
         os.makedirs(os.path.join(self.base, "my dir"))
         write_bytes(os.path.join(self.base, "my dir", "x"), b"")
         line = f"/file {self.base}/my"
         for _ in range(2):  # as the line editor puts it in: the cursor stands behind it
-            start, (found,) = trchat._complete_path(line)
+            start, (found,) = trchat.complete_path(line)
             line = line[:start] + found
         self.assertEqual(trchat.split_paths(line[6:]), [os.path.join(self.base, "my dir", "x")])
 
@@ -29317,8 +30487,38 @@ def bench_files():
     return 0 if result.wasSuccessful() else 1
 
 
+def bench_shred():
+    """Shredding: ratios to coreutils' `shred -n1` on the same disk, without the start of either."""
+    print(f"\nShredding: {BENCH_FILE >> 20} MiB, best of 3")
+    with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
+        path = os.path.join(folder, "big")
+
+        def refill():
+            with open(path, "wb") as file:
+                for _ in range(BENCH_FILE >> 20):
+                    file.write(os.urandom(1 << 20))
+            os.sync()
+
+        def seconds(function):
+            refill()
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+
+        def ours(passes):
+            plan = trchat.survey([path], os.path.join(folder, "home"))
+            assert trchat.shred(plan, passes, lambda *_: False).files == 1
+
+        shred = lambda count: subprocess.run(["shred", f"-n{count}", path], check=True)
+        rows = {"shred -n1": lambda: shred(1), "one pass": lambda: ours(1),
+                "shred -n3": lambda: shred(3), "three passes": lambda: ours(3)}  # fmt: skip
+        spent = {n: min(seconds(row) for _ in range(3)) for n, row in rows.items()}
+    for name, took in spent.items():
+        print(f"  {name:<18}{took:6.2f} s {took / spent['shred -n1']:6.2f}x", flush=True)
+
+
 def bench_main(words):
-    """`bench`: all figures; `bench room|latency|idle|client|history|files|start`: some of them."""
+    """`bench`: all figures; `bench room|latency|idle|client|history|files|shred|start`: some."""
     if words[:1] == ["--textbook"]:
         TextbookRelay().serve()
     if words[:1] == ["--load"]:
@@ -29343,6 +30543,7 @@ def bench_main(words):
         "client": bench_client,
         "history": bench_history,
         "files": bench_files if SSHD else lambda: print("\nFiles: needs OpenSSH's server"),
+        "shred": bench_shred if shutil.which("shred") else lambda: print("\nShredding: needs shred"),
         "start": bench_start if os.name == "posix" else lambda: print("\nStart: needs a pty"),
     }
     for name, group in groups.items():

@@ -57,49 +57,52 @@ or thread: bytes in, events out) and each uses only parts above itself:
  41. Rooted folders
  42. SFTP client
  43. Files through SFTP
- 44. History and outbox
- 45. Contacts
- 46. Transfers on record
- 47. SOCKS5
- 48. Network
- 49. Port mapping
- 50. A mapped port, and addresses
- 51. Tunnels
- 52. Tunnels through ngrok
- 53. Tunnels through ssh and tor
- 54. Runs of sftp
- 55. Files on SFTP servers
- 56. Connections of a server
- 57. Relay server
- 58. Where to connect
- 59. Channels
- 60. Connections
- 61. Records of a chat
- 62. Files on their way
- 63. Shared folders
- 64. Files by way of a server
- 65. Offers of others
- 66. File desk
- 67. Chat client
- 68. Commands
- 69. Chat commands: talking and rooms
- 70. Chat commands: people and servers
- 71. Chat commands: files
- 72. Chat commands: records
- 73. Console commands
- 74. Terminal input
- 75. Terminal
- 76. Words for events
- 77. Faces: terminal and JSON lines
- 78. Activities
- 79. Chatting directly
- 80. SFTP for other programs
- 81. Demonstration
- 82. Session
- 83. Shell commands
- 84. Hidden messages in the shell
- 85. Command line
- 86. Menu and door
+ 44. Mounts and disks
+ 45. What to shred
+ 46. Shredding
+ 47. History and outbox
+ 48. Contacts
+ 49. Transfers on record
+ 50. SOCKS5
+ 51. Network
+ 52. Port mapping
+ 53. A mapped port, and addresses
+ 54. Tunnels
+ 55. Tunnels through ngrok
+ 56. Tunnels through ssh and tor
+ 57. Runs of sftp
+ 58. Files on SFTP servers
+ 59. Connections of a server
+ 60. Relay server
+ 61. Where to connect
+ 62. Channels
+ 63. Connections
+ 64. Records of a chat
+ 65. Files on their way
+ 66. Shared folders
+ 67. Files by way of a server
+ 68. Offers of others
+ 69. File desk
+ 70. Chat client
+ 71. Commands
+ 72. Chat commands: talking and rooms
+ 73. Chat commands: people and servers
+ 74. Chat commands: files
+ 75. Chat commands: records
+ 76. Console commands
+ 77. Terminal input
+ 78. Terminal
+ 79. Words for events
+ 80. Faces: terminal and JSON lines
+ 81. Activities
+ 82. Chatting directly
+ 83. SFTP for other programs
+ 84. Demonstration
+ 85. Session
+ 86. Shell commands
+ 87. Hidden messages in the shell
+ 88. Command line
+ 89. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
 keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
@@ -11186,7 +11189,973 @@ def _received_before(client, remote: str, path: str, size) -> Transferred | None
 
 
 # ==================================================================================================
-# Part 44. History and outbox | uses 1-3, 28, 37, 38
+# Part 44. Mounts and disks | uses 2, 37
+#
+# On what a path lies, and whether overwriting a file there reaches the place where it was. What is
+# not known for sure is called unknown: that is the honest answer for most disks of today.
+# ==================================================================================================
+
+YES, UNKNOWN, NO = "yes", "unknown", "no"
+MEMORY_SYSTEMS = ("tmpfs", "ramfs")
+IN_PLACE_SYSTEMS = (
+    "ext2", "ext3", "ext4", "exfat", "fat32", "hfs", "hfsplus", "jfs", "minix", "msdos", "ntfs",
+    "ntfs3", "reiserfs", "ufs", "vfat", "xfs",
+)  # fmt: skip
+JOURNALLING_SYSTEMS = ("ext3", "ext4", "hfsplus", "jfs", "ntfs", "ntfs3", "reiserfs", "xfs")
+COPYING_SYSTEMS = (
+    "apfs", "bcachefs", "btrfs", "f2fs", "jffs2", "nilfs2", "refs", "ubifs", "zfs",
+)  # fmt: skip
+NETWORK_SYSTEMS = (
+    "9p", "afpfs", "afs", "ceph", "cifs", "fuse.davfs", "fuse.glusterfs", "fuse.rclone",
+    "fuse.s3fs", "fuse.sshfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "vboxsf",
+    "virtiofs", "webdav",
+)  # fmt: skip
+VIRTUAL_DISKS = ("/virtio", "/vmbus", "/VMBUS", "/xen", "/vbd-")  # in a disk's place in sysfs
+POOLED = ("-tpool", "-real", "-cow")  # how LVM calls what lies under thin volumes and snapshots
+MOUNT_LINE = LazyPattern(r"(.*?) on (.*) \(([^,)]+)(.*)\)")  # of the program `mount`, on macOS
+OCTAL = LazyPattern(r"\\([0-7]{3})")
+DRIVE_REMOTE = 4  # GetDriveTypeW
+LOOPS_MOST = 4  # images of disks within each other
+
+WHOLE_DISK = (
+    "What helps: a disk that was encrypted before anything was written to it, or its own command "
+    "to erase all of it (secure erase)."
+)
+SNAPSHOTS = "What helps: delete its snapshots, too; better is a disk that is encrypted as a whole."
+HOST_SIDE = (
+    "What helps: destroy the image of that disk on its host, with its snapshots and backups."
+)
+SERVER_SIDE = "What helps: whoever runs the server deletes its copies, snapshots and backups."
+
+
+class Medium(Record):
+    """What files lie on. `in_place` is yes, no or unknown; the others are sentences, or ""."""
+
+    in_place: str
+    reason: str
+    advice: str
+
+
+class Mount(Record):
+    """A row of the table of mounts; `device` is major:minor, `options` a set."""
+
+    device: str
+    point: str
+    kind: str
+    options: set
+
+
+def parse_mountinfo(text: str) -> list:
+    """The Mounts of /proc/self/mountinfo (proc_pid_mountinfo(5)), in its order."""
+    mounts = []
+    for line in text.splitlines():
+        fields, _, more = (part.split(" ") for part in line.partition(" - "))
+        if len(fields) >= 6 and len(more) >= 3:
+            point = OCTAL.sub(lambda found: chr(int(found[1], 8)), fields[4])
+            point = point.encode("latin-1", "replace").decode("utf-8", "surrogateescape")
+            options = {*fields[5].split(","), *more[2].split(",")}
+            mounts.append(Mount(fields[2], point, more[0], options))
+    return mounts
+
+
+def parse_mount_output(text: str) -> list:
+    """The Mounts that `mount` prints on macOS and the BSDs; they have no device numbers."""
+    found = [MOUNT_LINE.fullmatch(line) for line in text.splitlines()]
+    return [Mount("", m[2], m[3], set(m[4].strip(", ").split(", "))) for m in found if m]
+
+
+def find_mount(mounts: list, path: str) -> Mount | None:
+    """The mount that an absolute path without links lies on; of two in one place the later."""
+    best = None
+    for mount in mounts:
+        inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
+        if inside and (best is None or len(mount.point) >= len(best.point)):
+            best = mount
+    return best
+
+
+def judge_mount(mount: Mount, disk) -> Medium:
+    """What overwriting does there; `disk()` gives the Medium below a file system."""
+    kind = mount.kind.lower()
+    if kind in MEMORY_SYSTEMS:
+        return Medium(YES, f"{kind} is memory; what was swapped out is not reached", "")
+    if kind in COPYING_SYSTEMS:
+        return Medium(NO, f"{kind} writes new content elsewhere and leaves the old", SNAPSHOTS)
+    if kind in ("ext3", "ext4") and "data=journal" in mount.options:
+        text = f"{kind} with data=journal has copies of content in its journal"
+        return Medium(NO, text, WHOLE_DISK)
+    if kind in NETWORK_SYSTEMS:
+        return Medium(UNKNOWN, f"{kind}: the disk is another computer's", SERVER_SIDE)
+    if kind == "overlay":
+        text = "overlay: what came with a container's image stays in the image"
+        return Medium(UNKNOWN, text, "What helps: delete the image, too.")
+    if kind not in IN_PLACE_SYSTEMS:
+        text = f"it is not known what {one_line(mount.kind)} does with overwritten content"
+        return Medium(UNKNOWN, text, WHOLE_DISK)
+    below = disk()
+    journal = " (old names may stay in its journal)" if kind in JOURNALLING_SYSTEMS else ""
+    reason = f"{kind} writes in place{journal}, {below.reason}"
+    return Medium(below.in_place, reason, below.advice)
+
+
+def worst_medium(media: list) -> Medium:
+    """The least sure of them."""
+    return min(media, key=lambda medium: (NO, UNKNOWN, YES).index(medium.in_place))
+
+
+def judge_disk(device: str, sysfs: str, medium_below) -> Medium:
+    """The answer of the disks under a block device (major:minor), by what sysfs tells of them.
+
+    `medium_below(path)` answers for the file behind a loop device.
+    """
+    waiting, disks = [os.path.realpath(os.path.join(sysfs, "dev", "block", device))], []
+    while waiting:
+        place = waiting.pop()
+        if _read_word(os.path.join(place, "dm", "name")).endswith(POOLED):
+            text = "but the volume has snapshots or shares a pool, which keep what was before"
+            return Medium(UNKNOWN, text, SNAPSHOTS)
+        slaves = os.path.join(place, "slaves")
+        below = os.listdir(slaves) if os.path.isdir(slaves) else []
+        waiting += [os.path.realpath(os.path.join(slaves, name)) for name in below]
+        if not below:
+            is_partition = os.path.exists(os.path.join(place, "partition"))
+            disks.append(os.path.dirname(place) if is_partition else place)
+    return worst_medium([_judge_one_disk(place, medium_below) for place in disks])
+
+
+def _judge_one_disk(place: str, medium_below) -> Medium:
+    backing = _read_word(os.path.join(place, "loop", "backing_file"))
+    if backing:
+        below = medium_below(backing)
+        return Medium(below.in_place, f"in a file: {below.reason}", below.advice)
+    rotational = _read_word(os.path.join(place, "queue", "rotational"))
+    if rotational == "0":
+        return Medium(NO, "but an SSD writes new content into other cells", WHOLE_DISK)
+    if rotational != "1":
+        return Medium(UNKNOWN, "but nothing is known of its disk", WHOLE_DISK)
+    if any(mark in place for mark in VIRTUAL_DISKS):
+        return Medium(UNKNOWN, "but the disk is a virtual one: its host decides", HOST_SIDE)
+    if "/usb" in place:
+        return Medium(UNKNOWN, "but a USB stick writes new content into other cells", WHOLE_DISK)
+    return Medium(YES, "and the disk is a magnetic one", "")
+
+
+def _read_word(path: str) -> str:
+    """A small file of the system, "" if there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20).strip()
+    except OSError:
+        return ""
+
+
+def medium_of(path: str) -> Medium:
+    """What an absolute path without links lies on."""
+    if os.name == "nt":
+        return _windows_medium(path)
+    if sys.platform == "linux":
+        return _linux_medium(path, LOOPS_MOST)
+    mount = find_mount(parse_mount_output(_mount_output()), path)
+    unsure = Medium(UNKNOWN, "but nothing is known of its disk", WHOLE_DISK)
+    return judge_mount(mount, lambda: unsure) if mount else unsure
+
+
+def _linux_medium(path: str, loops: int) -> Medium:
+    mount = find_mount(parse_mountinfo(_read_word("/proc/self/mountinfo")), path)
+    if mount is None or not loops:
+        return Medium(UNKNOWN, "it is not known what it lies on", WHOLE_DISK)
+    deeper = functools.partial(_linux_medium, loops=loops - 1)
+    return judge_mount(mount, lambda: judge_disk(mount.device, "/sys", deeper))
+
+
+def _mount_output() -> str:
+    try:
+        return subprocess.run(
+            ["mount"], capture_output=True, timeout=10, check=False, encoding="utf-8",
+            errors="surrogateescape", stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _windows_medium(path: str) -> Medium:
+    """From GetDriveTypeW and GetVolumeInformationW; they tell nothing of the disk itself."""
+    root = os.path.splitdrive(path)[0] + "\\"
+    kernel, kind = ctypes.windll.kernel32, ctypes.create_unicode_buffer(64)
+    if kernel.GetDriveTypeW(root) == DRIVE_REMOTE:
+        kind.value = "smb3"
+    else:
+        kernel.GetVolumeInformationW(root, None, 0, None, None, None, kind, 64)
+    mount = Mount("", root, kind.value or "this drive", set())
+    text = "but Windows does not tell whether the disk is an SSD"
+    return judge_mount(mount, lambda: Medium(UNKNOWN, text, WHOLE_DISK))
+
+
+# ==================================================================================================
+# Part 45. What to shred | uses 1, 2, 16, 37, 41, 44
+#
+# First a survey that changes nothing: what there is under some names, what of it is refused and
+# why. What it found is known again by device and inode: a link or another file that is swapped in
+# between is never touched, and no folder is ever entered through a link.
+# ==================================================================================================
+
+PASSES_MOST = 100
+LISTED_MOST = 10  # names of one kind that a text shows
+SWAPPED = "it was replaced meanwhile"
+KIND_WORDS = {  # S_IFIFO, S_IFCHR, S_IFBLK and S_IFSOCK
+    0o010000: "it is a pipe", 0o020000: "it is a device", 0o060000: "it is a device",
+    0o140000: "it is a socket",
+}  # fmt: skip
+
+
+class ShredName:
+    """A name in a folder, and what the survey found behind it."""
+
+    __slots__ = ("name", "device", "inode", "size", "data", "mode", "links")
+
+    def __init__(self, name: str, info):
+        self.name, self.device, self.inode = name, info.st_dev, info.st_ino
+        self.size, self.mode, self.links = info.st_size, info.st_mode, info.st_nlink
+        self.data = min(info.st_size, getattr(info, "st_blocks", 1 << 62) * 512)  # bytes to write
+
+    def is_same(self, info) -> bool:
+        kind = stat.S_IFMT(self.mode) == stat.S_IFMT(info.st_mode)
+        return kind and (self.device, self.inode) == (info.st_dev, info.st_ino)
+
+    @property
+    def is_read_only(self) -> bool:
+        return not self.mode & stat.S_IWUSR
+
+
+class ShredFolder:
+    """A folder of a plan; without a `parent` it only holds names and stays itself."""
+
+    def __init__(self, parent: ShredFolder | None, found: ShredName):
+        self.parent, self.found = parent, found
+        self.files: list = []  # of ShredName; those of links and folders, too
+        self.links: list = []
+        self.folders: list = []
+        self.kept = False  # something in it stays
+
+    def chain(self) -> list:
+        """The folders from the first to this one."""
+        chain = [self]
+        while chain[-1].parent is not None:
+            chain.append(chain[-1].parent)
+        return chain[::-1]
+
+    @property
+    def path(self) -> str:
+        return os.path.join(*(folder.found.name for folder in self.chain()))
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def keep(self) -> None:
+        """Something in it stays: so do this folder and those it is in."""
+        for folder in self.chain():
+            folder.kept = True
+
+    def depth(self) -> int:
+        chain = self.chain()
+        return chain[0].found.name.count(os.sep) + len(chain)
+
+
+class OpenFolder:
+    """A folder of a plan while its names are worked on; OSError if it is not what it was.
+
+    Where folders can be opened (POSIX), each is opened in the one before it, and names in the
+    last one: whatever is swapped on the way, they stay in that folder.
+    """
+
+    def __init__(self, folder: ShredFolder):
+        self._handle, self._path = None, folder.path
+        chain = folder.chain()
+        if not HAS_DIR_FD:
+            for number, part in enumerate(chain):
+                path = os.path.join(*(f.found.name for f in chain[: number + 1]))
+                _check_same(part.found, os.lstat(path))
+            return
+        for part in chain:
+            deeper = os.open(part.found.name, FOLDER_FLAGS, dir_fd=self._handle)
+            self.close()
+            self._handle = deeper
+            try:
+                _check_same(part.found, os.fstat(deeper))
+            except OSError:
+                self.close()
+                raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _place(self, name: str) -> str:
+        return name if self._handle is not None else os.path.join(self._path, name)
+
+    def names(self):
+        """(name, its lstat) of all that is in it."""
+        with os.scandir(self._path if self._handle is None else self._handle) as entries:
+            for entry in entries:
+                try:
+                    yield entry.name, self.lstat(entry.name)
+                except FileNotFoundError:
+                    continue  # gone since
+
+    def lstat(self, name: str):
+        return os.stat(self._place(name), dir_fd=self._handle, follow_symlinks=False)
+
+    def may_change(self) -> bool:
+        return os.access(self._place("."), os.W_OK | os.X_OK, dir_fd=self._handle)
+
+    def check(self, found: ShredName) -> None:
+        _check_same(found, self.lstat(found.name))
+
+    def open(self, found: ShredName, flags: int) -> int:
+        """A descriptor of what the survey found."""
+        self.check(found)  # opening a device may do something already
+        handle = os.open(self._place(found.name), flags | OPEN_FLAGS, dir_fd=self._handle)
+        try:
+            _check_same(found, os.fstat(handle))
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    def make_writable(self, found: ShredName) -> None:
+        mode = stat.S_IMODE(found.mode) | stat.S_IWUSR
+        if self._handle is None:
+            self.check(found)
+            return os.chmod(self._place(found.name), mode)
+        handle = self.open(found, os.O_RDONLY)
+        try:
+            return os.chmod(handle, mode)
+        finally:
+            os.close(handle)
+
+    def rename(self, old: str, new: str) -> None:
+        folders = {"src_dir_fd": self._handle, "dst_dir_fd": self._handle}
+        os.rename(self._place(old), self._place(new), **folders)
+
+    def remove(self, name: str, is_folder: bool) -> None:
+        (os.rmdir if is_folder else os.unlink)(self._place(name), dir_fd=self._handle)
+
+    def sync(self) -> None:
+        """Makes renames and removals last; some network file systems cannot."""
+        if self._handle is not None:
+            try:
+                sync_to_disk(self._handle)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+                    raise
+
+
+def _check_same(found: ShredName, info) -> None:
+    if not found.is_same(info):
+        raise OSError(errno.ESTALE, SWAPPED)
+
+
+def sync_to_disk(handle: int) -> None:
+    """fsync, and on macOS what makes the disk write its own cache, too (fcntl(2))."""
+    if sys.platform == "darwin":
+        try:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError:
+            pass  # not every file system has it
+    os.fsync(handle)
+
+
+class ShredPlan:
+    """What a survey found. `refused` holds (path, reason); `bytes` counts each content once."""
+
+    def __init__(self, home: str, read_only: bool):
+        self.folders: list = []  # every ShredFolder in which something is to go
+        self.read_only: list = []  # paths of files that are
+        self.refused: list = []
+        self.files = self.links = self.trees = 0  # `trees`: folders that are to go themselves
+        self.bytes = self.data = 0
+        self.media: list = []  # of Medium, one for each file system
+        self._devices: set = set()
+        self._with_read_only = read_only
+        self._inodes: dict = {}  # of files with several names -> [names not met yet, a path]
+        self._taken: set = set()  # names that are in the plan
+        self._tops: dict = {}  # real path -> ShredFolder without a parent
+        self._guarded, self._own = _guarded_folders(home)
+
+    def add(self, path: str) -> None:
+        """Looks through one name that somebody typed; changes nothing."""
+        waiting: list = []
+        try:
+            self._add_named(path, waiting)
+        except OSError as error:
+            self.refuse(path, error)
+        except ValueError:  # with a zero in it, or half a character
+            self.refuse(path, FileNotFoundError())
+        while waiting:
+            self._look_through(waiting.pop(), waiting)
+
+    def _add_named(self, path: str, waiting: list) -> None:
+        folder, name = _split_path(path)
+        if not name:
+            raise OSError(errno.EBUSY, "a whole drive is never shredded")
+        if any(_key(os.stat(above)) == self._own for above in _ancestors(folder)):
+            raise OSError(errno.EBUSY, INSIDE_OWN)
+        top = self._top(folder)
+        with OpenFolder(top) as place:
+            info = place.lstat(name)
+            if not place.may_change():
+                raise OSError(errno.EACCES, "nothing may be removed from its folder")
+        self._note_medium(os.path.join(folder, name), info)
+        self._add_name(top, name, info, waiting)
+
+    def refuse(self, path: str, error: OSError) -> None:
+        self.refused.append((path, reason_of(error)))
+
+    def bottom_up(self) -> list:
+        """Its folders, each before the one it is in."""
+        return sorted(self.folders, key=ShredFolder.depth, reverse=True)
+
+    def is_empty(self) -> bool:
+        return not (self.files or self.links or self.trees)
+
+    def linked(self) -> list:
+        """(path, how many) of files whose content has further names outside of the plan."""
+        return [(path, more) for more, path in self._inodes.values() if more]
+
+    def medium(self) -> Medium:
+        return worst_medium(self.media)
+
+    def _top(self, path: str) -> ShredFolder:
+        if path not in self._tops:
+            self._tops[path] = ShredFolder(None, ShredName(path, os.lstat(path)))
+            self.folders.append(self._tops[path])
+        return self._tops[path]
+
+    def _note_medium(self, path: str, info) -> None:
+        if info.st_dev not in self._devices:
+            self._devices.add(info.st_dev)
+            self.media.append(medium_of(path))
+
+    def _look_through(self, folder: ShredFolder, waiting: list) -> None:
+        try:
+            with OpenFolder(folder) as place:
+                if not place.may_change():
+                    raise OSError(errno.EACCES, "nothing may be removed from it")
+                for name, info in place.names():
+                    self._add_name(folder, name, info, waiting)
+        except OSError as error:
+            self.refuse(folder.path, error)
+            folder.keep()
+
+    def _add_name(self, folder: ShredFolder, name: str, info, waiting: list) -> None:
+        key = (*_key_of(folder.found), name)
+        if key in self._taken:
+            return  # somebody typed it twice
+        self._taken.add(key)
+        found = ShredName(name, info)
+        if _is_link(info):
+            folder.links.append(found)
+            self.links += 1
+        elif stat.S_ISDIR(info.st_mode):
+            self._add_folder(folder, found, waiting)
+        elif stat.S_ISREG(info.st_mode):
+            self._add_file(folder, found)
+        else:
+            reason = KIND_WORDS.get(stat.S_IFMT(info.st_mode), "it is not a file")
+            self._keep(folder, name, reason)
+
+    def _keep(self, folder: ShredFolder, name: str, reason: str) -> None:
+        self.refused.append((folder.path_of(name), reason))
+        folder.keep()
+
+    def _add_folder(self, folder: ShredFolder, found: ShredName, waiting: list) -> None:
+        guard = self._guarded.get(_key_of(found))
+        if guard:
+            self._keep(folder, found.name, guard)
+        elif folder.parent is not None and found.device != folder.found.device:
+            self._keep(folder, found.name, "another file system begins there; name it by itself")
+        else:
+            child = ShredFolder(folder, found)
+            folder.folders.append(child)
+            self.folders.append(child)
+            self.trees += 1
+            waiting.append(child)
+
+    def _add_file(self, folder: ShredFolder, found: ShredName) -> None:
+        if found.is_read_only:
+            if not self._with_read_only:
+                return self._keep(folder, found.name, "it is read-only")
+            self.read_only.append(folder.path_of(found.name))
+        folder.files.append(found)
+        self.files += 1
+        key = _key_of(found)
+        if key in self._inodes:
+            self._inodes[key][0] -= 1
+            return None
+        self.bytes += found.size
+        self.data += found.data
+        if found.links > 1:
+            self._inodes[key] = [found.links - 1, folder.path_of(found.name)]
+        return None
+
+
+INSIDE_OWN = "it belongs to trchat: /wipe in the chat destroys a profile; move other files out"
+
+
+def _guarded_folders(home: str) -> tuple:
+    """({(device, inode): why it is never shredded}, the same pair of trchat's own folder)."""
+    try:
+        here = os.getcwd()
+    except OSError:
+        here = os.sep  # it is gone
+    guarded = {}
+    for path, itself, above in (
+        (os.path.expanduser("~"), "it is your home folder", "your home folder is in it"),
+        (here, "it is the current folder", "the current folder is in it"),
+        (home, INSIDE_OWN, "trchat keeps its files in it"),
+    ):
+        for number, folder in enumerate(_ancestors(os.path.realpath(path))):
+            if os.path.isdir(folder):
+                guarded[_key(os.stat(folder))] = above if number else itself
+    return guarded, _key(os.stat(home)) if os.path.isdir(home) else None
+
+
+def _key(info) -> tuple:
+    return info.st_dev, info.st_ino
+
+
+def _key_of(found: ShredName) -> tuple:
+    return found.device, found.inode
+
+
+def _ancestors(path: str) -> list:
+    """A path, the folder it is in, and so on to the root."""
+    found = [path]
+    while os.path.dirname(found[-1]) != found[-1]:
+        found.append(os.path.dirname(found[-1]))
+    return found
+
+
+def _split_path(path: str) -> tuple:
+    """(real path of the folder, name in it); a last name that is a link is not followed."""
+    folder, name = os.path.split(path.rstrip(os.sep + (os.altsep or "")) or path)
+    if name in ("", os.curdir, os.pardir):
+        folder, name = os.path.split(os.path.realpath(path))
+    return os.path.realpath(folder or os.curdir), name
+
+
+def reason_of(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return error.strerror or type(error).__name__
+
+
+def survey(paths: list, home: str, read_only: bool = True) -> ShredPlan:
+    """What is under these names, links not followed; it changes nothing.
+
+    `home` is trchat's folder; files that are read-only are only taken if `read_only`.
+    """
+    plan = ShredPlan(home, read_only)
+    for path in paths:
+        plan.add(path)
+    return plan
+
+
+def parse_passes(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= PASSES_MOST):
+        raise ChatError(f"{one_line(text)[:20]!r} is no number of passes.", "Take 1 to 100.")
+    return int(text)
+
+
+def plan_report(plan: ShredPlan) -> tuple:
+    """(fields, text) of what is to be shredded, for whoever is asked."""
+    fields = _counted(plan.files, plan.trees, plan.links, plan.bytes)
+    warnings = plan_warnings(plan)
+    lines = [f"To be destroyed: {_count_words(fields)}.", *warnings]
+    return _report(plan, fields, plan.refused, warnings, lines)
+
+
+def plan_warnings(plan: ShredPlan) -> list:
+    """Sentences on what should be known before."""
+    found = []
+    if plan.media:
+        medium = plan.medium()
+        found.append(f"Overwritten in place: {medium.in_place}; {medium.reason}.")
+        found += [medium.advice] if medium.advice else []
+    if plan.read_only:
+        found.append(f"Read-only: {_names(plan.read_only)}.")
+    for path, more in plan.linked()[:LISTED_MOST]:
+        found.append(
+            f"{one_line(path)} has {more} more name{_s(more)} elsewhere: the content is one."
+        )
+    return found
+
+
+def _report(plan: ShredPlan, counts: dict, refused: list, warnings: list, lines: list) -> tuple:
+    rows = [{"path": path, "reason": reason} for path, reason in refused]
+    place = plan.medium().in_place if plan.media else UNKNOWN
+    shown = [f"✗ {one_line(path)}: {one_line(why)}" for path, why in refused[:LISTED_MOST]]
+    more = len(refused) - len(shown)
+    lines = [*lines, *shown, *([f"✗ and {more} more"] if more else [])]
+    fields = {**counts, "in_place": place, "refused": rows, "warnings": warnings}
+    return fields, "\n".join(lines)
+
+
+def _counted(files: int, folders: int, links: int, size: int) -> dict:
+    return {"files": files, "folders": folders, "links": links, "bytes": size}
+
+
+def _count_words(counts: dict) -> str:
+    words = [f"{counts['files']} file{_s(counts['files'])} ({size_words(counts['bytes'])})"]
+    for kind in ("folders", "links"):
+        if counts[kind]:
+            words.append(f"{counts[kind]} {kind[:-1]}{_s(counts[kind])}")
+    return ", ".join(words)
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _names(paths: list) -> str:
+    more = len(paths) - LISTED_MOST
+    names = ", ".join(map(one_line, paths[:LISTED_MOST]))
+    return names + (f" and {more} more" if more > 0 else "")
+
+
+# ==================================================================================================
+# Part 46. Shredding | uses 2, 3, 16, 37, 38, 45
+#
+# What a survey found is overwritten with the keystream of AES-256 in counter mode, whose key is
+# drawn for each file and forgotten, then emptied, renamed at random and removed; the disk is synced
+# after each step. Files of one folder go together, up to a limit, so that small ones share the
+# wait for the disk. Whoever interrupts is told what is half done.
+# ==================================================================================================
+
+_ciphers = Lazy("cryptography.hazmat.primitives.ciphers")
+_modes = Lazy("cryptography.hazmat.primitives.ciphers.modes")
+_algorithms = Lazy("cryptography.hazmat.primitives.ciphers.algorithms")
+
+SHRED_BLOCK = 1 << 20
+BATCH_FILES, BATCH_BYTES = 64, 16 << 20  # of one folder at a time; larger files go alone
+SYNC_BYTES = 256 << 20  # written at most before the disk is waited for
+NAME_LETTERS = "abcdefghijklmnopqrstuvwxyz234567"
+HALF_DONE = "part of its content is overwritten, its name is still there: shred it again"
+
+
+class ShredResult:
+    """What has been done; `refused` holds (path, reason), also of what failed or is half done."""
+
+    def __init__(self, plan: ShredPlan):
+        self.files = self.folders = self.links = self.bytes = 0
+        self.refused = list(plan.refused)
+        self.interrupted = False
+
+
+class _ShredFile:
+    """A file that is being overwritten."""
+
+    def __init__(self, found: ShredName, handle: int):
+        self.found, self.handle = found, handle
+        self.begun, self.passes = False, 0
+        key, nonce = random_bytes(32), random_bytes(16)
+        cipher = _ciphers.Cipher(_algorithms.AES(key), _modes.CTR(nonce))
+        self.noise = cipher.encryptor().update
+
+    def data_ranges(self) -> list:
+        """[start, end) of each piece that has content; what a sparse file leaves out is passed
+        over, since writing there would only fill the disk."""
+        info = os.fstat(self.handle)
+        size = info.st_size
+        if not hasattr(os, "SEEK_DATA") or info.st_blocks * 512 >= size:
+            return [(0, size)] if size else []
+        sync_to_disk(self.handle)  # before, some systems take what is not written yet for a hole
+        return _find_data(self.handle, size)
+
+    def pad_end(self) -> None:
+        """Overwrites the rest of the last block, where something older may lie."""
+        size, block = os.fstat(self.handle).st_size, _block_size(self.handle)
+        if size % block:
+            os.lseek(self.handle, 0, os.SEEK_END)
+            try:
+                self.write(block - size % block)
+            except OSError:
+                pass  # a full disk, say: then the file had no such rest
+
+    def write(self, count: int) -> None:
+        data = memoryview(self.noise(_ZEROS[:count]))
+        self.begun = True
+        while data:
+            data = data[os.write(self.handle, data) :]
+
+    def empty(self) -> None:
+        os.ftruncate(self.handle, 0)
+
+    def sync(self) -> None:
+        sync_to_disk(self.handle)
+
+
+_ZEROS = memoryview(bytes(SHRED_BLOCK))
+
+
+def _find_data(handle: int, size: int) -> list:
+    ranges, end = [], 0
+    try:
+        while end < size:
+            start = os.lseek(handle, end, os.SEEK_DATA)
+            end = os.lseek(handle, start, os.SEEK_HOLE)
+            ranges.append((start, end))
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # which says that only a hole follows
+            return [(0, size)]
+    return ranges
+
+
+def _block_size(handle: int) -> int:
+    """Bytes in which the file system gives out space."""
+    size = os.fstatvfs(handle).f_frsize if hasattr(os, "fstatvfs") else 4096
+    return size if 0 < size <= SHRED_BLOCK else 4096
+
+
+class Shredder:
+    """Does what a plan says. `watch(done, total)` is told bytes; if it is true, that is the end."""
+
+    def __init__(self, plan: ShredPlan, passes: int, watch):
+        self.result = ShredResult(plan)
+        self._plan, self._passes, self._watch = plan, passes, watch
+        self._done, self._total = 0, plan.data * passes
+        self._counted: set = set()  # contents with several names
+        self._folder: Any = None  # the ShredFolder that is being worked on
+
+    def run(self) -> ShredResult:
+        for folder in self._plan.bottom_up():
+            if self._is_stopped():
+                break
+            self._folder = folder
+            try:
+                with OpenFolder(folder) as place:
+                    self._work(place)
+            except OSError as error:
+                self._refuse(folder.path, reason_of(error))
+        return self.result
+
+    def _work(self, place: OpenFolder) -> None:
+        for batch in _batches(self._folder.files):
+            if self._is_stopped():
+                return
+            self._remove(place, self._overwritten(place, batch), "files")
+        if not self._is_stopped():
+            self._remove(place, self._folder.links, "links")
+            done = [f.found for f in self._folder.folders if not f.kept]
+            self._remove(place, done, "folders")
+
+    def _is_stopped(self) -> bool:
+        if not self.result.interrupted and self._watch(self._done, self._total):
+            self.result.interrupted = True
+        return self.result.interrupted
+
+    def _refuse(self, path: str, reason: str) -> None:
+        self.result.refused.append((path, reason))
+        self._folder.keep()
+
+    # Contents
+
+    def _overwritten(self, place: OpenFolder, batch: list) -> list:
+        """Overwrites and empties files; those for which all of it went well."""
+        opened: list = []
+        try:
+            self._each(batch, lambda found: opened.append(self._open(place, found)))
+            files = opened
+            for _ in range(self._passes):
+                files = self._each(files, self._overwrite)
+                files = self._each(files, _ShredFile.sync)
+            begun = [file for file in files if file.begun or file.passes]
+            files = self._each(self._each(begun, self._check_done), _ShredFile.empty)
+            return [file.found for file in self._each(files, _ShredFile.sync)]
+        finally:
+            for file in opened:
+                os.close(file.handle)
+
+    def _each(self, items: list, action) -> list:
+        """Runs an action for each; those for which it fails are reported and left out."""
+        sound = []
+        for item in items:
+            try:
+                action(item)
+                sound.append(item)
+            except OSError as error:
+                found, reason = getattr(item, "found", item), reason_of(error)
+                half = f"; {HALF_DONE}" if getattr(item, "begun", False) else ""
+                self._refuse(self._folder.path_of(found.name), reason + half)
+        return sound
+
+    def _open(self, place: OpenFolder, found: ShredName) -> _ShredFile:
+        try:
+            handle = place.open(found, os.O_WRONLY)
+        except PermissionError:
+            if not found.is_read_only:
+                raise
+            place.make_writable(found)
+            handle = place.open(found, os.O_WRONLY)
+        return _ShredFile(found, handle)
+
+    def _overwrite(self, file: _ShredFile) -> None:
+        """One pass; it ends early when all is to end."""
+        unsynced = 0
+        if self._is_stopped():
+            return
+        ranges = file.data_ranges()
+        for start, end in ranges:
+            os.lseek(file.handle, start, os.SEEK_SET)
+            while start < end:
+                if self._is_stopped():
+                    return
+                count = min(SHRED_BLOCK, end - start)
+                file.write(count)
+                start, unsynced, self._done = start + count, unsynced + count, self._done + count
+                if unsynced >= SYNC_BYTES:
+                    file.sync()
+                    unsynced = 0
+        if ranges and ranges[-1][1] == os.fstat(file.handle).st_size:
+            file.pad_end()
+        file.passes += 1
+
+    def _check_done(self, file: _ShredFile) -> None:
+        if file.passes < self._passes:
+            raise OSError(errno.EINTR, f"interrupted in pass {file.passes + 1} of {self._passes}")
+
+    # Names
+
+    def _remove(self, place: OpenFolder, names: list, kind: str) -> None:
+        """Overwrites names with random ones and removes them; the folder is synced after both."""
+        for start in range(0, len(names), BATCH_FILES):
+            renamed = []
+            for found in names[start : start + BATCH_FILES]:
+                try:
+                    place.check(found)
+                    renamed.append((found, _rename(place, found.name)))
+                except OSError as error:
+                    self._fail_name(found, kind, error)
+            if renamed:
+                place.sync()
+                for found, name in renamed:
+                    self._remove_one(place, found, name, kind)
+                place.sync()
+
+    def _remove_one(self, place: OpenFolder, found: ShredName, name: str, kind: str) -> None:
+        try:
+            place.remove(name, kind == "folders")
+        except OSError as error:
+            self._fail_name(found, kind, error)
+            if name != found.name:
+                place.rename(name, found.name)
+            return
+        result = self.result
+        setattr(result, kind, getattr(result, kind) + 1)
+        key = (found.device, found.inode)
+        if kind == "files" and key not in self._counted:
+            result.bytes += found.size
+            if found.links > 1:
+                self._counted.add(key)
+
+    def _fail_name(self, found: ShredName, kind: str, error: OSError) -> None:
+        before = "its content is overwritten, but its name stays: " if kind == "files" else ""
+        self._refuse(self._folder.path_of(found.name), before + reason_of(error))
+
+
+def _batches(names: list):
+    """Files that are worked on together."""
+    batch: list = []
+    size = 0
+    for found in names:
+        if batch and (len(batch) == BATCH_FILES or size + found.data > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(found)
+        size += found.data
+    if batch:
+        yield batch
+
+
+def _rename(place: OpenFolder, name: str) -> str:
+    """Gives it a random name, as long in bytes, that nobody has; the name it has now."""
+    count = max(12, len(os.fsencode(name)))
+    new = "".join(NAME_LETTERS[byte % len(NAME_LETTERS)] for byte in random_bytes(count))
+    try:
+        place.rename(name, new)
+    except OSError:
+        return name  # no room for it, say: what matters more is that it goes
+    return new
+
+
+def shred(plan: ShredPlan, passes: int, watch) -> ShredResult:
+    """Destroys what is in a plan; `watch(done, total)` gets bytes, and ends it by a true answer."""
+    return Shredder(plan, passes, watch).run()
+
+
+def result_report(plan: ShredPlan, result: ShredResult) -> tuple:
+    """(fields, text) of what has been done."""
+    fields = _counted(result.files, result.folders, result.links, result.bytes)
+    lines = [f"Destroyed: {_count_words(fields)}."]
+    if result.interrupted:
+        lines[0] = f"Interrupted. {lines[0]} What is not listed here as half done is untouched."
+    warnings = plan_warnings(plan)
+    return _report(plan, fields, result.refused, warnings, [*lines, *warnings])
+
+
+class ShredRun:
+    """Shredding in a thread of its own, which whoever waits for it may stop.
+
+    In that thread, `progress(done, total)` is called every few `seconds`, with bytes, and at the
+    end `finish(plan, result)`.
+    """
+
+    def __init__(self, passes: int, finish, progress, seconds: float):
+        self.ended = threading.Event()
+        self._passes, self._finish = passes, finish
+        self._progress, self._seconds = progress, seconds
+        self._stopped = False
+        self._told = time.monotonic()
+
+    def start(self, find_plan, asked: bool) -> None:
+        """Surveys and, if somebody was `asked` before, shreds; else the result will be None."""
+        spawn("shred", self._routine_shred, find_plan, asked)
+
+    def stop(self) -> None:
+        """Ends it after the block that is being written."""
+        self._stopped = True
+
+    def _routine_shred(self, find_plan, asked: bool) -> None:
+        try:
+            plan = find_plan()
+            result = shred(plan, self._passes, self._watch) if asked else None
+            self._finish(plan, result)
+        finally:
+            self.ended.set()
+
+    def _watch(self, done: int, total: int) -> bool:
+        now = time.monotonic()
+        if now - self._told >= self._seconds:
+            self._told = now
+            self._progress(done, total)
+        return self._stopped
+
+
+def shred_words(done: int, total: int) -> str:
+    share = min(100, done * 100 // total) if total else 100
+    return f"{share} % of {size_words(total)}"
+
+
+# ==================================================================================================
+# Part 47. History and outbox | uses 1-3, 28, 37, 38
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -11666,7 +12635,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 45. Contacts | uses 1-4, 6, 37
+# Part 48. Contacts | uses 1-4, 6, 37
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -12107,7 +13076,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 46. Transfers on record | uses 1, 2, 28, 37
+# Part 49. Transfers on record | uses 1, 2, 28, 37
 #
 # What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
 # a transfer by a number, `f3`, programs by the id of the message that offered it.
@@ -12232,7 +13201,7 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 47. SOCKS5 | uses 1, 2, 4, 37
+# Part 50. SOCKS5 | uses 1, 2, 4, 37
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -12316,7 +13285,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 48. Network | uses 1-4, 37, 40, 47
+# Part 51. Network | uses 1-4, 37, 40, 50
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -12585,7 +13554,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 49. Port mapping | uses 1-3, 9, 10, 37, 38, 48
+# Part 52. Port mapping | uses 1-3, 9, 10, 37, 38, 51
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -13051,7 +14020,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 50. A mapped port, and addresses | uses 1-4, 9, 10, 37, 38, 48, 49
+# Part 53. A mapped port, and addresses | uses 1-4, 9, 10, 37, 38, 51, 52
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -13410,7 +14379,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 51. Tunnels | uses 1, 2, 37, 38
+# Part 54. Tunnels | uses 1, 2, 37, 38
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -13803,7 +14772,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 52. Tunnels through ngrok | uses 2, 3, 37, 51
+# Part 55. Tunnels through ngrok | uses 2, 3, 37, 54
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -14050,7 +15019,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 53. Tunnels through ssh and tor | uses 1-4, 37, 38, 51, 52
+# Part 56. Tunnels through ssh and tor | uses 1-4, 37, 38, 54, 55
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -14406,7 +15375,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 54. Runs of sftp | uses 1-3, 29, 37, 51, 53
+# Part 57. Runs of sftp | uses 1-3, 29, 37, 54, 56
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -14677,7 +15646,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 55. Files on SFTP servers | uses 1, 2, 26, 29, 37, 43, 44, 54
+# Part 58. Files on SFTP servers | uses 1, 2, 26, 29, 37, 43, 47, 57
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -14989,7 +15958,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 56. Connections of a server | uses 1
+# Part 59. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -15076,7 +16045,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 57. Relay server | uses 1, 2, 8, 37, 38, 40, 48, 56
+# Part 60. Relay server | uses 1, 2, 8, 37, 38, 40, 51, 59
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -15575,7 +16544,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 58. Where to connect | uses 1, 2, 4, 9, 37, 38, 48
+# Part 61. Where to connect | uses 1, 2, 4, 9, 37, 38, 51
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -15715,7 +16684,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 59. Channels | uses 1, 2, 37
+# Part 62. Channels | uses 1, 2, 37
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -15814,7 +16783,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 60. Connections | uses 1, 3, 37, 38, 48, 57-59
+# Part 63. Connections | uses 1, 3, 37, 38, 51, 60-62
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -16065,7 +17034,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 61. Records of a chat | uses 1, 2, 8, 16, 17, 28, 32, 37, 40, 44-46
+# Part 64. Records of a chat | uses 1, 2, 8, 16, 17, 28, 32, 37, 40, 47-49
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -16457,7 +17426,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 62. Files on their way | uses 1-3, 24-26, 37, 41-43
+# Part 65. Files on their way | uses 1-3, 24-26, 37, 41-43
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -16855,7 +17824,7 @@ def remove_part(part: str) -> None:
 
 
 # ==================================================================================================
-# Part 63. Shared folders | uses 1-3, 8, 16, 24, 26, 37, 38, 41-43, 46, 62
+# Part 66. Shared folders | uses 1-3, 8, 16, 24, 26, 37, 38, 41-43, 49, 65
 #
 # Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
 # look is a stream and a thread of its own.
@@ -17117,7 +18086,7 @@ class Shares:
 
 
 # ==================================================================================================
-# Part 64. Files by way of a server | uses 1-3, 26, 29, 37, 38, 43, 46, 55, 62
+# Part 67. Files by way of a server | uses 1-3, 26, 29, 37, 38, 43, 49, 58, 65
 #
 # For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
 # offer carries what is needed to fetch and open it.
@@ -17192,7 +18161,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 65. Offers of others | uses 1, 8, 26, 29, 37, 38, 41, 43, 46, 59, 62, 63
+# Part 68. Offers of others | uses 1, 8, 26, 29, 37, 38, 41, 43, 49, 62, 65, 66
 #
 # What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
@@ -17370,7 +18339,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 66. File desk | uses 1, 2, 8, 16, 26, 38, 46, 59, 62-65
+# Part 69. File desk | uses 1, 2, 8, 16, 26, 38, 49, 62, 65-68
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -17706,7 +18675,7 @@ class FileDesk:
 
 
 # ==================================================================================================
-# Part 67. Chat client | uses 1, 2, 17, 20, 32, 37, 38, 57, 60, 61, 66
+# Part 70. Chat client | uses 1, 2, 17, 20, 32, 37, 38, 60, 63, 64, 69
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -17715,6 +18684,7 @@ class FileDesk:
 UNCONFIRMED_MOST = 1000  # lines on their way before a pipe must wait
 LEAVE_SECONDS = {"BYE": 10.0, "eof": CONFIRM_SECONDS, "interrupted": 0.5, "error": 0.5}
 ROOM_EVENTS = ("ready", "joined", "left", "rekeyed", "request", "notice")
+SHRED_PATIENCE = 30.0  # seconds that the end waits for a disk that is being overwritten
 
 
 class ChatClient:
@@ -17740,6 +18710,7 @@ class ChatClient:
         self.undelivered = 0
         self.door: Any = None  # a host's RelayServer, whose newcomers are asked about
         self.desk: FileDesk | None = None  # its files, once it has begun
+        self.shredding: ShredRun | None = None  # what is, or was, being shredded
         self.wipe = False  # whether the profile is to be destroyed when all is over
         self.wants_status = False  # whether a face shows what `_status` events carry
         self._leave_by = 0.0
@@ -17860,6 +18831,7 @@ class ChatClient:
             while not self.reason:
                 self._turn()
         finally:
+            self._end_shredding()
             for connection in self.connections:
                 connection.detach()
             self.records.close()
@@ -17890,7 +18862,7 @@ class ChatClient:
     def _timeout(self):
         now = time.monotonic()
         times = [connection.next_deadline() for connection in self.connections]
-        if self.leaving:
+        if self.leaving and self._leave_by > now:
             times.append(self._leave_by)
         due = self.vanishing.next_due()
         if due is not None:
@@ -18032,6 +19004,16 @@ class ChatClient:
 
     # Owner: leaving
 
+    def is_shredding(self) -> bool:
+        return self.shredding is not None and not self.shredding.ended.is_set()
+
+    def _end_shredding(self) -> None:
+        """Nothing is left half done without a word: what it says last is shown."""
+        if self.shredding is not None:
+            self.shredding.stop()
+            self.shredding.ended.wait(SHRED_PATIENCE)
+            self.inbox.run_all()
+
     def begin_leaving(self, reason: str) -> None:
         if not self.leaving or reason in ("interrupted", "error"):
             self.leaving = reason
@@ -18043,6 +19025,8 @@ class ChatClient:
         unfinished = any(c.machine.messages.unfinished() for c in self.connections)
         unfinished = unfinished or self.desk is not None and self.desk.coming()
         if unfinished and now < self._leave_by:
+            return
+        if self.leaving == "eof" and self.is_shredding():
             return
         if self.desk is not None and self.desk.unfinished() and self.leaving == "eof":
             return  # a script waits for its files as long as they take
@@ -18113,7 +19097,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 68. Commands | uses 1, 2
+# Part 71. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -18268,7 +19252,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 69. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 68
+# Part 72. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 71
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -18297,7 +19281,7 @@ def _connection_of(client, name: str) -> Connection:
 HELP_GROUPS = (
     ("Talking", "msg reply me win join leave rooms names topic nick away back"),
     ("People", "contacts code verify accept-key whois ignore block unblock invite"),
-    ("Files", "file get files cancel share ls"),
+    ("Files", "file get files cancel share ls shred"),
     ("Records", "tail search export clear outbox"),
     ("Running a room", "lock requests admit deny kick ban unban mute op rekey"),
     ("Servers, settings", "connect disconnect ip set bell quiet wipe help quit"),
@@ -18606,7 +19590,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 70. Chat commands: people and servers | uses 1, 2, 4, 23, 37, 38, 50, 58, 68, 69
+# Part 73. Chat commands: people and servers | uses 1, 2, 4, 23, 37, 38, 53, 61, 71, 72
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -18911,7 +19895,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 71. Chat commands: files | uses 1, 2, 8, 16, 37, 46, 68, 69
+# Part 74. Chat commands: files | uses 1, 2, 8, 16, 37, 45, 46, 49, 71, 72
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -19099,6 +20083,49 @@ def _chat_ls(client, rest: str) -> None:
     _desk(client).shares.look(fingerprint, shown, "/" + path.lstrip("/"))
 
 
+def _chat_shred(client, rest: str) -> None:
+    """Shows what would be destroyed; with --yes destroys it, in a thread of its own."""
+    home, words = client.records.require().paths.home, split_paths(_need(rest, SHRED_USAGE))
+    passes, asked = parse_passes(_take_option(words, "--passes") or "1"), "--yes" in words
+    paths = [os.path.expanduser(word) for word in words if word != "--yes"]
+    _need(" ".join(paths), SHRED_USAGE)
+    unknown = [word for word in paths if word.startswith("--")]
+    if unknown:
+        text = f"There is no option {one_line(unknown[0])[:40]}."
+        raise ChatError(text, f"Write {SHRED_USAGE}; a file of that name is ./{unknown[0][:40]}.")
+    if client.is_shredding():
+        raise ChatError("Something is being shredded already.", "Wait for its end, or leave.")
+    finish = functools.partial(_shredded, client, rest)
+    progress = functools.partial(_shred_progress, client)
+    client.shredding = ShredRun(passes, finish, progress, SHRED_NEWS_SECONDS)
+    client.shredding.start(lambda: survey(paths, home), asked)
+
+
+SHRED_USAGE = "/shred [--yes] [--passes N] PATH..."
+SHRED_NEWS_SECONDS = 10.0
+
+
+def _shredded(client, rest: str, plan: ShredPlan, result: ShredResult | None) -> None:
+    """In the thread that has looked, and perhaps shredded."""
+    if result is not None:
+        fields, text = result_report(plan, result)
+    else:
+        fields, text = plan_report(plan)
+        text += "" if plan.is_empty() else f"\nNothing is done yet. To do it: /shred --yes {rest}"
+    shown = {**fields, "dry_run": result is None}
+    client.inbox.post(functools.partial(_tell_shredded, client, text, shown))
+
+
+def _tell_shredded(client, text: str, fields: dict) -> None:
+    client.shredding = None
+    client.show_notice(text, **fields)
+
+
+def _shred_progress(client, done: int, total: int) -> None:
+    text = f"Shredding: {shred_words(done, total)}."
+    client.inbox.post(functools.partial(client.show_notice, text, done=done, size=total))
+
+
 for _row in (
     ("file", "/file PATH... [@NAME|#ROOM]", "offer a file or a folder", ("send",), _chat_file),
     ("get", "/get [ID...|NAME:PATH]", "take what is offered, or from a shared folder", (),
@@ -19108,12 +20135,14 @@ for _row in (
      (), _chat_share),
     ("ls", "/ls NAME[:FOLDER]", "what somebody shares with you; also: python3 trchat.py sftp", (),
      _chat_ls),
+    ("shred", "/shred PATH...", "destroy files of this computer; asks before it does", (),
+     _chat_shred),
 ):  # fmt: skip
     command("chat", *_row[:3], _row[4], _row[3])
 
 
 # ==================================================================================================
-# Part 72. Chat commands: records | uses 1, 2, 6, 8, 16, 36, 37, 44, 68, 69, 71
+# Part 75. Chat commands: records | uses 1, 2, 6, 8, 16, 36, 37, 47, 71, 72, 74
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -19329,7 +20358,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 73. Console commands | uses 1, 2, 8, 57, 68
+# Part 76. Console commands | uses 1, 2, 8, 60, 71
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -19449,7 +20478,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 74. Terminal input | uses 37
+# Part 77. Terminal input | uses 37
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -19655,7 +20684,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 75. Terminal | uses 2, 33-35, 37, 74
+# Part 78. Terminal | uses 2, 33-35, 37, 77
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -20017,7 +21046,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 76. Words for events | uses 2, 8, 16, 33, 68, 69
+# Part 79. Words for events | uses 2, 8, 16, 33, 71, 72
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -20283,7 +21312,7 @@ def _local_time(moment: str):
         return there  # somebody's clock says so, at the end of what a calendar holds
 
 
-PATH_COMMANDS = ("/file", "/send", "/share")
+PATH_COMMANDS = ("/file", "/send", "/share", "/shred")
 
 
 def _last_word(text: str) -> tuple:
@@ -20314,7 +21343,7 @@ def _quoted(path: str) -> str:
     return f'"{path}"'
 
 
-def _complete_path(before: str) -> tuple:
+def complete_path(before: str) -> tuple:
     """(start, names) of the last path of a line."""
     start, typed = _last_word(before)
     folder, name = os.path.split(os.path.expanduser(typed))
@@ -20337,7 +21366,7 @@ def complete_chat(client: ChatClient):
         start = before.rfind(" ") + 1
         word = before[start:]
         if before.split(" ", 1)[0] in PATH_COMMANDS and start and not word.startswith(("@", "#")):
-            return _complete_path(before)
+            return complete_path(before)
         if start == 0 and word.startswith("/"):
             rows = [row for row in COMMANDS.values() if row.chat]
             names = ["/" + name for row in rows for name in (row.name, *row.aliases)]
@@ -20356,7 +21385,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 77. Faces: terminal and JSON lines | uses 2, 33, 37, 38, 68, 75, 76
+# Part 80. Faces: terminal and JSON lines | uses 2, 33, 37, 38, 71, 78, 79
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -20697,7 +21726,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 78. Activities | uses 1-4, 11, 13, 23, 37, 38, 40, 48, 50, 51, 53, 57, 58, 61, 67, 68, 73, 77
+# Part 81. Activities | uses 1-4, 11, 13, 23, 37, 38, 40, 51, 53, 54, 56, 60, 61, 64, 70, 71, 76, 80
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -21090,7 +22119,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 79. Chatting directly | uses 1, 2, 4, 23, 37, 40, 48, 57, 58, 61, 67, 77, 78
+# Part 82. Chatting directly | uses 1, 2, 4, 23, 37, 40, 51, 60, 61, 64, 70, 80, 81
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -21273,7 +22302,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 80. SFTP for other programs | uses 1, 2, 8, 24, 37, 38, 61, 67, 78
+# Part 83. SFTP for other programs | uses 1, 2, 8, 24, 37, 38, 64, 70, 81
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -21384,7 +22413,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 81. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 40, 48, 57, 58, 67, 68
+# Part 84. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 40, 51, 60, 61, 70, 71
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -21566,7 +22595,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 82. Session | uses 1, 2, 33, 37, 39, 40, 75, 77
+# Part 85. Session | uses 1, 2, 33, 37, 39, 40, 78, 80
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -21659,7 +22688,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 83. Shell commands | uses 1, 2, 4, 36-38, 40, 44, 45, 50, 53, 58, 61, 70, 77-82
+# Part 86. Shell commands | uses 1, 2, 4, 33, 36-38, 40, 45-48, 53, 56, 61, 64, 73, 80-85
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -22000,12 +23029,89 @@ def _shell_servers(session: Session) -> int:
 NO_SERVERS = "No server is saved yet; connecting to one saves it."
 
 
+def _shell_shred(session: Session) -> int:
+    given = session.arguments
+    plan = survey(given.words, session.paths.home)
+    fields, text = plan_report(plan)
+    if given.dry_run:
+        session.answer("shred", {**fields, "dry_run": True}, text)
+        return 1 if plan.refused else 0
+    if plan.is_empty():
+        (path, reason), more = plan.refused[0], len(plan.refused) - 1
+        others = f" ({more} more for such reasons)" if more else ""
+        raise ChatError(f"{one_line(path)} is not shredded: {reason}{others}.", "", "storage")
+    if not given.yes:
+        sure = _sure_to_shred(session, plan, text)
+        if sure is None:
+            say_aside("Nothing was touched.")
+            return 1
+        plan = sure
+    session.dependencies().ensure()
+    result = _shred_and_wait(plan, given.passes)
+    fields, text = result_report(plan, result)
+    session.answer("shred", {**fields, "dry_run": False}, text)
+    if result.interrupted:
+        return 130
+    if result.refused:
+        raise ChatError("Not all was shredded.", "The reasons stand above.", "storage")
+    return 0
+
+
+def _sure_to_shred(session: Session, plan: ShredPlan, text: str) -> ShredPlan | None:
+    """The plan after the questions, None for no."""
+    if not session.interactive:
+        hint = "Add --yes, or --dry-run to see what would go."
+        raise ChatError("Nobody is there to be asked before files are destroyed.", hint)
+    sys.stdout.write(wrap_text(text, shutil.get_terminal_size().columns) + "\n")
+    if plan.read_only and not session.ask("Destroy those that are read-only, too? [y/N] ", False):
+        plan = survey(session.arguments.words, session.paths.home, read_only=False)
+    if plan.is_empty() or not session.ask("Destroy all this for good? [y/N] ", False):
+        return None
+    return plan
+
+
+def _shred_and_wait(plan: ShredPlan, passes: int) -> ShredResult:
+    """Shreds with progress on a terminal's stderr; Ctrl-C ends it after the block being written."""
+    results: list = []
+    shown = sys.stderr.isatty()
+
+    def progress(done: int, total: int) -> None:
+        if shown:
+            sys.stderr.write(f"\r{shred_words(done, total)}  ")
+            sys.stderr.flush()
+
+    run = ShredRun(passes, lambda plan, result: results.append(result), progress, SHRED_TICK)
+
+    def stop(*_) -> None:
+        run.stop()
+        say_aside("\nEnding after what is being written ...")
+
+    numbers = [getattr(signal, name) for name in ENDING_SIGNALS if hasattr(signal, name)]
+    before = [(number, signal.signal(number, stop)) for number in numbers]
+    try:
+        run.start(lambda: plan, True)
+        wait_for_event(run.ended)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    if shown:
+        sys.stderr.write("\r" + " " * SHRED_WIDTH + "\r")
+    if not results:
+        raise ChatError("Shredding broke off.", "Look whether the files are still there.")
+    return results[0]
+
+
+ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+SHRED_TICK = 0.5  # seconds between two reports
+SHRED_WIDTH = 30  # columns of a report
+
+
 class UsageError(Exception):
     """Wrong usage: exit code 2."""
 
 
 # ==================================================================================================
-# Part 84. Hidden messages in the shell | uses 1, 2, 26, 30, 31, 37, 40, 82, 83
+# Part 87. Hidden messages in the shell | uses 1, 2, 26, 30, 31, 37, 40, 85, 86
 #
 # `hide` and `reveal`: what is asked of a person, which files are read, and where results go.
 # Nothing here ever overwrites a file.
@@ -22232,7 +23338,7 @@ def _reveal_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 85. Command line | uses 1, 8, 37, 68, 70, 83, 84
+# Part 88. Command line | uses 1, 8, 37, 45, 71, 73, 86, 87
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -22329,6 +23435,20 @@ def _servers_options(parser) -> None:
     )
 
 
+def _shred_options(parser) -> None:
+    parser.add_argument("words", nargs="+", metavar="PATH", help="files, folders or links")
+    parser.add_argument("--passes", type=_passes, default=1, metavar="N",
+                        help="how often to overwrite, 1 to 100 (1)")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be destroyed")
+
+
+def _passes(text: str) -> int:
+    try:
+        return parse_passes(text)
+    except ChatError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is no port (0 to 65535)")
@@ -22358,6 +23478,8 @@ for _activity in (
      _shell_hide, _hide_options, (5, "Hide or reveal a message in a BMP")),
     ("reveal", "reveal new.bmp", "show what is hidden in a BMP picture",
      _shell_reveal, _reveal_options, None),
+    ("shred", "shred letter.txt photos", "destroy files and folders; asks before it does",
+     _shell_shred, _shred_options, (6, "Shred files")),
     ("demo", "demo", "a server and three people in one process", _shell_demo, None, None),
     ("id", "id passphrase", "your key and its fingerprint", _shell_id, _id_options, None),
     ("servers", "servers remove NAME", "the servers you were on",
@@ -22404,14 +23526,14 @@ def _common_options(parser, top: bool) -> None:
                         help="a setting for this run", **unset)  # fmt: skip
     for option, text in (
         ("--json", "JSON lines instead of text"),
-        ("--yes", "install what is missing without asking"),
+        ("--yes", "ask nothing: install what is missing, shred what is named"),
         ("--no-install", "install nothing, only say what is missing"),
     ):
         parser.add_argument(option, action="store_true", help=text, **unset)
 
 
 # ==================================================================================================
-# Part 86. Menu and door | uses 1, 2, 4, 36-38, 48, 58, 68, 70, 77, 82, 83, 85
+# Part 89. Menu and door | uses 1, 2, 4, 36-38, 51, 61, 71, 73, 74, 78-80, 85, 86, 88
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -22470,6 +23592,7 @@ def _menu_activity(session: Session, choice: str) -> None:
         "server": _menu_server, "connect": _menu_connect, "host": _menu_host,
         "contacts": _menu_people, "settings": _menu_settings, "ip": lambda session: ["ip"],
         "hide": _menu_picture,
+        "shred": _menu_shred,
     }  # fmt: skip
     if choice.startswith(TOKEN_PREFIX):  # pasted where a number was asked for
         consume_token(choice)
@@ -22566,6 +23689,14 @@ def _menu_hide(session: Session) -> list:
     return ["hide", *(["--for", name] if name else []), "--", cover, out]
 
 
+def _menu_shred(session: Session) -> list:
+    with Terminal(sys.stdin, sys.stdout) as terminal:
+        question = "Files or folders to destroy (Enter goes back; Tab completes): "
+        answer = terminal.read_line(question, complete_path, remember=False)[0]
+    paths = [os.path.expanduser(path) for path in split_paths(answer)]
+    return ["shred", "--", *paths] if paths else []
+
+
 def _menu_settings(session: Session) -> list:
     """Shows the settings and changes one."""
     rows = session.settings().rows()
@@ -22620,7 +23751,7 @@ def _end_on_signals() -> None:
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+    for name in ENDING_SIGNALS[1:]:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), interrupt)
 

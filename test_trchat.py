@@ -19383,7 +19383,7 @@ def with_fourth(row: bytes, places: tuple, spare: bytes) -> bytes:
     return bytes(wide)
 
 
-def noise(width, height, seed=1, low=20, high=235) -> bytes:
+def pixels(width, height, seed=1, low=20, high=235) -> bytes:
     """Samples between two values."""
     source = random.Random(seed)
     return bytes(source.choices(range(low, high + 1), k=3 * width * height))
@@ -19456,7 +19456,7 @@ class BitmapTest(PictureCase):
     def test_every_kind_gives_its_samples_from_the_top_down(self):
         for kind, width in itertools.product(self.KINDS, (4, 5, 6, 7)):
             with self.subTest(kind=kind, width=width):
-                samples = noise(width, 9)
+                samples = pixels(width, 9)
                 bitmap = trchat.Bitmap(bmp_file(width, 9, samples, **kind))
                 self.assertEqual(bitmap.samples(), samples)
                 self.assertEqual((bitmap.width, bitmap.height, bitmap.count), (width, 9, 27 * width))
@@ -19466,20 +19466,20 @@ class BitmapTest(PictureCase):
     def test_other_samples_leave_all_else_as_it_is(self):
         for kind, width in itertools.product(self.KINDS, (4, 5, 6, 7)):
             with self.subTest(kind=kind, width=width):
-                one, other = noise(width, 9, 1), noise(width, 9, 2)
+                one, other = pixels(width, 9, 1), pixels(width, 9, 2)
                 bitmap = trchat.Bitmap(bmp_file(width, 9, one, **kind))
                 self.assertEqual(
                     bytes(bitmap.with_samples(other)), bmp_file(width, 9, other, **kind)
                 )
 
     def test_refused_with_its_reason(self):
-        good = bmp_file(8, 8, noise(8, 8))
-        wide = bmp_file(8, 8, noise(8, 8), bits=32)
+        good = bmp_file(8, 8, pixels(8, 8))
+        wide = bmp_file(8, 8, pixels(8, 8), bits=32)
 
         def patched(place, form, *values, data=good):
             return data[:place] + struct.pack(form, *values) + data[place + struct.calcsize(form) :]
 
-        strange = bmp_file(8, 8, noise(8, 8), bits=32, places=(0, 1, 2))
+        strange = bmp_file(8, 8, pixels(8, 8), bits=32, places=(0, 1, 2))
         for data, reason in (
             (b"", "no BMP"), (b"\x89PNG" + good, "no BMP"), (b"BM", "too early"),
             (good[:30], "too early"), (good[:-1], "too early"), (strange[:60], "too early"),
@@ -19510,7 +19510,7 @@ class BitmapTest(PictureCase):
                 self.assertTrue(error.hint)
 
     def test_no_cut_and_no_flipped_header_does_harm(self):
-        data = bmp_file(5, 4, noise(5, 4), bits=32, places=(2, 1, 0), header=108)
+        data = bmp_file(5, 4, pixels(5, 4), bits=32, places=(2, 1, 0), header=108)
         self.assertEqual(len(list(every_cut(data))), len(data))
         for cut in every_cut(data):
             self.error_of(trchat.Bitmap, cut)
@@ -19632,7 +19632,7 @@ class SteganographyTest(PictureCase):
     def test_round_trips(self, data):
         width, height = data.draw(st.integers(60, 90)), data.draw(st.integers(100, 130))
         kind = data.draw(st.sampled_from(BitmapTest.KINDS))
-        bitmap = trchat.Bitmap(bmp_file(width, height, noise(width, height), **kind))
+        bitmap = trchat.Bitmap(bmp_file(width, height, pixels(width, height), **kind))
         name = data.draw(st.sampled_from(("", "a.txt", "Füße.tar.gz")))
         room = self.capacity(bitmap) - bool(name) * (4 + len(name.encode()))
         size = data.draw(st.one_of(st.integers(0, room), st.sampled_from((0, 1, room))))
@@ -19642,7 +19642,7 @@ class SteganographyTest(PictureCase):
 
     def test_up_to_the_last_byte_and_not_one_more(self):
         for width, height in ((75, 75), (64, 101), (200, 150)):
-            bitmap = trchat.Bitmap(bmp_file(width, height, noise(width, height)))
+            bitmap = trchat.Bitmap(bmp_file(width, height, pixels(width, height)))
             content = random.Random(1).randbytes(self.capacity(bitmap))
             self.assertEqual(self.reveal(self.hide(bitmap, content)).content, content)
             error = self.error_of(self.hide, bitmap, content + b"x")
@@ -19650,14 +19650,14 @@ class SteganographyTest(PictureCase):
             self.assertIn(f"{len(content):,} bytes; that is 1 too few", error.text)
 
     def test_what_compresses_takes_more(self):
-        bitmap = trchat.Bitmap(bmp_file(80, 80, noise(80, 80)))
+        bitmap = trchat.Bitmap(bmp_file(80, 80, pixels(80, 80)))
         text = b"the same again, " * 2000
         self.assertGreater(len(text), 5 * self.capacity(bitmap))
         self.assertEqual(self.reveal(self.hide(bitmap, text)).content, text)
 
     def test_the_smallest_picture(self):
         for width in range(1, 100, 9):
-            bitmap = trchat.Bitmap(bmp_file(width, width, noise(width, width)))
+            bitmap = trchat.Bitmap(bmp_file(width, width, pixels(width, width)))
             if bitmap.count < 4 * 4096:
                 self.assertEqual(self.error_of(self.hide, bitmap, b"").code, "too-large")
             else:
@@ -19665,7 +19665,7 @@ class SteganographyTest(PictureCase):
 
     def test_fixed_samples_stay_and_are_the_salt(self):
         """The salt, worked out once more as the part's head writes it."""
-        samples = noise(120, 90)
+        samples = pixels(120, 90)
         bitmap = trchat.Bitmap(bmp_file(120, 90, samples))
         picture = self.hide(bitmap, random.Random(1).randbytes(self.capacity(bitmap)))
         changed = trchat.Bitmap(picture).samples()
@@ -19682,14 +19682,14 @@ class SteganographyTest(PictureCase):
             self.assertEqual(carrier.salt, hashlib.sha256(framed).digest())
 
     def test_one_form_of_the_picture_reads_what_another_holds(self):
-        bitmap = trchat.Bitmap(bmp_file(101, 80, noise(101, 80)))
+        bitmap = trchat.Bitmap(bmp_file(101, 80, pixels(101, 80)))
         samples = trchat.Bitmap(self.hide(bitmap, b"turned over")).samples()
         for kind in BitmapTest.KINDS:
             again = bmp_file(101, 80, samples, **kind)
             self.assertEqual(self.reveal(again).content, b"turned over", kind)
 
     def test_as_few_samples_change_as_promised(self):
-        bitmap = trchat.Bitmap(bmp_file(300, 200, noise(300, 200, low=0, high=255)))
+        bitmap = trchat.Bitmap(bmp_file(300, 200, pixels(300, 200, low=0, high=255)))
         layout = trchat.Layout(bitmap.count, 0)
         header = 8 * 34  # the header's changes come on top, one a group at most
         for size in (10, 200, layout.quiet, 8000, layout.capacity):
@@ -19709,25 +19709,25 @@ class SteganographyTest(PictureCase):
         self.assertIn("easily notice", trchat._share_warning(0.06)[0])
 
     def test_a_wrong_passphrase_an_empty_picture_and_another_key_look_the_same(self):
-        empty = bmp_file(120, 120, noise(120, 120))
+        empty = bmp_file(120, 120, pixels(120, 120))
         full = self.hide(trchat.Bitmap(empty), b"secret")
         mine = identity(0)
         answers = [
             self.error_of(self.reveal, full, self.lock("wrong")),
             self.error_of(self.reveal, full, self.lock(self.SECRET.upper())),
             self.error_of(self.reveal, empty),
-            self.error_of(self.reveal, bmp_file(200, 200, noise(200, 200)),
+            self.error_of(self.reveal, bmp_file(200, 200, pixels(200, 200)),
                           trchat.ContactLock(mine.spki, mine)),
         ]  # fmt: skip
         self.assertEqual({(str(a), a.code) for a in answers}, {(str(answers[0]), "locked")})
 
     def test_passphrases_are_normalised(self):
-        picture = self.hide(trchat.Bitmap(bmp_file(90, 90, noise(90, 90))), b"x", lock=self.lock("Å"))
+        picture = self.hide(trchat.Bitmap(bmp_file(90, 90, pixels(90, 90))), b"x", lock=self.lock("Å"))
         self.assertEqual(self.reveal(picture, self.lock("A\u030a")).content, b"x")
 
     def test_damage_is_an_error_and_never_garbage(self):
         content = random.Random(3).randbytes(3000)
-        picture = self.hide(trchat.Bitmap(bmp_file(120, 120, noise(120, 120))), content, "a.bin")
+        picture = self.hide(trchat.Bitmap(bmp_file(120, 120, pixels(120, 120))), content, "a.bin")
         seen = collections.Counter()
         for place in range(54, len(picture), 997):
             try:
@@ -19740,17 +19740,17 @@ class SteganographyTest(PictureCase):
         self.assertGreater(seen["locked"], 0, seen)  # header or salt: nothing can be known
 
     def test_the_same_twice_gives_another_picture(self):
-        bitmap = trchat.Bitmap(bmp_file(90, 90, noise(90, 90)))
+        bitmap = trchat.Bitmap(bmp_file(90, 90, pixels(90, 90)))
         self.assertNotEqual(self.hide(bitmap, b"x" * 50), self.hide(bitmap, b"x" * 50))
 
     def test_a_second_message_replaces_the_first(self):
-        first = self.hide(trchat.Bitmap(bmp_file(90, 90, noise(90, 90))), b"first")
+        first = self.hide(trchat.Bitmap(bmp_file(90, 90, pixels(90, 90))), b"first")
         second = self.hide(trchat.Bitmap(first), b"second")
         self.assertEqual(self.reveal(second).content, b"second")
 
     def test_a_header_that_lies(self):
         """Anybody can make one for a contact: more than the picture holds, or less than a tag."""
-        bitmap, real = trchat.Bitmap(bmp_file(90, 90, noise(90, 90))), trchat.seal
+        bitmap, real = trchat.Bitmap(bmp_file(90, 90, pixels(90, 90))), trchat.seal
         for size in (2**48 - 1, 10_000, 15, 0):
 
             def lying(key, nonce, plaintext, associated, size=size):
@@ -19839,7 +19839,7 @@ class PictureForContactTest(PictureCase):
     def setUp(self):
         super().setUp()
         self.bob = identity(0)
-        self.bitmap = trchat.Bitmap(bmp_file(200, 160, noise(200, 160)))
+        self.bitmap = trchat.Bitmap(bmp_file(200, 160, pixels(200, 160)))
         self.modulus = trchat.RSAPublic(self.bob.spki).modulus
 
     def hide(self, content):
@@ -19875,7 +19875,7 @@ class PictureForContactTest(PictureCase):
         self.assertLess(found, 1700)  # 404 bytes in groups of a few bits each
 
     def test_a_small_picture_has_room_for_a_passphrase_only(self):
-        small = trchat.Bitmap(bmp_file(100, 100, noise(100, 100)))
+        small = trchat.Bitmap(bmp_file(100, 100, pixels(100, 100)))
         message = trchat.HiddenMessage("", b"x")
         error = self.error_of(trchat.hide, small, message, trchat.ContactLock(self.bob.spki))
         self.assertEqual(error.code, "too-large")
@@ -27355,12 +27355,12 @@ class TamperingRelay(trchat.RelayMachine):
 
 
 class FileTamperingTest(FilesCase):
-    SIZE = 12 << 20
+    SIZE = 40 << 20  # many frames, so that the tampered one is in the middle
 
     def test_a_server_that_changes_what_it_carries(self):
         for how in ("drop", "twice", "alter"):
             with self.subTest(how):
-                machine = type("Relay", (TamperingRelay,), {"how": how, "when": (8,)})
+                machine = type("Relay", (TamperingRelay,), {"how": how, "when": (20,)})
                 server = self.serve(machine=machine)
                 alice, bob = self.gather(server, "alice", "bob")
                 _, theirs = self.offer(alice, self.source("x"), bob, to=" @bob")
@@ -27369,7 +27369,7 @@ class FileTamperingTest(FilesCase):
                 self.wait_idle(alice, bob)
                 self.assertEqual((bob.of("received"), alice.of("file-sent")), ([], []))
                 self.assertEqual(self.held(bob), ["x.part"])
-                self.assertGreater(server.machine.count, 8)
+                self.assertGreater(server.machine.count, 20)
                 got, _ = self.get(alice, bob, theirs)
                 self.assert_same(got["path"])
                 for person in (alice, bob):

@@ -104,8 +104,9 @@ or thread: bytes in, events out) and each uses only parts above itself:
  88. Command line
  89. Menu and door
 
-The protocol is written down where it is made: frames and contents byte by byte in Part 7, the
-keys of two people in Parts 4 and 5, those of a room in Part 6; who may come in in Part 10.
+The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
+the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
+"Room keys", those of a file in "Streams"; who may come in in "Gatekeeper".
 """
 
 from __future__ import annotations  # trchat needs Python 3.9 or newer (https://www.python.org)

@@ -16693,6 +16693,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 CHANNEL_MOST = 1 << 20  # bytes that a thread may be ahead of what has been sent
 CHANNEL_USED = 256 << 10  # bytes after which the other side hears that they were used
+CHANNEL_PATIENCE = 120.0  # seconds that a client waits for an answer
 
 
 class StreamReset(ChatError):
@@ -16703,9 +16704,14 @@ class StreamReset(ChatError):
 
 
 class Channel:
-    """`send` and `receive` wait; a stream that breaks ends both with a ChatError."""
+    """`send` and `receive` wait; a stream that breaks ends both with a ChatError.
 
-    def __init__(self, stream: Stream, connection):
+    `asks`: whether every wait is for an answer, so that a long silence means that something was
+    lost on the way.
+    """
+
+    def __init__(self, stream: Stream, connection, asks: bool = False):
+        self._asks = asks
         self.stream, self._connection = stream, connection
         self._change = threading.Condition()
         self._outgoing: list = []
@@ -16729,7 +16735,12 @@ class Channel:
     def receive(self) -> bytes:
         """Waits for the next bytes; b"" once the other side has ended the stream."""
         with self._change:
-            self._change.wait_for(lambda: self._incoming or self._finished or self._broken)
+            patience = CHANNEL_PATIENCE if self._asks else None
+            there = self._change.wait_for(
+                lambda: self._incoming or self._finished or self._broken, patience
+            )
+            if not there:
+                raise ChatError("The other side does not answer.", code="unreachable")
             if not self._incoming:
                 self._check()
                 return b""
@@ -16923,10 +16934,10 @@ class Connection:
 
     def open_stream(self, person, purpose: int, number: bytes) -> Channel:
         """A new stream to somebody, for a thread of its own."""
-        return self.channel(self.machine.streams.open(person, purpose, number))
+        return self.channel(self.machine.streams.open(person, purpose, number), asks=True)
 
-    def channel(self, stream: Stream) -> Channel:
-        channel = self._channels[stream] = Channel(stream, self)
+    def channel(self, stream: Stream, asks: bool = False) -> Channel:
+        channel = self._channels[stream] = Channel(stream, self, asks)
         self.machine.streams.news[stream] = None
         return channel
 
@@ -22386,7 +22397,8 @@ class SftpBridge:
             person = connection.machine.directory.find(self._name)
             if person is not None and person.fingerprint == event["fingerprint"]:
                 connection.machine.messages.check_key(person)
-                self._channel = connection.open_stream(person, FOR_FOLDER, bytes(16))
+                streams = connection.machine.streams  # a person may think between two commands
+                self._channel = connection.channel(streams.open(person, FOR_FOLDER, bytes(16)))
                 self._found.set()
 
 

@@ -27155,7 +27155,7 @@ class FileAttackTest(FilesCase):
         bob.type(f"/cancel {theirs['number']}")
         alice.wait_for("file-failed")
         self.wait_idle(alice, bob)
-        self.assertEqual(self.held(bob), ["mine"])
+        self.until(lambda: self.held(bob) == ["mine"], "what came to be thrown away")
 
     def test_the_word_that_all_is_sent_many_times(self):
         """Each would begin to compare: at most one does."""

@@ -27834,6 +27834,8 @@ class FileProcessTest(EndToEnd):
         kept = os.stat(part).st_size
         self.proxy.record["down"] = bytearray()
         self.relay = self.server("--auth", "open", port=self.relay.port)
+        for person in (alice, bob):
+            person.wait_for("reconnected")
         self.assertEqual(bob.wait_for("received", id=offer["id"])["sha256"], digest)
         self.assertLess(len(self.proxy.record["down"]), self.SIZE - kept + (1 << 20))
         alice.wait_for("file-sent", id=offer["id"])

@@ -13254,7 +13254,11 @@ class ByteProxy:
         with contextlib.suppress(OSError):
             while True:
                 near = self._listener.accept()[0]
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:  # nobody is there at the moment
+                    near.close()
+                    continue
                 self._sockets += [near, far]
                 for way, one, other in (("up", near, far), ("down", far, near)):
                     threading.Thread(target=self._pump, args=(way, one, other), daemon=True).start()

@@ -17073,7 +17073,7 @@ class SftpServerMachineTest(PureCase):
         codes = {errno.ENOENT: 2, errno.EACCES: 3, errno.EROFS: 3, errno.ENOSPC: 4, errno.EEXIST: 4,
                  errno.ENOTSUP: 8, errno.ELOOP: 3, errno.EIO: 4, None: 4}  # fmt: skip
         for number, code in codes.items():
-            talk.folder.stat = mock.Mock(side_effect=OSError(number, "/home/somebody/secret"))
+            talk.folder.stat = mock.Mock(side_effect=OSError(number, "/somewhere/secret"))
             answer, (found, text, language) = talk.ask(FXP.STAT, "/a")
             self.assertEqual((answer, found, language), (FXP.STATUS, code, "en"))
             self.assertRegex(text, r"^[A-Z][a-z ]+\.$")
@@ -22592,8 +22592,8 @@ def port_of(home: str, profile: str) -> int:
 MOUNTINFO = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
 27 1 8:2 / / rw,relatime shared:1 - ext4 /dev/sda2 rw,data=ordered
 30 27 0:30 / /my\040disk rw shared:2 master:1 - btrfs /dev/sdb1 rw,subvol=/
-31 27 8:17 / /home rw,relatime - xfs /dev/sdb1 rw,noquota
-32 27 0:31 / /home/me rw - fuse.sshfs me@host: rw
+31 27 8:17 / /data rw,relatime - xfs /dev/sdb1 rw,noquota
+32 27 0:31 / /data/me rw - fuse.sshfs me@host: rw
 33 27 0:32 / /twice rw - ext4 /dev/sda3 rw
 34 27 0:33 / /twice rw - tmpfs tmpfs rw
 35 27 8:3 / /journal rw - ext4 /dev/sda4 rw,data=journal
@@ -22635,8 +22635,8 @@ class MountsTest(PureCase):
 
     def test_the_mount_of_a_path(self):
         for path, kind in (
-            ("/", "ext4"), ("/homes/x", "ext4"), ("/home", "xfs"), ("/home/you", "xfs"),
-            ("/home/me/x", "fuse.sshfs"), ("/my disk/x", "btrfs"), ("/twice/x", "tmpfs"),
+            ("/", "ext4"), ("/datas/x", "ext4"), ("/data", "xfs"), ("/data/you", "xfs"),
+            ("/data/me/x", "fuse.sshfs"), ("/my disk/x", "btrfs"), ("/twice/x", "tmpfs"),
             ("/odd\\name\nx/y", "nfs4"), ("/proc/1", "proc"),
         ):  # fmt: skip
             self.assertEqual(trchat.find_mount(self.mounts, path).kind, kind, path)
@@ -25534,7 +25534,7 @@ class TransferBookTest(FileTest):
         self.assertEqual([t.name for t in self.book().transfers.values()], ["n1"])
 
     def test_nothing_of_it_can_be_read_on_the_disk(self):
-        self.book().add(self.transfer(1, name="diary.txt", path="/home/alice/diary.txt"))
+        self.book().add(self.transfer(1, name="diary.txt", path="/somewhere/diary.txt"))
         held = read_bytes(self.path)
         self.assertNotIn(b"diary", held)
         self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)

@@ -17863,44 +17863,41 @@ class SharedFolders:
             raise OSError(errno.ENOENT if name else errno.EACCES, "only folders are shared here")
         return self._folders[name], "/" + "/".join(rest)
 
-    def open(self, path: str, flags: int, attributes: Attributes):
+    def _call(self, method: str, path: str, *args):
+        """Calls a method of the folder that a path leads into."""
         folder, inside = self._at(path)
-        return folder.open(inside, flags, attributes)
+        return getattr(folder, method)(inside, *args)
+
+    def open(self, path: str, flags: int, attributes: Attributes):
+        return self._call("open", path, flags, attributes)
 
     def list(self, path: str):
         if path_parts(path):
-            folder, inside = self._at(path)
-            return folder.list(inside)
+            return self._call("list", path)
         now = time.time()
         tops = [(name, folder.stat("/")) for name, folder in self._folders.items()]
         return iter([Entry(name, listing_line(name, top, now), top) for name, top in tops])
 
     def stat(self, path: str) -> Attributes:
-        folder, inside = self._at(path) if path_parts(path) else (self._first(), "/")
-        return folder.stat(inside)
+        return self._call("stat", path) if path_parts(path) else self._first().stat("/")
 
     def lstat(self, path: str) -> Attributes:
-        folder, inside = self._at(path) if path_parts(path) else (self._first(), "/")
-        return folder.lstat(inside)
+        return self._call("lstat", path) if path_parts(path) else self._first().lstat("/")
 
     def _first(self) -> RootedFolder:
         return next(iter(self._folders.values()))
 
     def set_attributes(self, path: str, attributes: Attributes) -> None:
-        folder, inside = self._at(path)
-        folder.set_attributes(inside, attributes)
+        self._call("set_attributes", path, attributes)
 
     def remove(self, path: str) -> None:
-        folder, inside = self._at(path)
-        folder.remove(inside)
+        self._call("remove", path)
 
     def make_folder(self, path: str, attributes: Attributes) -> None:
-        folder, inside = self._at(path)
-        folder.make_folder(inside, attributes)
+        self._call("make_folder", path, attributes)
 
     def remove_folder(self, path: str) -> None:
-        folder, inside = self._at(path)
-        folder.remove_folder(inside)
+        self._call("remove_folder", path)
 
     def rename(self, old: str, new: str, replace: bool) -> None:
         (folder, inside), (other, there) = self._at(old), self._at(new)
@@ -18146,6 +18143,17 @@ class ByServer:
         self._desk.book.drop(run.transfer)
         self._desk.send_offer(run.transfer.path, measured, connection, target, reference)
 
+    def remove(self, transfer: Transfer) -> None:
+        """Takes an offer's file off its server."""
+        spawn("remove by server", self._routine_remove, transfer)
+
+    def _routine_remove(self, transfer: Transfer) -> None:
+        try:
+            reference = SealedReference.decode(transfer.reference)
+            remove_remote(self._paths, reference.place(), reference.name)
+        except ChatError as error:
+            self._desk.post(self._chat.show_error, error)
+
     def fetch(self, transfer: Transfer, accept_key: str = "") -> None:
         """Fetches what was offered, or goes on with it."""
         fingerprint, name = transfer.peer()
@@ -18351,7 +18359,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 69. File desk | uses 1, 2, 8, 16, 26, 38, 49, 62, 65-68
+# Part 69. File desk | uses 1, 2, 8, 16, 26, 29, 38, 49, 62, 65-68
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -18628,6 +18636,8 @@ class FileDesk:
             why = "It was taken back." if transfer.own else "They do not want it."
             self.tell(fingerprint, CANCEL, transfer, 1, why)
             self._clear(transfer, self.stop(transfer, fingerprint, "It was cancelled."))
+        if transfer.own and transfer.reference.startswith(REFERENCE_PREFIX):
+            self.by_server.remove(transfer)
         self.end(transfer)
         self._chat.note_status()
         text = (

@@ -22367,6 +22367,17 @@ class KnockTest(MachineTest):
         network.come_back(bob)
         self.assertEqual(bob.phase, "door")
 
+    def test_a_denial_can_be_taken_back(self):
+        network, bob = self.knocking()
+        door = network.relay.door
+        door.answer("bob", "", False, network.now)
+        network.run()
+        self.assertFalse(door.forgive("other", "") or door.forgive("bob", "zz"))
+        self.assertTrue(door.forgive("bob", ""))
+        self.assertFalse(door.forgive("bob", ""), "once")
+        network.come_back(bob)
+        self.assertEqual(bob.phase, "door")
+
     def test_nobody_learns_names_at_the_door(self):
         """Whoever holds a token may not find out by it who is known here."""
         network, bob = self.knocking()
@@ -26533,6 +26544,38 @@ class FileDeskTest(FilesCase):
             self.assertIn("Permission denied", alice.ask(f"/file {self.base}/files/x")["text"])
         self.assertEqual(bob.of("offer"), [])
 
+    def test_our_own_keys_are_never_offered_or_shared(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        home = alice.client.records.profile.paths.home
+        link = os.path.join(self.base, "link")
+        os.symlink(home, link)
+        for path in ("/", os.path.dirname(home), home, os.path.join(home, "alice", "cert"), link):
+            for line in (f"/file {path}", f"/share {path} bob"):
+                answer = alice.ask(line)
+                self.assertEqual((answer["event"], answer["code"]), ("error", "denied"), line)
+        self.assertEqual((bob.of("offer"), alice.client.desk.book.shares), ([], []))
+
+    def test_one_wrong_word_offers_nothing(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        answer = alice.ask(f"/file {self.source('x')} bob")
+        self.assertIn("nothing was offered. Did you mean @bob?", answer["text"])
+        self.settle(bob, alice)
+        self.assertEqual((bob.of("offer"), alice.client.desk.book.transfers), ([], {}))
+
+    def test_an_offer_to_nobody_is_forgotten(self):
+        alice, _ = self.gather(self.serve(), "alice", "bob")
+        answer = alice.ask(f"/file {self.source('x')} @nobody")
+        self.assertEqual(answer["code"], "no-such-person")
+        self.until(lambda: not alice.client.desk.book.transfers, "the offer to be forgotten")
+
+    def test_of_several_one_is_named(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        for name in ("x", "y"):
+            self.offer(alice, self.source(name), bob)
+        answer = bob.ask("/get")
+        self.assertIn("Several files are offered: f1 x, f2 y.", answer["text"])
+        self.assertEqual(self.held(bob), [])
+
     def test_a_source_that_changed_is_not_sent(self):
         alice, bob = self.gather(self.serve(), "alice", "bob")
         path = self.source("x")
@@ -27720,6 +27763,15 @@ class FilesByServerTest(FilesCase):
         bob = self.enter("bob", server)
         bob.type(f"/get {theirs['number']}")
         self.assert_same(bob.wait_for("received", id=theirs["id"])["path"])
+
+    def test_what_is_taken_back_leaves_the_server(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        alice.type(f"/file {self.source('x')} @bob --via {self.place}")
+        mine = alice.wait_for("offer", name="x")
+        self.assertEqual(len(os.listdir(self.sshd.drop)), 1)
+        alice.type(f"/cancel {mine['number']}")
+        bob.wait_for("file-failed", id=mine["id"])
+        self.until(lambda: not os.listdir(self.sshd.drop), "the file to leave the server")
 
     def test_what_goes_wrong_is_one_sentence(self):
         alice, bob = self.gather(self.serve(), "alice", "bob")

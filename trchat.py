@@ -18930,12 +18930,7 @@ class ChatClient:
         if kind == "message" and event["direct"] and self._came_before(event):
             return
         conversation = self._conversation_of(connection, event)
-        if conversation is not None:
-            event["_window"], event["_here"] = conversation.number, conversation is self.here
-        event["_own"] = connection.machine.name
-        if "id" in event:
-            own = fingerprint_text(connection.machine.identity.fingerprint)
-            event["_key"] = (event.get("fingerprint", own), event["id"])
+        self._mark(connection, conversation, event)
         foreign = kind in ("message", "offer") and "_message" not in event
         if kind == "offer":
             self._guarded_records(self._note_files, connection, event)
@@ -18958,6 +18953,15 @@ class ChatClient:
         waits = event.get("room") or event.get("knocked")
         if kind in ("ready", "request") or kind == "notice" and waits:
             self.settled.set()
+
+    def _mark(self, connection: Connection, conversation, event: dict) -> None:
+        """What faces need to know of an event beside what it says."""
+        if conversation is not None:
+            event["_window"], event["_here"] = conversation.number, conversation is self.here
+        event["_own"] = connection.machine.name
+        if "id" in event:
+            own = fingerprint_text(connection.machine.identity.fingerprint)
+            event["_key"] = (event.get("fingerprint", own), event["id"])
 
     def _note_files(self, connection: Connection, event: dict) -> None:
         if self.desk is not None:

@@ -20761,6 +20761,7 @@ class DisappearingTest(KeptTest):
         alice.wait_for("notice", text="bob set the messages with you to disappear after 1s.")
         alice.type("/msg bob alone")
         self.assertEqual(bob.wait_for("message", direct=True)["disappear"], 1)
+        alice.wait_until(lambda _: len(alice.of("sent")) == 3)
         gone = {e["id"] for e in alice.of("sent")[1:]}
         for person in (alice, bob):
             person.wait_until(

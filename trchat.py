@@ -148,6 +148,7 @@ DEFAULT_PORT = 8089
 DEFAULT_ROOM = "lobby"
 
 MAX_FRAME = 1 << 20  # bytes of one frame after its length field
+VIEW_LEAST = 64 << 10  # bytes from which a frame is not copied, but what came with it is kept
 MAX_TEXT = 256 << 10  # bytes of one message of text
 MAX_SKIPPED_KEYS = 1000  # Double Ratchet, section 3.2: MAX_SKIP
 MAX_ROSTER = 4096  # people in one room
@@ -1785,25 +1786,26 @@ class FrameBuffer:
         self._most = most
 
     def receive_data(self, data: bytes) -> list:
-        """The (kind, body) of every frame that `data` completes."""
+        """The (kind, body) of every frame that `data` completes; a large body is a memoryview."""
         if self._buffer or len(data) < FRAME_HEAD.size:
             self._buffer += data
             if len(self._buffer) < self._wanted:
                 return []
-            data, self._buffer = bytes(self._buffer), bytearray()
-        frames, position = [], 0
+            data, self._buffer = self._buffer, bytearray()
+        whole, frames, position = memoryview(data), [], 0
         while len(data) - position >= FRAME_HEAD.size:
             size, kind = FRAME_HEAD.unpack_from(data, position)
             check_frame_size(size, self._most)
             end = position + 4 + size
             if end > len(data):
                 break
-            frames.append((kind, data[position + 5 : end]))
+            body = whole[position + 5 : end]
+            frames.append((kind, body if size >= VIEW_LEAST else bytes(body)))
             position = end
-        self._keep(data[position:])
+        self._keep(whole[position:])
         return frames
 
-    def _keep(self, rest: bytes) -> None:
+    def _keep(self, rest) -> None:
         """The beginning of a frame is looked at again once all of it can be there."""
         self._buffer += rest
         self._wanted = FRAME_HEAD.size
@@ -2912,7 +2914,7 @@ class RelayMachine:
             client.buffer += data
             if len(client.buffer) < client.wanted:
                 return
-            data, client.buffer = bytes(client.buffer), None
+            data, client.buffer = client.buffer, None
         self.bytes += len(data)
         try:
             used = self._consume(client, data, now)
@@ -2942,7 +2944,7 @@ class RelayMachine:
                 stop, count = self._forward(client, data, position)
             else:
                 stop, count = position + 4 + size, 1
-                self._control(client, kind, data[position + 5 : stop], now)
+                self._control(client, kind, bytes(data[position + 5 : stop]), now)
             position, frames = stop, frames + count
         self.frames += frames
         self._charge(client, frames, now)
@@ -2960,7 +2962,8 @@ class RelayMachine:
             position, count = position + 4 + size, count + 1
         if not count or client.bundle is None or int.from_bytes(head[5:], "big") != client.id:
             raise RemoteProtocolError("A frame is not from the client it names.")
-        run = data[start:position]
+        large = position - start >= VIEW_LEAST
+        run = memoryview(data)[start:position] if large else bytes(data[start:position])
         for receiver in client.routes.get(int.from_bytes(head[1:5], "big"), ()):
             if receiver is not client:
                 self._deliver(client, receiver, run)
@@ -9374,24 +9377,27 @@ class Inbox:
 
     def __init__(self):
         self._calls = collections.deque()
+        self._woken = False
         self.wake_socket, self._waker = socket.socketpair()
         self.wake_socket.setblocking(False)
         self._waker.setblocking(False)
 
     def post(self, function, *args) -> None:
         self._calls.append((function, args))
-        try:
-            self._waker.send(b"\0")
-        except OSError:
-            pass  # full: it will wake anyway; closed: nobody is left to wake
+        if not self._woken:  # looked at after the call is there, as run_all does it before
+            self._woken = True
+            try:
+                self._waker.send(b"\0")
+            except OSError:
+                pass  # closed: nobody is left to wake
 
     def run_all(self) -> None:
         """In the owner thread: does what was posted."""
         try:
-            while self.wake_socket.recv(4096):
-                pass
+            self.wake_socket.recv(4096)
         except OSError:
             pass
+        self._woken = False
         while self._calls:
             function, args = self._calls.popleft()
             function(*args)
@@ -10516,42 +10522,10 @@ def free_name(folder_path: str, name: str) -> str:
 # Part 42. SFTP client | uses 1, 2, 24, 27, 37, 38
 #
 # Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
-# than a window of a file is in memory, and its hash is made beside, in the same pass.
+# than a window of a file is in memory, and its hash is made in the same pass.
 # ==================================================================================================
 
-HASH_AHEAD = 8  # blocks that may wait to be hashed
 LISTING_MOST = 100_000  # names in one folder
-
-
-class HashBeside:
-    """Feeds a hashlib object (or none) in a thread, as hashlib lets others run while it works."""
-
-    def __init__(self, digest):
-        self._digest, self._blocks, self._thread = digest, None, None
-
-    def __enter__(self) -> HashBeside:
-        return self
-
-    def update(self, data) -> None:
-        if self._digest is None:
-            return
-        if self._blocks is None:  # a file of one block is not worth a thread
-            self._digest.update(data)
-            self._blocks = queue.Queue(HASH_AHEAD)
-            return
-        if self._thread is None:
-            self._thread = spawn("hash", self._routine_hash)
-        self._blocks.put(data)
-
-    def _routine_hash(self) -> None:
-        for data in iter(self._blocks.get, None):
-            self._digest.update(data)
-
-    def __exit__(self, *_error) -> None:
-        """Waits until everything is in the digest."""
-        if self._thread is not None:
-            self._blocks.put(None)
-            self._thread.join()
 
 
 class SftpClient:
@@ -10701,14 +10675,15 @@ class SftpClient:
         to have; it saves a few requests.
         """
         opened = OpenedThere(self, FXP.OPEN, path, FXF.READ, Attributes())
-        with HashBeside(digest) as beside, opened as handle:
+        with opened as handle:
             loading, done = Downloading(self._machine, handle, start, size, window, path), start
             while not loading.finished():
                 loading.ask()
                 self._flush()
                 for data in [d for reply in self._receive() for d in loading.receive(reply)]:
-                    beside.update(data)
                     write(data)
+                    if digest is not None:
+                        digest.update(data)
                     done += len(data)
                     if progress is not None:
                         progress(done)
@@ -10725,7 +10700,7 @@ class SftpClient:
         """
         flags = FXF.WRITE | FXF.CREAT | (0 if start else FXF.TRUNC)
         opened = OpenedThere(self, FXP.OPEN, path, flags, Attributes())
-        with HashBeside(digest) as beside, opened as handle:
+        with opened as handle:
             sending, done = Uploading(self._machine, handle, start, window, path), start
             ended = False
             while not (ended and sending.finished()):
@@ -10735,7 +10710,8 @@ class SftpClient:
                 if data:
                     sending.send(data)
                     self._flush()
-                    beside.update(data)
+                    if digest is not None:  # the data is on its way meanwhile
+                        digest.update(data)
                     done += len(data)
                 elif room:
                     ended = True
@@ -16724,13 +16700,15 @@ class Channel:
     # In the thread
 
     def send(self, data: bytes) -> None:
-        """Waits until there is room."""
+        """Waits until there is room; once there is none, until half of it is free again."""
         with self._change:
-            self._change.wait_for(lambda: self._unsent < CHANNEL_MOST or self._broken)
+            if self._unsent >= CHANNEL_MOST:
+                self._change.wait_for(lambda: self._unsent <= CHANNEL_MOST // 2 or self._broken)
             self._check()
-            self._outgoing.append(data)
-            self._unsent += len(data)
-            self._wake_owner()
+            if data:
+                self._outgoing.append(data)
+                self._unsent += len(data)
+                self._wake_owner()
 
     def receive(self) -> bytes:
         """Waits for the next bytes; b"" once the other side has ended the stream."""
@@ -16780,6 +16758,7 @@ class Channel:
         stream = self.stream
         with self._change:
             self._posted = False
+            came = bool(stream.incoming)
             self._incoming.extend(stream.incoming)
             stream.incoming.clear()
             for data in self._outgoing:
@@ -16791,7 +16770,8 @@ class Channel:
             self._used = 0
             self._unsent = stream.waiting
             self._finished, self._broken = stream.finished, stream.broken
-            self._change.notify_all()
+            if came or self._finished or self._broken or self._unsent <= CHANNEL_MOST // 2:
+                self._change.notify_all()
 
 
 # ==================================================================================================
@@ -17688,6 +17668,7 @@ class DropFolder:
         return self._folder.space("/")
 
 
+REPLIES_MOST = 16 << 10  # bytes of replies that are sent together
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE,
 )  # fmt: skip
@@ -17776,15 +17757,25 @@ def serve_sftp(channel: Channel, folder) -> None:
     try:
         for data in iter(channel.receive, b""):
             machine.receive_data(data)
-            for reply in iter(machine.next_reply, None):
-                if reply:  # nothing: it takes a while, and the stream may be looked at
-                    channel.send(reply)
+            _answer_all(channel, machine)
         channel.close()
     except ChatError as error:
         channel.give_up(error.text)
         raise
     finally:
         machine.close()
+
+
+def _answer_all(channel: Channel, machine: SftpServerMachine) -> None:
+    """Sends the replies to all requests that are there: short ones together, as each has a cost."""
+    replies, size = [], 0
+    for reply in iter(machine.next_reply, None):  # b"": it takes a while, and others may go out
+        replies.append(reply)
+        size += len(reply)
+        if not reply or size >= REPLIES_MOST:
+            channel.send(b"".join(replies))
+            replies, size = [], 0
+    channel.send(b"".join(replies))
 
 
 def finish_content(run: Running, expected: bytes) -> str:

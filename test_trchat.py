@@ -7707,31 +7707,6 @@ class SftpClientTest(FileTest):
             self.assertEqual(model.handles, {})
             self.assertLess(len(model.requests), 300)
 
-    def test_hashing_beside_does_not_pile_up(self):
-        gate, sizes = threading.Event(), []
-
-        class Slow:
-            def update(self, data):
-                gate.wait(10) if sizes else None
-                sizes.append(len(data))
-
-        done = threading.Event()
-
-        def feed():
-            with trchat.HashBeside(Slow()) as beside:
-                for _ in range(40):
-                    beside.update(bytes(10))
-            done.set()
-
-        thread = threading.Thread(target=feed, daemon=True)
-        thread.start()
-        self.assertFalse(done.wait(0.2))
-        self.assertEqual(sizes, [10])
-        gate.set()
-        self.assertTrue(done.wait(10))
-        thread.join()
-        self.assertEqual(len(sizes), 40)
-
 
 class SftpFilesCase(FileTest):
     """Files of this machine, small and large, and a folder with something of everything."""

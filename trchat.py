@@ -148,7 +148,7 @@ DEFAULT_PORT = 8089
 DEFAULT_ROOM = "lobby"
 
 MAX_FRAME = 1 << 20  # bytes of one frame after its length field
-VIEW_LEAST = 64 << 10  # bytes from which a frame is not copied, but what came with it is kept
+VIEW_LEAST = 64 << 10  # bytes from which a frame is not copied, if most of what came is it
 MAX_TEXT = 256 << 10  # bytes of one message of text
 MAX_SKIPPED_KEYS = 1000  # Double Ratchet, section 3.2: MAX_SKIP
 MAX_ROSTER = 4096  # people in one room
@@ -1447,7 +1447,8 @@ def is_next_admin(roster: list, fingerprint: bytes, present) -> bool:
 STREAM_WINDOW = 4 << 20
 STREAM_HEAD = struct.Struct(">IBI")  # stream, flag, bytes used of what came
 STREAM_FIRST = 256 << 10  # bytes risked before it is known how long they take
-STREAM_LEAST, STREAM_PIECE = 16 << 10, 512 << 10  # bytes in one frame
+# Bytes in one frame: with all that goes on around it, a large one stays in a processor's cache.
+STREAM_LEAST, STREAM_PIECE = 16 << 10, 240 << 10
 STREAM_DELAY = 0.25  # seconds that bytes of ours may wait in queues on the way
 MORE, LAST = range(2)  # flags
 
@@ -1785,7 +1786,7 @@ class FrameBuffer:
         self._wanted = FRAME_HEAD.size  # bytes of it before another look is worth it
         self._most = most
 
-    def receive_data(self, data: bytes) -> list:
+    def receive_data(self, data: bytes | bytearray) -> list:
         """The (kind, body) of every frame that `data` completes; a large body is a memoryview."""
         if self._buffer or len(data) < FRAME_HEAD.size:
             self._buffer += data
@@ -1799,8 +1800,7 @@ class FrameBuffer:
             end = position + 4 + size
             if end > len(data):
                 break
-            body = whole[position + 5 : end]
-            frames.append((kind, body if size >= VIEW_LEAST else bytes(body)))
+            frames.append((kind, view_or_copy(whole, position + 5, end)))
             position = end
         self._keep(whole[position:])
         return frames
@@ -1811,6 +1811,12 @@ class FrameBuffer:
         self._wanted = FRAME_HEAD.size
         if len(rest) >= FRAME_HEAD.size:
             self._wanted = 4 + FRAME_HEAD.unpack_from(rest)[0]
+
+
+def view_or_copy(data: memoryview, start: int, stop: int) -> bytes | memoryview:
+    """A part of `data`: as a view where that keeps no more than twice its size in memory."""
+    part = data[start:stop]
+    return part if len(part) >= max(VIEW_LEAST, len(data) // 2) else bytes(part)
 
 
 def check_frame_size(size: int, most: int = MAX_FRAME) -> None:
@@ -2906,7 +2912,7 @@ class RelayMachine:
 
     # Bytes in
 
-    def receive(self, client: RelayClient, data: bytes, now: float) -> None:
+    def receive(self, client: RelayClient, data: bytes | bytearray, now: float) -> None:
         """Takes the next bytes of a client's stream, in pieces of any size."""
         if client.closing:
             return
@@ -2932,7 +2938,7 @@ class RelayMachine:
             return FRAME_HEAD.size
         return 4 + FRAME_HEAD.unpack_from(start)[0]
 
-    def _consume(self, client: RelayClient, data: bytes, now: float) -> int:
+    def _consume(self, client: RelayClient, data: bytes | bytearray, now: float) -> int:
         """Handles the whole frames at the front of `data`; returns how many bytes they were."""
         position, end, frames = 0, len(data), 0
         while end - position >= FRAME_HEAD.size and not client.closing:
@@ -2950,7 +2956,7 @@ class RelayMachine:
         self._charge(client, frames, now)
         return position
 
-    def _forward(self, client: RelayClient, data: bytes, start: int) -> tuple:
+    def _forward(self, client: RelayClient, data: bytes | bytearray, start: int) -> tuple:
         """Hands the run of frames with one destination on in one piece: (its end, its frames)."""
         head = data[start + 4 : start + 13]  # kind, destination, source
         position, end, count = start, len(data), 0
@@ -2963,14 +2969,14 @@ class RelayMachine:
         if not count or client.bundle is None or int.from_bytes(head[5:], "big") != client.id:
             raise RemoteProtocolError("A frame is not from the client it names.")
         large = position - start >= VIEW_LEAST
-        run = memoryview(data)[start:position] if large else bytes(data[start:position])
+        run = view_or_copy(memoryview(data), start, position) if large else data[start:position]
         for receiver in client.routes.get(int.from_bytes(head[1:5], "big"), ()):
             if receiver is not client:
                 self._deliver(client, receiver, run)
                 self.deliveries += count
         return position, count
 
-    def _deliver(self, sender: RelayClient, receiver: RelayClient, run: bytes) -> None:
+    def _deliver(self, sender: RelayClient, receiver: RelayClient, run) -> None:
         self.send(receiver, run)
         if receiver.queued > QUEUE_HIGH:
             sender.waiting_for.add(receiver)
@@ -5100,7 +5106,6 @@ class Directory:
 # ==================================================================================================
 
 STREAMS_EACH = 16  # streams with one person
-FRAMES_AHEAD = 4  # frames that may leave a connection in one go
 ENDED_MOST = 1024  # streams that are remembered after their end
 
 
@@ -5204,8 +5209,9 @@ class Streams:
         return news
 
     def next_output(self) -> bytes:
-        """Frames to send when there is nothing else: a few at a time, of each stream in turn."""
+        """Frames to send when there is nothing else: about STREAM_PIECE, of each stream in turn."""
         pieces: list = []
+        size = 0
         for stream in list(self._owners):
             frame = stream.next_frame(self.machine.now)
             if frame:
@@ -5213,7 +5219,8 @@ class Streams:
                 self._owners[stream] = person  # to the end of the row
                 self.news[stream] = None
                 pieces += data_pieces(person.id, self.machine.id, STREAMED, *frame)
-            if len(pieces) > 4 * FRAMES_AHEAD:
+                size += len(frame[-1])
+            if size >= STREAM_PIECE:
                 break
         return b"".join(pieces)
 
@@ -10519,7 +10526,7 @@ def free_name(folder_path: str, name: str) -> str:
 
 
 # ==================================================================================================
-# Part 42. SFTP client | uses 1, 2, 24, 27, 37, 38
+# Part 42. SFTP client | uses 1, 2, 24, 27, 37
 #
 # Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
 # than a window of a file is in memory, and its hash is made in the same pass.
@@ -22607,7 +22614,7 @@ class RecordingRelay(RelayMachine):
         super().__init__(fingerprint, gatekeeper, time.time)
         self._record = record
 
-    def receive(self, client: RelayClient, data: bytes, now: float) -> None:
+    def receive(self, client: RelayClient, data: bytes | bytearray, now: float) -> None:
         self._record.append(bytes(data))
         super().receive(client, data, now)
 

@@ -36,6 +36,7 @@ import importlib.util  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import marshal  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
@@ -119,7 +120,10 @@ def bring_test_packages() -> str:
 
 
 def keep_hypothesis_out_of_here() -> None:
-    """It would make a folder .hypothesis in the current one."""
+    """It would make a folder .hypothesis in the current one. What it works out about Unicode, in
+    two seconds, is for all workers of a run."""
+    if "HYPOTHESIS_STORAGE_DIRECTORY" in os.environ:
+        return
     folder = tempfile.mkdtemp(prefix="trchat-hypothesis-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = folder
@@ -147,6 +151,82 @@ def read_source() -> str:
         return file.read()
 
 
+# --------------------------------------------------------------------------------------------------
+# What the workers of one run make once: bytecode and RSA keys
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def made_once() -> str:
+    """A folder that all workers of a run share; whoever asks first makes and removes it."""
+    if "TRCHAT_TESTS_MADE" not in os.environ:
+        folder = os.environ["TRCHAT_TESTS_MADE"] = tempfile.mkdtemp(prefix="trchat-made-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return os.environ["TRCHAT_TESTS_MADE"]
+
+
+def put_in_place(path: str, data: bytes) -> None:
+    """Writes a file that two workers may make at once."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.{os.getpid()}"
+    with open(part, "wb") as file:
+        file.write(data)
+    os.replace(part, path)
+
+
+def bytecode(source: str) -> bytes:
+    """What Python runs like the source without compiling it, half a second for this program.
+
+    `python FILE` knows it by its first bytes, `import` by an ending of .pyc (PEP 552).
+    """
+    code = compile(source, SOURCE_PATH, "exec", dont_inherit=True)
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+
+@functools.cache
+def memory_folder():
+    """Where a file is kept without a disk to wait for; None if only in the usual place."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+    return "/dev/shm" if free > 2 << 30 and os.access("/dev/shm", os.W_OK | os.X_OK) else None
+
+
+@functools.cache
+def compiled_script() -> str:
+    """A trchat.py to be started; beside it a trchat.pyc in `import_folder()`.
+
+    A passphrase costs what is least allowed instead of 0.6 s; see EndToEnd.take_the_source.
+    """
+    path = os.path.join(made_once(), "run", "trchat.py")
+    if not os.path.exists(path):
+        source, changed = re.subn(r"(?m)^(SCRYPT_LOG_N, .* =) 17,", r"\1 10,", read_source())
+        assert changed == 1
+        put_in_place(os.path.join(made_once(), "trchat.pyc"), bytecode(read_source()))
+        put_in_place(path, bytecode(source))
+    return path
+
+
+def import_folder() -> str:
+    """Where a child that is to use trchat's functions imports it from."""
+    return os.path.dirname(os.path.dirname(compiled_script()))
+
+
+@functools.cache
+def rsa_key(name):
+    """An RSA-3072 key, made once in a run: it takes 0.2 s, at times 0.6."""
+    from cryptography.hazmat.primitives import serialization as forms
+
+    path = os.path.join(made_once(), f"key-{name}.der")
+    if not os.path.exists(path):
+        form = (forms.Encoding.DER, forms.PrivateFormat.PKCS8, forms.NoEncryption())
+        put_in_place(path, trchat.generate_rsa().private_bytes(*form))
+    with open(path, "rb") as file:
+        der = file.read()
+    return forms.load_der_private_key(der, None, unsafe_skip_rsa_key_validation=True)
+
+
 class House:
     """trchat.py as its plan sees it: parts, their lines, who owns which name."""
 
@@ -164,6 +244,7 @@ class House:
         line = node if isinstance(node, int) else node.lineno
         return max((number for start, number, *_ in self.parts if start <= line), default=0)
 
+    @functools.cached_property
     def uses(self) -> dict:
         """Part -> {other part: (name, line)}, counting global names only."""
         used: dict = {}
@@ -238,7 +319,7 @@ class HousePlanTest(unittest.TestCase):
 
     @unittest.skipIf(sys.version_info < (3, 11), "symtable counts annotations there")
     def test_banners_say_what_is_used_and_nothing_above_is(self):
-        used = self.house.uses()
+        used = self.house.uses
         for _, number, title, _, text in self.house.parts:
             with self.subTest(part=title):
                 actual = used.get(number, {})
@@ -261,7 +342,7 @@ class HousePlanTest(unittest.TestCase):
     def test_pure_parts_use_no_part_with_input_or_output(self):
         pure = {number for _, number, _, is_pure, _ in self.house.parts if is_pure}
         for number in pure:
-            self.assertLessEqual(set(self.house.uses().get(number, {})), pure)
+            self.assertLessEqual(set(self.house.uses.get(number, {})), pure)
 
     def test_imports_are_the_standard_library_and_cryptography(self):
         allowed = set(getattr(sys, "stdlib_module_names", ())) | {"cryptography"}
@@ -312,12 +393,6 @@ class HousePlanTest(unittest.TestCase):
 # ==================================================================================================
 
 
-# Hypothesis would write a folder .hypothesis into the working directory, whatever `database` says.
-os.environ.setdefault(
-    "HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "trchat-hypothesis")
-)
-
-
 # --- the head ends here -----------------------------------------------------------------------
 
 EXAMPLES = settings(max_examples=60, deadline=None, database=None)
@@ -331,8 +406,8 @@ HOSTILE_TEXT |= st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp", 
 
 @functools.cache
 def identity(number: int):
-    """A long-term key, made once in a process."""
-    return trchat.Identity(trchat.generate_rsa())
+    """A long-term key, made once in a run."""
+    return trchat.Identity(rsa_key(f"pure{number}"))
 
 
 @functools.cache
@@ -10645,7 +10720,7 @@ class HostileRulesTest(RulesCase):
 # ==================================================================================================
 
 
-DEADLINE = 20
+DEADLINE = 60.0  # seconds after which waiting counts as failure
 # A loaded machine is slow to draw examples, which says nothing about what is tested.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -10718,7 +10793,7 @@ class ChildTerminal:
         environment = dict(
             os.environ,
             TERM=term,
-            PYTHONPATH=os.path.dirname(SOURCE_PATH),
+            PYTHONPATH=import_folder(),
             PYTHONIOENCODING="utf-8",
             PYTHONDONTWRITEBYTECODE="1",
         )
@@ -11025,7 +11100,7 @@ class KeyDecoderTest(unittest.TestCase):
         began = time.process_time()
         for start in range(0, len(data), 7):
             keys += decoder.receive_data(data[start : start + 7])
-        self.assertLess(time.process_time() - began, 3)
+        self.assertLess(time.process_time() - began, 20)
         self.assertEqual(keys, [("paste", text)])
 
     def test_oversized_paste_is_cut_not_typed(self):
@@ -12416,7 +12491,7 @@ def on_key(name):
         with open(script, "w", encoding="utf-8") as file:
             file.write(PRELUDE + self.ON_KEY + LOOP.replace("keep=False", "keep=False, on_key=on_key"))
         self.tmux("-f", "/dev/null", "-u", "new-session", "-d", "-x", "40", "-y", "15",
-                  "env", "PYTHONPATH=" + os.path.dirname(SOURCE_PATH), "PYTHONDONTWRITEBYTECODE=1", "PYTHONIOENCODING=utf-8", sys.executable,
+                  "env", "PYTHONPATH=" + import_folder(), "PYTHONDONTWRITEBYTECODE=1", "PYTHONIOENCODING=utf-8", sys.executable,
                   script)  # fmt: skip
         self.addCleanup(self.tmux, "kill-server")
         self.wait_for([">"])
@@ -12546,6 +12621,14 @@ def write_script(path, door=None):
         file.write(source)
 
 
+@functools.cache
+def script_with_door() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_script(os.path.join(folder, "trchat.py"), DOOR)
+        with open(os.path.join(folder, "trchat.py"), encoding="utf-8") as file:
+            return bytecode(file.read())
+
+
 # A pip that does as it is told by the environment; `install` puts a tiny cryptography in place.
 FAKE_PIP = """
 import json, os, sys, time
@@ -12646,7 +12729,7 @@ class ScriptTest(unittest.TestCase):
         self.top = os.path.realpath(folder.name)
         self.script = os.path.join(self.top, "script", "trchat.py")
         os.makedirs(os.path.dirname(self.script))
-        write_script(self.script, DOOR)
+        write_bytes(self.script, script_with_door())
         self.log = os.path.join(self.top, "pip.log")
         self.deps = os.path.join(self.top, "home of mine", "deps")
         self.folder = os.path.join(self.deps, trchat.python_tag())
@@ -12796,8 +12879,10 @@ class InstallTest(ScriptTest):
     def test_real_pip(self):
         if not importlib.machinery.PathFinder.find_spec("pip"):
             self.skipTest("this Python has no pip")
-        subprocess.run([self.python, "-m", "ensurepip"], check=True, capture_output=True)
-        env = self.environment(PYTHONPATH="")
+        place = os.path.join(self.top, "with pip")
+        os.mkdir(place)
+        os.symlink(os.path.dirname(importlib.util.find_spec("pip").origin), os.path.join(place, "pip"))
+        env = self.environment(PYTHONPATH=place)
         code, out, err = self.run_script("use", env=env)
         self.assertEqual(code, 0, err)
         self.assertGreaterEqual(int(out.split()[1].split(".")[0]), 48)
@@ -12886,7 +12971,7 @@ class PureTest(unittest.TestCase):
         )
         with tempfile.TemporaryDirectory() as folder:
             package_with_version(folder, "50.0.0")
-            command = [sys.executable, "-B", "-S", "-c", code, os.path.dirname(SOURCE_PATH), folder]
+            command = [sys.executable, "-B", "-S", "-c", code, import_folder(), folder]
             subprocess.run(command, check=True, capture_output=True)
 
 
@@ -12962,14 +13047,14 @@ class RunBatTest(unittest.TestCase):
 # Helpers
 # --------------------------------------------------------------------------------------------------
 
-NET_PATIENCE = 20.0  # seconds after which waiting counts as failure
+NET_PATIENCE = 60.0  # seconds after which waiting counts as failure
 NO_INVITATION = bytes(8), bytes(32)
 ON_LINUX = sys.platform.startswith("linux")  # all of 127.0.0.0/8, and /proc
 
 
 @functools.cache
 def net_identity(number):
-    return trchat.Identity(trchat.generate_rsa())
+    return trchat.Identity(rsa_key(f"net{number}"))
 
 
 def server_chain():
@@ -13275,7 +13360,7 @@ class ServerProcess:
         kept = {
             k: os.environ[k] for k in ("PATH", "TRCHAT_DEPS", "LD_LIBRARY_PATH") if k in os.environ
         }
-        command = [sys.executable, os.path.abspath(trchat.__file__), "--home", home, "--json",
+        command = [sys.executable, compiled_script(), "--home", home, "--json",
                    "--no-install", "server", "--host", "127.0.0.1", "--port", str(port),
                    *options]  # fmt: skip
         if files:  # so that this process' own limit stays
@@ -13509,7 +13594,7 @@ class Part19NetworkTest(NetTest):
             with self.assertRaises(trchat.ChatError) as caught:
                 trchat.dial(f"127.0.0.1:{silent.getsockname()[1]}", 0.2)
             self.assertIn("Nothing answers", caught.exception.text)
-            self.assertLess(time.monotonic() - started, 5)
+            self.assertLess(time.monotonic() - started, NET_PATIENCE / 2)
 
     def test_a_server_that_hangs_up(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -13893,8 +13978,8 @@ class Part21RelayServerTest(NetTest):
         newcomer.send(newcomer.data(b"hello"))
         self.assertEqual(inside.expect(trchat.DATA)[2], b"hello")
         slowest = max(inside.ping() for _ in range(20))
-        self.assertLess(took, 3.0)  # a bound for failure; usually 0.1 s
-        self.assertLess(slowest, 1.0)
+        self.assertLess(took, NET_PATIENCE / 4)  # a bound for failure; usually 0.1 s
+        self.assertLess(slowest, NET_PATIENCE / 8)
         return took
 
     def test_half_open_garbage_and_slow_connections_delay_nobody(self):
@@ -13916,9 +14001,9 @@ class Part21RelayServerTest(NetTest):
         self.assert_serves(server)
 
     def test_whoever_does_not_log_in_is_ended(self):
-        self.patch(HANDSHAKE_SECONDS=0.4)
         server = self.serve()
         inside = self.user(server, 0)
+        self.patch(HANDSHAKE_SECONDS=1.0)
         silent = self.plain(server.port)
         half = self.plain(server.port)
         half.sendall(b"\x16\x03\x01")
@@ -13951,7 +14036,7 @@ class Part21RelayServerTest(NetTest):
                 break
         self.assertTrue(ended)
         self.assertGreater(time.monotonic() - started, 0.9)
-        self.assertLess(time.monotonic() - started, 8)
+        self.assertLess(time.monotonic() - started, NET_PATIENCE / 2)
 
     def test_one_address_has_only_so_many_connections(self):
         self.patch(MAX_PER_ADDRESS=3)
@@ -13993,7 +14078,7 @@ class Part21RelayServerTest(NetTest):
         waiting = [self.plain(server.port) for _ in range(4)]
         started = time.monotonic()
         self.user(server, 0)
-        self.assertLess(time.monotonic() - started, 5)
+        self.assertLess(time.monotonic() - started, NET_PATIENCE / 4)
         for sock in waiting:
             self.assertNotEqual(sock.fileno(), -1)
 
@@ -14145,7 +14230,7 @@ class Part21RelayServerTest(NetTest):
             elif kind == trchat.DATA:
                 seen.append(struct.unpack(">I", values[2][:4])[0])
                 if len(seen) % 20 == 0:
-                    self.assertLess(aside.ping(), 5)
+                    self.assertLess(aside.ping(), NET_PATIENCE / 4)
         thread.join(NET_PATIENCE)
         self.assertEqual(seen, list(range(pieces)))
         self.assertEqual(gone, [stuck.id])
@@ -14499,7 +14584,7 @@ class Part22ChatClientTest(NetTest):
                 with link.sock:
                     self.assertEqual(link.fingerprint, right.fingerprint)
                     self.assertEqual(link.address, right.address)
-                    self.assertLess(time.monotonic() - started, 5)  # not held up by the silent one
+                    self.assertLess(time.monotonic() - started, 8)  # not held up by the silent one
 
     def test_a_wrong_server_is_named_before_a_dead_one(self):
         right, wrong = self.serve(), self.serve()
@@ -14734,7 +14819,7 @@ class Part22ChatClientTest(NetTest):
 
 
 SCRIPT = os.path.abspath(trchat.__file__)
-PATIENCE = 20.0  # seconds after which waiting counts as failure
+PATIENCE = 60.0  # seconds after which waiting counts as failure
 HEX = r"sha256:[0-9a-f]{64}"
 
 # DESIGN 3.4: exactly these fields, and the ones in the second set where they apply.
@@ -14918,13 +15003,22 @@ class EndToEnd(unittest.TestCase):
     """An empty folder that is HOME, and beside it a folder that holds the script alone."""
 
     def setUp(self):
-        self.base = tempfile.mkdtemp(prefix="trchat-test-")
+        self.base = tempfile.mkdtemp(prefix="trchat-test-", dir=memory_folder())
         self.home = os.path.join(self.base, "home")
         self.script = os.path.join(self.base, "script", "trchat.py")
         os.mkdir(self.home)
         os.mkdir(os.path.dirname(self.script))
+        shutil.copy(compiled_script(), self.script)
+        self.processes, self.prepared = [], set()
+        self._cheap = mock.patch.object(trchat, "SCRYPT_LOG_N", 10)  # as in compiled_script()
+        self._cheap.start()
+        self.addCleanup(self._cheap.stop)
+
+    def take_the_source(self):
+        """What a person would copy: compiled at each start, and a passphrase at its full cost."""
+        self._cheap.stop()
+        self.addCleanup(self._cheap.start)  # for setUp's own clean-up
         shutil.copy(SCRIPT, self.script)
-        self.processes = []
 
     def tearDown(self):
         for process in self.processes:
@@ -14998,6 +15092,8 @@ class EndToEnd(unittest.TestCase):
         return server
 
     def client(self, name: str, target: str, *words, ready=True, profile=None, **extra) -> Process:
+        if not extra and "--home" not in words:
+            self.prepare(profile or name)
         client = self.start(
             "connect", "--json", "--profile", profile or name, "--name", name, *words, target,
             **extra,
@@ -15005,6 +15101,15 @@ class EndToEnd(unittest.TestCase):
         if ready:
             client.wait_for("ready")
         return client
+
+    def prepare(self, *names):
+        """Gives profiles keys of their own, which a first start would take its time to make."""
+        for name in set(names) - self.prepared:
+            self.prepared.add(name)
+            paths = trchat.Paths(os.path.join(self.home, ".trchat"), name)
+            if not os.path.isdir(paths.file("cert")):
+                paths.make_folders()
+                furnish(paths, 50 + len(self.prepared))
 
     def meet(self, *names, server=None):
         """A server and people who all hold the lobby's key."""
@@ -15144,6 +15249,7 @@ class CommandLineTest(EndToEnd):
         self.assert_refused(["connect", f"127.0.0.1:{port}"], "not a trchat server")
 
     def test_demo(self):
+        self.take_the_source()
         code, output, errors = self.run_once("demo")
         self.assertEqual((code, errors), (0, ""), output)
         self.assertIn("Everything held", output)
@@ -15249,6 +15355,7 @@ class CommandLineTest(EndToEnd):
 
 class JSONLinesTest(EndToEnd):
     def test_a_conversation(self):
+        self.take_the_source()
         server, alice, bob = self.meet("alice", "bob")
         listening = server.of("listening")[0]
         self.assertRegex(listening["fingerprint"], f"^{HEX}$")
@@ -15684,7 +15791,7 @@ class JSONLinesTest(EndToEnd):
         os.close(reading)
         alice.say("are you there?")
         try:
-            code = bob.wait(10)
+            code = bob.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.fail("it goes on, and confirms what nobody reads")
         self.assertEqual(bob.stderr.read(), b"")
@@ -15942,6 +16049,7 @@ class TerminalFaceTest(EndToEnd):
             self.assertEqual(termios.tcgetattr(window.slave), window.mode)
 
     def test_both_roles_from_the_menu(self):
+        self.take_the_source()
         host = self.window(USER="anna")
         host.see("Your choice [2]:")
         host.line("1")
@@ -16403,6 +16511,7 @@ class SettingsAndPathsTest(EndToEnd):
         return os.path.dirname(os.path.dirname(json.loads(output)["certificate"]))
 
     def test_where_things_are_kept(self):
+        self.take_the_source()
         self.assertEqual(self.profile_of(), os.path.join(self.home, ".trchat", "default"))
         given = os.path.join(self.base, "given")
         named = os.path.join(self.base, "named")
@@ -16585,6 +16694,13 @@ class VaultTest(EndToEnd):
         path = os.path.join(self.home, ".trchat", profile, "cert", f"{role}_key.pem")
         with open(path, "rb") as file:
             return file.read()
+
+    def test_a_passphrase_at_its_full_cost(self):
+        self.take_the_source()
+        code, output, _ = self.run_once("id", "--json", env={"TRCHAT_PASSPHRASE": "pw"})
+        sealed = base64.b64decode(b"".join(self.key().split(b"\n")[1:-2]))
+        self.assertEqual((code, sealed[0]), (0, 17), "log2 of the cost")
+        self.assertEqual(self.run_once("id", "--json", env={"TRCHAT_PASSPHRASE": "pw"})[1], output)
 
     def test_sealed_keys(self):
         from cryptography.hazmat.primitives import serialization
@@ -17831,7 +17947,7 @@ class SftpClientsTest(RootedCase):
             self.skipTest("OpenSSH's sftp is not installed")
         write_bytes(self.at("driver.py"), SFTP_DRIVER.encode())
         write_bytes(self.at("batch"), "\n".join([*lines, ""]).encode())
-        program = f"{sys.executable} {self.at('driver.py')} {os.path.dirname(SOURCE_PATH)}"
+        program = f"{sys.executable} {self.at('driver.py')} {import_folder()}"
         command = ["sftp", "-q", "-b", self.at("batch"), "-D", f"{program} {self.root} {'rw'[writable]}"]
         ended = subprocess.run(
             command, cwd=self.local, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
@@ -18640,8 +18756,8 @@ log.append(b"x" * 900)
 
 
 def run_with_trchat(code: str, *words):
-    """A child process that runs `code`; its argv[1] is where trchat.py is."""
-    command = [sys.executable, "-c", code, os.path.dirname(SOURCE_PATH), *words]
+    """A child process that runs `code`; its argv[1] is where trchat is."""
+    command = [sys.executable, "-c", code, import_folder(), *words]
     environment = bench_environment(os.path.expanduser("~"))
     return subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
 
@@ -20216,7 +20332,8 @@ class KeptTest(EndToEnd):
     def setUp(self):
         super().setUp()
         self.profiles = os.path.join(self.home, ".trchat")
-        for name, value in (("REKEY_GAP", 0.02), ("ACK_DELAY", 0.02)):  # less to wait for
+        # Less to wait for, but no hurry for a disk.
+        for name, value in (("REKEY_GAP", 0.02), ("ACK_DELAY", 0.02), ("KEPT_SECONDS", 20.0)):
             patcher = mock.patch.object(trchat, name, value)
             patcher.start()
             self.addCleanup(patcher.stop)
@@ -20827,6 +20944,9 @@ class KeptOutboxTest(KeptTest):
 
     def test_what_cannot_be_kept_is_not_said_to_wait(self):
         """A full disk, and one that hangs."""
+        patch = mock.patch.object(trchat, "LEAVE_SECONDS", {"BYE": 0.3, "interrupted": 0.1})
+        patch.start()  # nobody is there to confirm what waits
+        self.addCleanup(patch.stop)
         server = self.serve()
         alice, bob = self.befriend(server, "alice", "bob")
         bob.leave()
@@ -22477,6 +22597,7 @@ class DirectChatTest(EndToEnd):
         self.assertEqual(bob.wait_for("closed")["reason"], "server-closed")
 
     def test_denied(self):
+        self.take_the_source()
         alice = self.host()
         bob = self.client("bob", alice.token, ready=False)
         alice.wait_for("request")
@@ -23282,7 +23403,7 @@ class ShredTest(ShredCase):
             write_bytes(os.path.join(folder, str(number)), b"x")
         start, handles = time.monotonic(), len(os.listdir("/proc/self/fd")) if memory else 0
         result = self.shred(os.path.join(top, "tree"))
-        self.assertLess(time.monotonic() - start, 20)
+        self.assertLess(time.monotonic() - start, PATIENCE)
         self.assertEqual((self.counts(result), os.listdir(top)), ((10_000, 241, 0, 10_000), []))
         if memory:
             self.assertEqual(len(os.listdir("/proc/self/fd")), handles, "all closed")
@@ -23410,7 +23531,7 @@ class ShredOrderTest(ShredCase):
     @unittest.skipUnless(STRACE and sys.platform == "linux", "needs strace")
     def test_the_order_of_calls(self):
         self.make("d/abc", 100)
-        log, script = os.path.join(self.base, "log"), os.path.dirname(SOURCE_PATH)
+        log, script = os.path.join(self.base, "log"), import_folder()
         calls = "trace=openat,write,fsync,ftruncate,rename,renameat,unlink,unlinkat,rmdir,close"
         done = subprocess.run(
             [STRACE, "-f", "-y", "-o", log, "-e", calls, sys.executable, "-c", SHRED_DRIVER, script,
@@ -23454,10 +23575,11 @@ class ShredOnDiskTest(ShredCase):
         image, point = os.path.join(self.base, "image"), os.path.join(self.base, "mnt")
         os.makedirs(point, exist_ok=True)
         with open(image, "wb") as file:
-            file.truncate(24 << 20)
+            file.truncate((320 if kind == "xfs" else 24) << 20)  # the least it takes
         if not shutil.which(f"mkfs.{kind}"):
             self.skipTest(f"needs mkfs.{kind}")
-        subprocess.run([f"mkfs.{kind}", "-q", "-F", image], check=True, stdout=subprocess.DEVNULL)
+        force = "-f" if kind == "xfs" else "-F"
+        subprocess.run([f"mkfs.{kind}", "-q", force, image], check=True, stdout=subprocess.DEVNULL)
         words = ["mount", "-o", ",".join(("loop", *options)), image, point]
         if subprocess.run(words, stderr=subprocess.DEVNULL).returncode:
             self.skipTest("nothing can be mounted here")
@@ -24057,9 +24179,10 @@ class EchoServer:
 
 
 def free_ports(count):
-    """The first of so many ports in a row that nobody has."""
+    """The first of so many ports in a row that nobody has; every worker looks in rows of its own."""
+    start = 20000 + os.getpid() % 40 * 300
     while True:
-        first = random.randrange(20000, 32000)
+        first = random.randrange(start, start + 300 - count - 20)  # ngrok tries up to 20 of them
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):
@@ -24486,8 +24609,7 @@ class TunnelLeaseTest(TunnelCase):
 
     def holder(self, watched=True):
         """(process that holds a tunnel, pid of its helper, address)."""
-        folder = os.path.dirname(os.path.abspath(trchat.__file__))
-        words = (folder, str(self.web), str(self.echo.port), self.path, "watched" if watched else "")
+        words = (import_folder(), str(self.web), str(self.echo.port), self.path, "watched" if watched else "")
         packages = os.path.dirname(os.path.dirname(os.path.abspath(cryptography.__file__)))
         child = subprocess.Popen(
             [sys.executable, "-B", "-c", TUNNEL_HOLDER, *words],
@@ -28972,7 +29094,7 @@ class PortMappingTest(PureCase):
         with mock.patch.object(trchat, "HTTP_SECONDS", 0.3):
             began = time.monotonic()
             self.refused(router.map, 8089, 60, kind=OSError)
-            self.assertLess(time.monotonic() - began, 1.5)
+            self.assertLess(time.monotonic() - began, NET_PATIENCE / 4)
 
     def test_a_damaged_lease_harms_nobody(self):
         good = {**trchat.PCP("10.7.0.1", "10.7.0.2", 8089).state(), "external": 8089}
@@ -29073,9 +29195,10 @@ class PublicAddressTest(PureCase):
 
     def test_the_majority_counts_and_is_not_held_up(self):
         good, liar = http_page(b"9.9.9.9\n"), http_page(b"8.8.8.8")
-        began = time.monotonic()
-        self.assertEqual(self.vote(good, liar, good, None, good), "9.9.9.9")
-        self.assertLess(time.monotonic() - began, 2)
+        with mock.patch.object(trchat, "SERVICE_SECONDS", NET_PATIENCE):
+            began = time.monotonic()
+            self.assertEqual(self.vote(good, liar, good, None, good), "9.9.9.9")
+            self.assertLess(time.monotonic() - began, NET_PATIENCE / 2)
         for server in self.servers:
             self.assertLessEqual(len(server.requests), 1)
 
@@ -29112,7 +29235,7 @@ class PublicAddressTest(PureCase):
         with mock.patch.object(trchat, "SERVICE_SECONDS", 0.4):
             began = time.monotonic()
             self.assertEqual(self.vote(None, drip, None), "")
-            self.assertLess(time.monotonic() - began, 2)
+            self.assertLess(time.monotonic() - began, NET_PATIENCE / 4)
 
     @staticmethod
     def slowly(piece: bytes):
@@ -29247,7 +29370,7 @@ class Inside:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.path.dirname(SOURCE_PATH)},
+            env={**os.environ, "PYTHONPATH": import_folder()},
         )
 
     def begin(self, source: str) -> None:
@@ -29566,7 +29689,7 @@ class PortMappingLabTest(unittest.TestCase):
         try:
             began = time.monotonic()
             near.run("m.close()")
-            self.assertLess(time.monotonic() - began, trchat.UNMAP_SECONDS + 1)
+            self.assertLess(time.monotonic() - began, trchat.UNMAP_SECONDS + NET_PATIENCE / 4)
             self.assertTrue(os.path.exists(lease))
         finally:
             self.lab.ip("gate", "link set lan up\naddr add fe80::1/64 dev lan nodad\n"
@@ -30632,11 +30755,17 @@ def report(passed: int, failed: int, skipped: int) -> int:
     return 1 if failed or not passed else 0
 
 
+# Seconds that classes take alone, where they are many; the others by the number of their tests.
+SECONDS = {
+}
+PIECE = 6.0  # seconds of tests that a worker takes at once
+
+
 def run_tests(words: list) -> int:
     """What the words choose, in this process; without words everything, on all processors."""
     heed_signals()
     if not words and (os.cpu_count() or 1) > 1:
-        return run_all(min(os.cpu_count(), 4))
+        return run_all(min(os.cpu_count() + 1, 4))
     program = unittest.main(
         module="__main__",
         argv=[sys.argv[0], *words],
@@ -30649,63 +30778,91 @@ def run_tests(words: list) -> int:
 
 
 def work() -> int:
-    """Runs the test classes whose names come in, one after the other; answers with JSON lines."""
+    """Runs the tests that come in, [class, names] a line; answers each line with one of JSON."""
     heed_signals()
-    names, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    lines, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the tests are not to read or write ours
     os.dup2(2, 1)
-    for line in names:
-        stream = io.StringIO()
-        tests = unittest.defaultTestLoader.loadTestsFromTestCase(globals()[line.strip()])
-        runner = unittest.TextTestRunner(stream, resultclass=CountingResult)
-        outcome = outcome_of(runner.run(tests))
+    for line in lines:
+        stream, started = io.StringIO(), time.monotonic()
+        name, tests = json.loads(line)
+        suite = unittest.TestSuite(map(globals()[name], tests))
+        outcome = outcome_of(unittest.TextTestRunner(stream, resultclass=CountingResult).run(suite))
         text = stream.getvalue() if outcome["failed"] else ""
-        print(json.dumps({**outcome, "report": text}), file=answers, flush=True)
+        outcome.update(report=text, seconds=time.monotonic() - started)
+        print(json.dumps(outcome), file=answers, flush=True)
     return 0
 
 
+def all_pieces() -> list:
+    """[class name, names of tests] for all tests once: the longest classes first and in pieces."""
+    found = []
+    for name, kind in globals().items():
+        if isinstance(kind, type) and issubclass(kind, unittest.TestCase) and kind.__module__ == "__main__":
+            tests = unittest.defaultTestLoader.getTestCaseNames(kind)
+            seconds = SECONDS.get(name, len(tests) * (1.0 if issubclass(kind, EndToEnd) else 0.1))
+            # What is made for a whole class is not to be made for each of its pieces.
+            own = kind.setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__
+            count = 1 if own else min(len(tests), int(seconds / PIECE) + 1)
+            found += [(seconds, name, tests[n::count]) for n in range(count)]
+    return [[name, tests] for _, name, tests in sorted(found, key=lambda f: -f[0]) if tests]
+
+
+class WholeRun:
+    """Hands all tests to child processes, and adds up what they say."""
+
+    def __init__(self):
+        self.waiting = collections.deque(all_pieces())
+        self.left = collections.Counter(name for name, _ in self.waiting)
+        self.seconds, self.totals = collections.Counter(), collections.Counter()
+        self.failed: set = set()
+        self._lock = threading.Lock()
+
+    def feed_worker(self) -> None:
+        """One worker until nothing waits; if it dies, what it was at has failed."""
+        command = [sys.executable, os.path.abspath(__file__), "--work"]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+        )
+        while self.waiting:
+            name, tests = self.waiting.popleft()
+            try:
+                child.stdin.write(json.dumps([name, tests]) + "\n")
+                child.stdin.flush()
+                outcome = json.loads(child.stdout.readline())
+            except (OSError, ValueError):
+                text = f"{name} ended the process that ran it.\n"
+                outcome = {"failed": 1, "report": text, "seconds": 0.0}
+                self.waiting.clear()
+            with self._lock:
+                self.count(name, outcome)
+        child.stdin.close()
+        child.wait()
+        child.stdout.close()
+
+    def count(self, name: str, outcome: dict) -> None:
+        """Shows a class once the last of its pieces is done, but what failed at once."""
+        text = outcome.pop("report")
+        self.seconds[name] += outcome.pop("seconds")
+        self.left[name] -= 1
+        self.totals.update(outcome)
+        if text:
+            self.failed.add(name)
+            print(text, flush=True)
+        elif not self.left[name] and name not in self.failed:
+            print(f"ok  {name}  {self.seconds[name]:.1f} s", flush=True)
+
+
 def run_all(workers: int) -> int:
-    """Every class once, on whichever worker is free; the largest first, so that none is last."""
-    classes = [
-        (unittest.defaultTestLoader.loadTestsFromTestCase(c).countTestCases(), issubclass(c, EndToEnd), n)
-        for n, c in globals().items()
-        if isinstance(c, type) and issubclass(c, unittest.TestCase) and c.__module__ == "__main__"
-    ]
-    waiting = collections.deque(
-        name for count, _, name in sorted(classes, key=lambda c: (c[1], c[0]), reverse=True) if count
-    )
-    totals = collections.Counter()
-    threads = [
-        threading.Thread(target=feed_worker, args=(waiting, totals)) for _ in range(workers)
-    ]
+    """Every class once, in pieces, on whichever worker is free."""
+    compiled_script()  # once for all of them
+    run = WholeRun()
+    threads = [threading.Thread(target=run.feed_worker) for _ in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return report(totals["passed"], totals["failed"], totals["skipped"])
-
-
-def feed_worker(waiting, totals) -> None:
-    """Hands classes to one child process and adds up what it says; a child that dies has failed."""
-    command = [sys.executable, os.path.abspath(__file__), "--work"]
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
-    )
-    while waiting:
-        name = waiting.popleft()
-        try:
-            child.stdin.write(name + "\n")
-            child.stdin.flush()
-            outcome = json.loads(child.stdout.readline())
-        except (OSError, ValueError):
-            outcome = {"failed": 1, "report": f"{name} ended the process that ran it.\n"}
-            waiting.clear()
-        text = outcome.pop("report")
-        totals.update(outcome)
-        print(text or f"ok  {name}", flush=True)
-    child.stdin.close()
-    child.wait()
-    child.stdout.close()
+    return report(run.totals["passed"], run.totals["failed"], run.totals["skipped"])
 
 
 if __name__ == "__main__":

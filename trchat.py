@@ -14373,6 +14373,7 @@ def address_report(may_ask) -> tuple:
 http_client = Lazy("http.client")
 
 START_SECONDS = 15.0  # the longest that an address may take to come
+AGENT_SECONDS = 2.0  # in which an agent that runs already answers
 ASK_SECONDS = 0.5  # without a line of the log the agent is asked this often for the address
 WATCH_SECONDS = 30.0  # how often a tunnel of somebody else's agent is looked at
 END_SECONDS = 3.0  # between asking a program to end and ending it
@@ -14729,10 +14730,11 @@ class Tunnel:
 
     def _up(self, address: str) -> None:
         with self._lock:
+            news = address != self.address or self._excuse is not None
             self.address, self._excuse, self._fault = address, None, None
             answered = self._answered
             self._settled.set()
-        if answered:
+        if answered and news:
             self._tell("address", address)
 
     def _tell(self, kind: str, text: str) -> None:
@@ -14929,7 +14931,7 @@ class NgrokTunnel(Tunnel):
 
     @classmethod
     def lacks(cls, options: TunnelOptions) -> str:
-        if any(_ngrok_tunnels(web, ASK_SECONDS) is not None for web in NGROK_WEB):
+        if any(_ngrok_tunnels(web, AGENT_SECONDS) is not None for web in NGROK_WEB):
             return ""
         if not shutil.which("ngrok"):
             return "There is no program ngrok on this machine."
@@ -14941,7 +14943,7 @@ class NgrokTunnel(Tunnel):
         return "" if found else NGROK_ADVICE["4018"][0]
 
     def _run(self) -> None:
-        agents = [web for web in NGROK_WEB if _ngrok_tunnels(web, ASK_SECONDS) is not None]
+        agents = [web for web in NGROK_WEB if _ngrok_tunnels(web, AGENT_SECONDS) is not None]
         if agents:  # rather one that leads here already
             self._rent(max(agents, key=lambda web: bool(_find_ngrok([web], self.port))))
         else:
@@ -23744,8 +23746,13 @@ def main(words: list | None = None) -> int:
     _use_utf8()
     try:
         return _guarded_run(words)
+    except KeyboardInterrupt:
+        return 130  # one more, while the first was being answered
     finally:
-        _finish_output()
+        try:
+            _finish_output()
+        except KeyboardInterrupt:
+            _finish_output()  # one more, just before they are ignored
 
 
 def _guarded_run(words: list) -> int:

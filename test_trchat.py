@@ -66,6 +66,7 @@ import unicodedata  # noqa: E402
 import unittest  # noqa: E402
 import unittest.mock  # noqa: E402
 import warnings  # noqa: E402
+import weakref  # noqa: E402
 import zlib  # noqa: E402
 
 # The top of test_trchat.py: right after `import sys` and before anything that needs a package.
@@ -712,6 +713,25 @@ class Part02TextAndBytes(PureCase):
 
 
 class Part03Primitives(PureCase):
+    def test_passphrase_keys(self):
+        """RFC 7914 and both libraries agree; other threads go on meanwhile."""
+        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
+        for log_n, text in ((4, "x"), (10, ""), (12, "pa\u0308ss")):
+            salt = bytes(range(16))
+            normal = unicodedata.normalize("NFKC", text).encode()
+            expected = Scrypt(salt=salt, length=32, n=1 << log_n, r=8, p=1).derive(normal)
+            self.assertEqual(trchat.passphrase_key(text, salt, log_n), expected)
+            with mock.patch.object(trchat, "hashlib", types.SimpleNamespace()):
+                self.assertEqual(trchat.passphrase_key(text, salt, log_n), expected)
+
+    def test_scrypt_without_memory(self):
+        for error in (MemoryError(), ValueError("malloc failure")):
+            fake = types.SimpleNamespace(scrypt=mock.Mock(side_effect=error))
+            with mock.patch.object(trchat, "hashlib", fake):
+                with self.assertRaisesRegex(trchat.ChatError, "too little memory"):
+                    trchat.passphrase_key("x", bytes(16), 17)
+
     def test_hkdf_rfc_5869(self):
         self.check_hkdf(
             b"\x0b" * 22, bytes(range(13)), bytes(range(0xF0, 0xFA)),
@@ -21622,6 +21642,497 @@ class DestroyedTest(KeptTest):
         self.assertTrue(os.path.exists(self.path("alice", "cert", "server_key.pem")))
 
 
+class Lockable:
+    """For a KeptTest: people whose keys are sealed, in chats that can be locked."""
+
+    PASSPHRASE = "open sesame"
+
+    def setUp(self):
+        super().setUp()
+        for name, value in (("SCRYPT_LOG_N", 10), ("WRONG_FIRST", 0.01)):
+            patcher = mock.patch.object(trchat, name, value)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+
+    def enter_sealed(self, name, server, **more):
+        """Somebody whose key is sealed, in a chat that can be locked."""
+        self.seal(name)
+        person = self.enter(name, server, passphrase=self.PASSPHRASE, **more)
+        own = person.client.machine.identity.fingerprint
+        person.client.locking.opener = trchat.ProfileOpener(person.paths, own)
+        return person
+
+    def seal(self, name):
+        paths = trchat.Paths(self.profiles, name)
+        paths.make_folders()
+        with mock.patch.dict(os.environ, TRCHAT_PASSPHRASE=self.PASSPHRASE):
+            furnish(paths, self.numbers[name])
+
+    def lock(self, person, line="/lockscreen"):
+        notice = person.ask(line, locked=True)
+        self.assertIn("locked", notice["text"])
+        return notice
+
+    def drop(self, person):
+        person.client.lock("The stick was pulled out.", drop_keys=True)
+        notice = person.wait_for("notice", locked=True, keys_dropped=True)
+        self.until_idle(person)
+        person.client.locking._dropping.join(PATIENCE)
+        return notice
+
+    def until_idle(self, person):
+        """Until the owner thread has done what it was told."""
+        done = threading.Event()
+        person.client.call(done.set)
+        self.assertTrue(done.wait(PATIENCE), "the owner thread waits for something")
+
+    def unlock(self, person, passphrase=PASSPHRASE):
+        person.client.unlock(passphrase)
+        return person.wait_for("notice", locked=False)
+
+
+class LockTest(Lockable, KeptTest):
+    """A locked screen, and a chat whose keys were dropped; in this process."""
+
+    def test_nothing_is_shown_until_the_passphrase_comes(self):
+        server = self.serve()
+        alice = self.enter_sealed("alice", server)
+        bob = self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        self.assertIs(self.lock(alice)["keys_dropped"], False)
+        for text in ("one secret", "another secret"):
+            bob.say(text)
+            bob.wait_for("delivered")
+        alice.wait_until(lambda _: [e for e in alice.hidden if e.get("messages") == 2])
+        self.assertNotIn("secret", repr(alice.events) + repr(alice.hidden))
+        self.assertNotIn("bob", repr([e for e in alice.hidden if e["event"] == "_waiting"]))
+        alice.client.unlock("open says me")
+        self.assertIn("passphrase is wrong", alice.wait_for("error", code="locked")["text"])
+        self.assertEqual(alice.texts(), [])
+        notice = self.unlock(alice)
+        self.assertEqual((notice["messages"], notice["keys_dropped"]), (2, False))
+        self.assertIn("2 new messages", notice["text"])
+        for text in ("one secret", "another secret"):
+            alice.wait_for("message", text=text)
+        alice.say("back")
+        bob.wait_for("message", text="back")
+
+    def test_a_locked_chat_takes_no_lines(self):
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        self.lock(alice)
+        alice.type("said while locked", "/names", "/quit", "/lockscreen", "//x")
+        alice.say("pasted while locked")
+        alice.say("/unlock")
+        alice.say("BYE")
+        alice.wait_until(lambda _: len(alice.of("error", code="locked")) == 8)
+        self.assertFalse(alice.client.leaving)
+        self.assertEqual(alice.of("sent"), [])
+        alice.type("BYE")
+        alice.wait_for("closed", reason="BYE")
+        bob.wait_for("left", name="alice")
+        self.assertEqual(bob.texts(), [])
+
+    def test_lines_of_a_program_open_it_with_the_environment(self):
+        server = self.serve()
+        alice = self.enter_sealed("alice", server)
+        self.assertIn("not locked", alice.ask("/unlock", event="error")["text"])
+        self.lock(alice)
+        with mock.patch.dict(os.environ, TRCHAT_PASSPHRASE="wrong"):
+            alice.type("/unlock")
+            alice.wait_for("error", code="locked")
+        with mock.patch.dict(os.environ, TRCHAT_PASSPHRASE=self.PASSPHRASE):
+            alice.type("/unlock")
+            alice.wait_for("notice", locked=False)
+        alice.ask("/names")
+
+    def test_one_try_at_a_time_and_each_takes_longer(self):
+        server, asked, waits = self.serve(), [], []
+        alice = self.enter_sealed("alice", server)
+        self.lock(alice)
+        open_key, go_on = trchat.open_key, threading.Event()
+
+        def slow(pem, passphrase, path):
+            asked.append(passphrase)
+            self.assertTrue(go_on.wait(PATIENCE))
+            return open_key(pem, passphrase, path)
+
+        alice.client.ended.wait = lambda seconds: waits.append(seconds)
+        with mock.patch.object(trchat, "open_key", slow):
+            for word in ("a", "b", "c"):
+                alice.client.unlock(word)
+            self.until_idle(alice)  # which does not wait for scrypt
+            go_on.set()
+            alice.wait_for("error", code="locked")
+            for _ in range(8):
+                alice.client.unlock("d")
+                alice.wait_for("error", code="locked")
+        del alice.client.ended.wait
+        self.assertEqual(asked, ["a", *["d"] * 8], "what comes during a check is dropped")
+        self.assertEqual(waits[:4], [0.01, 0.02, 0.04, 0.08])
+        with mock.patch.object(trchat, "WRONG_MOST", 0.0):
+            self.unlock(alice)
+
+    def test_without_a_passphrase_it_says_how_to_set_one(self):
+        alice = self.enter("alice", self.serve())
+        own = alice.client.machine.identity.fingerprint
+        alice.client.locking.opener = trchat.ProfileOpener(alice.paths, own)
+        for line in ("/lockscreen", "/set lock 5m"):
+            alice.type(line)
+            alice.wait_until(lambda _, line=line: "id passphrase" in alice.story(), line)
+            alice.events.clear()
+        self.assertFalse(alice.client.locking.locked)
+
+    def test_the_key_must_be_there_and_the_same(self):
+        server = self.serve()
+        alice = self.enter_sealed("alice", server)
+        self.lock(alice)
+        path = trchat.KeyPair(alice.paths, "client").key_path
+        with open(path, "rb") as file:
+            own = file.read()
+        os.rename(path, path + ".away")
+        alice.client.unlock(self.PASSPHRASE)
+        self.assertIn("is gone", alice.wait_for("error", code="storage")["text"])
+        self.assertFalse(os.path.exists(path), "no new identity was made")
+        write_bytes(path, own[:200])
+        alice.client.unlock(self.PASSPHRASE)
+        self.assertIn("damaged", alice.wait_for("error", code="storage")["text"])
+        self.seal("bob")
+        for kind in ("key", "cert"):
+            name = f"client_{kind}.pem"
+            shutil.copy(self.path("bob", "cert", name), self.path("alice", "cert", name))
+        alice.client.unlock(self.PASSPHRASE)
+        self.assertIn("another key", alice.wait_for("error", code="storage")["text"])
+        self.assertTrue(alice.client.locking.locked)
+
+    def test_disappearing_messages_disappear_behind_the_lock(self):
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        alice.ask("/set disappear 1s")
+        bob.wait_for("notice", disappear=1)
+        self.lock(alice)
+        bob.say("gone soon")
+        alice.wait_hidden("_vanished")
+        self.assertEqual(self.unlock(alice)["messages"], 1)
+        alice.ask("/names")
+        self.assertEqual(alice.texts(), [])
+
+    def test_idle(self):
+        alice = self.enter_sealed("alice", self.serve())
+        alice.ask("/set lock 10m", settings={"lock": 600.0})
+        locking = alice.client.locking
+        self.assertIsNone(locking.next_deadline(), "no face tells of keys")
+        locking.watches_idleness = True
+        self.assertAlmostEqual(locking.next_deadline() - time.monotonic(), 600, delta=PATIENCE)
+        for clock in (0, 1):  # what a computer slept counts, too
+
+            def past(seconds, clock=clock):
+                locking._active = tuple(
+                    now() - seconds * (place == clock)
+                    for place, now in enumerate((time.monotonic, time.time))
+                )
+
+            past(500)
+            locking.touch()
+            self.assertGreater(locking.next_deadline() - time.monotonic(), 500)
+            past(700)
+            locking.touch()
+            self.assertGreater(locking._idle_for(), 600, "too late for a key")
+            alice.client.call(lambda: None)
+            self.assertIn("Nobody has typed", alice.wait_for("notice", locked=True)["text"])
+            self.assertIsNone(locking.next_deadline())
+            self.unlock(alice)
+            self.assertGreater(locking.next_deadline() - time.monotonic(), 500)
+        alice.ask("/set lock off", settings={"lock": 0.0})
+        self.assertIsNone(locking.next_deadline())
+
+    # Keys dropped
+
+    def remains(self, client):
+        """Weak references to what must be gone, and the vault key."""
+        profile, machine = client.records.profile, client.machine
+        held = (machine.identity, machine, profile, profile.history,
+                profile.contacts, profile.outbox, profile.transfers, client.connection)  # fmt: skip
+        return [weakref.ref(thing) for thing in held], profile.history._key
+
+    def test_dropped_keys_leave_nothing_behind(self):
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        alice.ask("/contacts add bob")
+        bob.say("read me")
+        alice.wait_for("message", text="read me")
+        alice.barrier()
+        references, key = self.remains(alice.client)
+        self.drop(alice)
+        bob.wait_for("left", name="alice")
+        gc.collect()
+        left = [type(r()).__name__ for r in references if r() is not None]
+        self.assertEqual(left, [])
+        self.assertEqual([type(r) for r in gc.get_referrers(key) if r is not sys._getframe()], [])
+        self.assertEqual(alice.client.connections, [])
+        self.assertFalse(alice.client.trust.contacts)
+
+    def test_dropped_and_opened_again(self):
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        alice.ask("/contacts add bob")
+        alice.type("/join den")
+        alice.wait_for("ready", room="den")
+        before = alice.of("ready")[0]["fingerprint"]
+        self.drop(alice)
+        bob.wait_for("left", name="alice")
+        alice.type("hello", "/tail")
+        alice.wait_until(lambda _: len(alice.of("error", code="locked")) == 2)
+        alice.client.unlock("wrong")
+        alice.wait_until(lambda _: len(alice.of("error", code="locked")) == 3)
+        self.assertIs(self.unlock(alice)["keys_dropped"], True)
+        for room in ("lobby", "den"):
+            ready = alice.wait_for("ready", room=room)
+            self.assertEqual((ready["name"], ready["fingerprint"]), ("alice", before))
+        bob.say("there you are")
+        alice.wait_for("message", text="there you are")
+        self.assertIn("bob", json.dumps(alice.ask("/contacts")))
+        alice.say("all is as it was")
+        self.assertEqual(alice.ask("/names", room="lobby")["room"], "lobby")
+        self.assertEqual(self.tail(alice), ["there you are", "all is as it was"])
+
+    def test_a_screen_that_is_locked_already_can_still_lose_its_keys(self):
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        self.lock(alice)
+        bob.say("before the keys went")
+        alice.wait_until(lambda _: [e for e in alice.hidden if e.get("messages") == 1])
+        references, _ = self.remains(alice.client)
+        go_on, check = threading.Event(), alice.client.locking.opener.check
+
+        def late(passphrase):
+            check(passphrase)
+            self.assertTrue(go_on.wait(PATIENCE))
+
+        with mock.patch.object(alice.client.locking.opener, "check", late):
+            alice.client.unlock(self.PASSPHRASE)  # right, but looked at when the keys go
+            alice.wait_hidden("_checking")
+            self.drop(alice)
+            go_on.set()
+        gc.collect()
+        self.assertEqual([r() for r in references if r() is not None], [])
+        self.until_idle(alice)
+        self.assertTrue(alice.client.locking.locked)
+        self.assertEqual(self.unlock(alice)["messages"], 1)
+        alice.wait_for("ready", room="lobby")
+        self.assertEqual(alice.texts(), [], "it is in the history, not in this process")
+        self.assertEqual(self.tail(alice), ["before the keys went"])
+
+    def test_what_was_on_its_way_is_said_to_be_unconfirmed(self):
+        self.kept_from_before = True
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        bob.client.call(lambda: setattr(bob.client.first.machine, "send_frame", lambda *_: None))
+        bob.barrier()
+        alice.say("nobody confirms this")
+        number = alice.wait_for("sent")["id"]
+        self.drop(alice)
+        notice = self.unlock(alice)
+        self.assertEqual(notice["unconfirmed"], 1)
+        self.assertEqual(alice.wait_for("undelivered")["id"], number)
+
+    def test_without_an_opener_it_leaves(self):
+        alice = self.enter("alice", self.serve())
+        alice.client.lock("The stick was pulled out.", drop_keys=True)
+        alice.wait_for("closed", reason="interrupted")
+
+    def test_leaving_while_dropped(self):
+        alice = self.enter_sealed("alice", self.serve())
+        self.drop(alice)
+        alice.type("BYE")
+        alice.wait_for("closed", reason="BYE")
+
+
+class Killed(BaseException):
+    """The process is gone: nothing that follows runs, and nothing that was made is cleaned up."""
+
+
+class KillAt:
+    """While it is in force, the call with this number that changes a file system is the last.
+
+    It is carried out: a kill before it is one after the call before.
+    """
+
+    NAMES = ("replace", "fsync", "unlink", "link", "fdopen", "rename")
+
+    def __init__(self, number):
+        self.number, self.calls = number, 0
+        self._patches = [
+            mock.patch.object(os, name, self._counted(getattr(os, name))) for name in self.NAMES
+        ]
+        self._patches += [
+            mock.patch.object(tempfile, "mkstemp", self._counted(tempfile.mkstemp)),
+            mock.patch.object(trchat, "_overwrite_open", self._counted(trchat._overwrite_open)),
+        ]
+
+    def _counted(self, real):
+        def call(*args, **more):
+            self.calls += 1
+            last = self.calls == self.number
+            result = real(*args, **more)
+            if last:
+                raise Killed
+            return result
+
+        return call
+
+    def __enter__(self):
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *reason):
+        for patch in self._patches:
+            patch.stop()
+
+
+class PassphraseKillTest(Lockable, KeptTest):
+    """`id passphrase` is killed at each of its calls: all is as before, or all is as it was to be."""
+
+    def prepare(self, passphrase):
+        """A profile with both keys and a contact, in the state before; its name is old."""
+        self.furnish("old")
+        paths = trchat.Paths(self.profiles, "old")
+        identity, key, _ = trchat.load_identity(paths, None)
+        vault_key = trchat.load_vault_key(paths, identity)
+        trchat.KeyPair(paths, "server").load(None)
+        contacts = trchat.open_contacts(paths, vault_key)
+        contacts.add("planted", bytes(range(32)))
+        if passphrase:
+            self.change("old", "", passphrase)
+        return key.private_numbers()
+
+    numbers = {**KeptTest.numbers, "old": 0}
+
+    def change(self, profile, before, after):
+        env = {"TRCHAT_PASSPHRASE": before, "TRCHAT_NEW_PASSPHRASE": after}
+        code, _, errors = self.shell("id", "passphrase", "--profile", profile, **env)
+        self.assertEqual(code, 0, errors)
+
+    def opens(self, profile, passphrase):
+        """Whether everything in a profile opens with a passphrase, without one if it is empty."""
+        paths = trchat.Paths(self.profiles, profile)
+        trchat.finish_replacing(paths)
+        pairs = [trchat.KeyPair(paths, role) for role in ("client", "server")]
+        sealed = {pair.sealed() for pair in pairs}
+        self.assertEqual(len(sealed), 1, "one of the keys is sealed")
+        if sealed != {bool(passphrase)}:
+            return False
+        try:
+            keys = [pair.load(lambda question: passphrase)[0] for pair in pairs]
+        except trchat.ChatError as error:
+            self.assertEqual(error.code, "locked", error)
+            return False
+        vault_key = trchat.load_vault_key(paths, trchat.Identity(keys[0]))
+        contacts = trchat.open_contacts(paths, vault_key)
+        self.assertEqual([contact.name for contact in contacts.all()], ["planted"])
+        return True
+
+    def killed_everywhere(self, before, after):
+        self.prepare(before)
+        outcomes = []
+        for number in range(1, 1000):
+            shutil.rmtree(self.path("new"), ignore_errors=True)
+            shutil.copytree(self.path("old"), self.path("new"))
+            with KillAt(number) as kill:
+                try:
+                    self.change("new", before, after)
+                except Killed:
+                    pass
+            if kill.calls < number:
+                break
+            states = [self.opens("new", word) for word in (before, after)]
+            self.assertEqual(sum(states), 1, (number, states))
+            outcomes.append(states[1])
+            self.check_leftovers(before if states[0] else after)
+        self.assertEqual(set(outcomes), {True, False})
+        self.assertEqual(outcomes, sorted(outcomes))
+        self.assertTrue(self.opens("new", after))
+
+    def check_leftovers(self, passphrase):
+        """What was left is gone once somebody connects, and with it what stood in clear."""
+        trchat.remove_leftovers(trchat.Paths(self.profiles, "new"))
+        names = [os.path.basename(path) for path in everything_below(self.path("new"))]
+        self.assertEqual([n for n in names if n.startswith(".") or n.endswith(".new")], [])
+        self.assertNotIn("replacing", names)
+        if passphrase:
+            needles = ("planted", "BEGIN PRIVATE KEY")
+            self.assertEqual(self.holding(*needles, below=self.path("new")), [])
+
+    def test_set(self):
+        self.killed_everywhere("", "new one")
+
+    def test_changed(self):
+        self.killed_everywhere("old one", "new one")
+
+    def test_taken_back(self):
+        self.killed_everywhere("old one", "")
+
+    def test_a_new_identity(self):
+        """Made whole or not at all."""
+        paths = trchat.Paths(self.profiles, "new")
+        made = trchat.generate_rsa()
+        patch = mock.patch.object(trchat, "generate_rsa", lambda: made)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for number in range(1, 1000):
+            shutil.rmtree(self.path("new"), ignore_errors=True)
+            with KillAt(number) as kill:
+                try:
+                    trchat.load_identity(paths, None)
+                except Killed:
+                    pass
+            if kill.calls < number:
+                break
+            trchat.remove_leftovers(paths)
+            trchat.load_identity(paths, None)
+
+    def test_a_full_disk(self):
+        """One sentence, and all is as before."""
+        self.prepare("old one")
+        real, state = os.fsync, {}
+
+        def full(handle):
+            state["left"] -= 1
+            if state["left"] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(handle)
+
+        env = {"TRCHAT_PASSPHRASE": "old one", "TRCHAT_NEW_PASSPHRASE": "new one"}
+        for state["left"] in range(7):
+            with mock.patch.object(os, "fsync", full):
+                words = ["id", "passphrase", "--profile", "old"]
+                self.assert_shell_refused(words, "No space left", **env)
+            self.assertTrue(self.opens("old", "old one"))
+        self.assert_no_new_files()
+
+    def assert_no_new_files(self):
+        trchat.remove_leftovers(trchat.Paths(self.profiles, "old"))
+        names = [os.path.basename(path) for path in everything_below(self.path("old"))]
+        self.assertEqual([n for n in names if n.endswith(".new")], [])
+
+    def test_leftovers_that_are_the_current_file_stay(self):
+        """A kill between two calls leaves a second name of the key that is in use."""
+        self.prepare("")
+        path = self.path("old", "cert", "client_key.pem")
+        before = read_bytes(path)
+        os.link(path, self.path("old", "cert", ".client_key.pem.old"))
+        trchat.remove_leftovers(trchat.Paths(self.profiles, "old"))
+        self.assertEqual(read_bytes(path), before)
+        self.assertEqual(os.stat(path).st_nlink, 1)
+
+
 class RoomCommandsTest(KeptTest):
     def setUp(self):
         super().setUp()
@@ -22136,6 +22647,220 @@ class ChatWindowTest(KeptTest):
 # ==================================================================================================
 # Chatting directly
 # ==================================================================================================
+
+
+class LockWindowTest(Lockable, KeptTest):
+    """A locked chat at a terminal."""
+
+    window, assert_restored = TerminalFaceTest.window, TerminalFaceTest.assert_restored
+    open, see_status, bells = ChatWindowTest.open, ChatWindowTest.see_status, ChatWindowTest.bells
+
+    def setUp(self):
+        super().setUp()
+        self.windows = []
+        self.relay = self.serve()
+
+    def tearDown(self):
+        for window in self.windows:
+            window.end()
+        try:
+            for window in self.windows:
+                self.assertNotIn("Traceback", window.text())
+                self.assertNotIn("Internal error", window.text())
+        finally:
+            super().tearDown()
+
+    def command(self, *words):
+        """Here SIGUSR1 stands for a stick that is pulled out."""
+        code = (
+            "import signal, sys\n"
+            "sys.path.insert(0, sys.argv.pop(1))\n"
+            "sys.dont_write_bytecode = True\n"
+            "import trchat\n"
+            "start = trchat.ChatClient.start\n"
+            "def begin(client, link):\n"
+            "    def pull(*_):\n"
+            "        client.lock('The USB key was pulled out.', drop_keys=True)\n"
+            "    signal.signal(signal.SIGUSR1, pull)\n"
+            "    start(client, link)\n"
+            "trchat.ChatClient.start = begin\n"
+            "trchat.WRONG_FIRST = 0.3\n"
+            "sys.exit(trchat.main())\n"
+        )
+        folder = os.path.dirname(self.script)
+        return [sys.executable, "-c", code, folder, *map(str, words)]
+
+    def open_sealed(self, name="alice", **options):
+        self.seal(name)
+        return self.open(name, TRCHAT_PASSPHRASE=self.PASSPHRASE, **options)
+
+    def lock_window(self, window):
+        window.line("/lockscreen")
+        window.see_last("Passphrase:")
+        self.see_status(window, "locked")
+
+    def test_locked_and_unlocked(self):
+        alice, bob = self.open_sealed(), self.enter("bob", self.relay)
+        alice.see("joined #lobby")
+        bob.say("an open word")
+        alice.see("an open word")
+        self.lock_window(alice)
+        for text in ("secret one", "secret two"):
+            bob.say(text)
+        self.see_status(alice, "locked · 2 new messages")
+        self.assertEqual(len(alice.rows()), 4, alice.text())
+        for word in ("secret", "open word", "bob", "lobby", "alice"):
+            self.assertNotIn(word, alice.text())
+        bob.type("/msg alice psst")
+        self.see_status(alice, "locked · 3 new messages")
+        self.assertEqual(re.findall(rb"\x1b\]9;([^\x07]*)\x07", alice.raw), [b"trchat"])
+        alice.line("wrong")
+        self.see_status(alice, "checking ...")
+        alice.see("! The passphrase is wrong")
+        alice.resize(60, 20)
+        alice.see_last("Passphrase:")
+        alice.press("\x1b[A\x1b1\t\x12open\x07")  # Up, Alt-1, Tab, Ctrl-R: nothing is shown
+        alice.press("\x15")
+        for text in ("pasted\nlines", "/names\n"):
+            alice.paste(text)
+            alice.line("")
+            alice.see("! The passphrase is wrong")
+            self.see_status(alice, "locked")
+        for word in ("secret", "open word", "bob", "lobby", "alice", "pasted", "names"):
+            self.assertNotIn(word, alice.text())
+        alice.wait_until(lambda: "checking" not in alice.text())
+        raw = len(alice.raw)
+        alice.line(self.PASSPHRASE)
+        alice.see("secret two")
+        for text in ("an open word", "Unlocked. 3 new messages.", "secret one", "to you] psst"):
+            self.assertEqual(alice.text().count(text), 1, alice.text())
+        self.assertNotIn(b"\x07", alice.raw[raw:], "it rang before")
+        alice.see_last("#lobby >")
+        alice.press("\x1b[A")
+        alice.wait_until(lambda: "> /lockscreen" in alice.rows()[-1], "the line before")
+        alice.press("\x15")
+        alice.line("back again")
+        bob.wait_for("message", text="back again")
+        self.assertEqual([t for t in bob.texts() if t != "back again"], [])
+        alice.line("BYE")
+        self.assert_restored(alice, 0)
+
+    def test_idle_keeps_the_line_that_was_being_typed(self):
+        alice, bob = self.open_sealed(), self.enter("bob", self.relay)
+        alice.see("joined #lobby")
+        alice.line("/set lock 1s")
+        alice.press("not sent ye")
+        alice.see("Nobody has typed for a while.")
+        alice.see_last("Passphrase:")
+        self.assertNotIn("not sent", alice.text())
+        alice.line(self.PASSPHRASE)
+        alice.see("Unlocked. Nothing has come meanwhile.")
+        alice.see_last("#lobby > not sent ye")
+        alice.line("t")
+        bob.wait_for("message", text="not sent yet")
+
+    def test_leaving_a_locked_chat(self):
+        for keys, code in (("BYE\r", 0), ("\x04", 0), ("\x03", 130)):
+            alice = self.open_sealed()
+            self.lock_window(alice)
+            alice.press(keys)
+            self.assert_restored(alice, code)
+            self.assertNotIn("lobby", alice.text())
+
+    def test_dropped_keys(self):
+        alice, bob = self.open_sealed(), self.enter("bob", self.relay)
+        alice.see("joined #lobby")
+        bob.say("an open word")
+        alice.see("an open word")
+        alice.line("typed before")
+        bob.wait_for("message", text="typed before")
+        alice.child.send_signal(signal.SIGUSR1)
+        bob.wait_for("left", name="alice")
+        alice.see("The USB key was pulled out.")
+        alice.see_last("Passphrase:")
+        for word in ("open word", "bob", "lobby", "alice"):
+            self.assertNotIn(word, alice.text())
+        alice.line("wrong")
+        alice.see("! The passphrase is wrong")
+        alice.line(self.PASSPHRASE)
+        alice.see("You are alice in #lobby, with")
+        alice.see_last("#lobby >")
+        alice.press("\x1b[A")
+        alice.line("and on it goes")
+        bob.wait_for("message", text="and on it goes")
+        self.assertNotIn("open word", alice.text())
+        alice.line("/tail")
+        alice.see("an open word")
+        alice.line("BYE")
+        self.assert_restored(alice, 0)
+
+    def test_dropped_keys_of_a_host(self):
+        """Its server goes, and comes back on its port; whoever was there finds it again."""
+        self.seal("alice")
+        words = ("host", "--name", "alice", "--profile", "alice", "--json")
+        env = {"TRCHAT_PASSPHRASE": self.PASSPHRASE}
+        alice = self.start(*words, **env)
+        listening = alice.wait_for("listening")
+        alice.wait_for("ready")
+        there, pin = f"127.0.0.1:{listening['port']}", listening["fingerprint"]
+        token = trchat.consume_token(listening["token"])
+        token.addresses = [there]
+        bob = self.enter("bob", trchat.create_token(token), ready=False)
+        alice.wait_for("request")
+        alice.type("/accept bob")
+        bob.wait_for("ready")
+        alice.wait_for("joined", name="bob")
+        alice.signal(signal.SIGUSR1)
+        alice.wait_for("notice", locked=True, keys_dropped=True)
+        bob.wait_for("reconnecting")
+        alice.type("/unlock")
+        alice.wait_for("notice", locked=False)
+        self.assertEqual(alice.wait_for("ready")["server_fingerprint"], pin)
+        bob.wait_for("reconnected")
+        alice.wait_until(lambda _: len(alice.of("joined", name="bob")) == 2)
+        self.assertEqual(len(alice.of("request")), 1, "bob is not asked about again")
+        alice.say("here again")
+        bob.wait_for("message", text="here again")
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+        bob.wait_for("closed", reason="server-closed")
+
+    def test_json(self):
+        self.seal("alice")
+        env = {"TRCHAT_PASSPHRASE": self.PASSPHRASE}
+        words = ("connect", self.relay.address, "--trust-new", "--profile", "alice", "--json")
+        alice = self.start(*words, "--name", "alice", "--set", "lock=1s", **env)
+        alice.wait_for("ready")
+        bob = self.enter("bob", self.relay)
+        alice.wait_for("joined", name="bob")
+        alice.type("/lockscreen")
+        alice.wait_for("notice", locked=True)
+        alice.type("hello")
+        self.assertEqual(alice.wait_for("error")["code"], "locked")
+        bob.say("while it was locked")
+        bob.wait_for("delivered")
+        self.assertEqual(alice.texts(), [])
+        alice.type("/unlock")
+        self.assertEqual(alice.wait_for("notice", locked=False)["messages"], 1)
+        alice.wait_for("message", text="while it was locked")
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+
+    def test_at_a_terminal_without_control(self):
+        alice, bob = self.open_sealed(TERM="dumb"), self.enter("bob", self.relay)
+        alice.see("joined #lobby")
+        alice.line("/lockscreen")
+        alice.see("The chat is locked")
+        bob.say("behind the lock")
+        bob.wait_for("delivered")
+        alice.line("wrong")
+        alice.see("! The passphrase is wrong")
+        self.assertNotIn("behind", alice.text())
+        alice.line(self.PASSPHRASE)
+        alice.see("behind the lock")
+        self.assertNotIn(self.PASSPHRASE, alice.text())
+        alice.line("seen")
+        bob.wait_for("message", text="seen")
 
 
 class StreamingNetwork(Network):
@@ -27171,6 +27896,42 @@ class FileResumeTest(FilesCase):
         alice.leave("interrupted")
         gate.open.set()
         self.assertTrue(bob.client.ended.wait(5), "it waits for somebody who is gone")
+
+
+class LockedFilesTest(Lockable, FilesCase):
+    """A transfer stops when one side drops its keys, and goes on when they are opened again."""
+
+    def interrupted(self, locked, other, give):
+        """A transfer between a sealed person and another, held half way when the keys go."""
+        gate = SourceGate(self, 1 << 20)
+        sender, receiver = (locked, other) if give else (other, locked)
+        _, theirs = self.offer(sender, self.source("x"), receiver, to=f" @{receiver.name}")
+        receiver.type("/get")
+        gate.wait()
+        gate.limit = 1 << 62
+        self.until(lambda: self.writes and self.writes[-1][0] >= 500_000)
+        self.drop(locked)
+        other.wait_for("left", name=locked.name)
+        gate.open.set()
+        self.until(lambda: not [t for t in threading.enumerate() if "file" in t.name])
+        self.assertGreater(os.stat(self.inbox(receiver, "x.part")).st_size, 500_000)
+        self.writes.clear()
+        self.unlock(locked)
+        got, _ = self.received(sender, receiver, theirs)
+        self.assert_same(got["path"])
+        self.assertGreater(self.writes[0][0], 400_000, "it did not begin anew")
+
+    def test_sending(self):
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        self.interrupted(alice, bob, True)
+
+    def test_receiving(self):
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        alice.wait_for("joined", name="bob")
+        self.interrupted(alice, bob, False)
 
 
 class FileAttackTest(FilesCase):

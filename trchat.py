@@ -43,66 +43,70 @@ or thread: bytes in, events out) and each uses only parts above itself:
  27. SFTP client machine *
  28. Sealed records *
  29. Sealed files *
- 30. BMP pictures *
- 31. Steganography *
- 32. Conversations *
- 33. Keys and widths *
- 34. Line editor *
- 35. Screen *
- 36. Settings *
- 37. Settings and paths
- 38. Events and threads
- 39. Dependencies
- 40. Vault
- 41. Rooted folders
- 42. SFTP client
- 43. Files through SFTP
- 44. Mounts and disks
- 45. What to shred
- 46. Shredding
- 47. History and outbox
- 48. Contacts
- 49. Transfers on record
- 50. SOCKS5
- 51. Network
- 52. Port mapping
- 53. A mapped port, and addresses
- 54. Tunnels
- 55. Tunnels through ngrok
- 56. Tunnels through ssh and tor
- 57. Runs of sftp
- 58. Files on SFTP servers
- 59. Connections of a server
- 60. Relay server
- 61. Where to connect
- 62. Channels
- 63. Connections
- 64. Records of a chat
- 65. Files on their way
- 66. Shared folders
- 67. Files by way of a server
- 68. Offers of others
- 69. File desk
- 70. Chat client
- 71. Commands
- 72. Chat commands: talking and rooms
- 73. Chat commands: people and servers
- 74. Chat commands: files
- 75. Chat commands: records
- 76. Console commands
- 77. Terminal input
- 78. Terminal
- 79. Words for events
- 80. Faces: terminal and JSON lines
- 81. Activities
- 82. Chatting directly
- 83. SFTP for other programs
- 84. Demonstration
- 85. Session
- 86. Shell commands
- 87. Hidden messages in the shell
- 88. Command line
- 89. Menu and door
+ 30. Backups *
+ 31. BMP pictures *
+ 32. Steganography *
+ 33. Conversations *
+ 34. Keys and widths *
+ 35. Line editor *
+ 36. Screen *
+ 37. Settings *
+ 38. Settings and paths
+ 39. Events and threads
+ 40. Dependencies
+ 41. Vault
+ 42. Rooted folders
+ 43. SFTP client
+ 44. Files through SFTP
+ 45. Mounts and disks
+ 46. What to shred
+ 47. Shredding
+ 48. History and outbox
+ 49. Contacts
+ 50. Transfers on record
+ 51. Backing up and restoring
+ 52. SOCKS5
+ 53. Network
+ 54. Port mapping
+ 55. A mapped port, and addresses
+ 56. Tunnels
+ 57. Tunnels through ngrok
+ 58. Tunnels through ssh and tor
+ 59. Runs of sftp
+ 60. Files on SFTP servers
+ 61. Connections of a server
+ 62. Relay server
+ 63. Where to connect
+ 64. Channels
+ 65. Connections
+ 66. Records of a chat
+ 67. Files on their way
+ 68. Shared folders
+ 69. Files by way of a server
+ 70. Offers of others
+ 71. File desk
+ 72. Locking
+ 73. Chat client
+ 74. Commands
+ 75. Chat commands: talking and rooms
+ 76. Chat commands: people and servers
+ 77. Chat commands: files
+ 78. Chat commands: records
+ 79. Console commands
+ 80. Terminal input
+ 81. Terminal
+ 82. Words for events
+ 83. Faces: terminal and JSON lines
+ 84. Activities
+ 85. Chatting directly
+ 86. SFTP for other programs
+ 87. Demonstration
+ 88. Session
+ 89. Shell commands
+ 90. Hidden messages in the shell
+ 91. Backups in the shell
+ 92. Command line
+ 93. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -239,6 +243,7 @@ collections = Lazy("collections")
 datetime = Lazy("datetime")
 difflib = Lazy("difflib")
 functools = Lazy("functools")
+gc = Lazy("gc")
 hashlib = Lazy("hashlib")
 heapq = Lazy("heapq")
 hmac = Lazy("hmac")
@@ -681,11 +686,14 @@ def hkdf(secret: bytes, salt: bytes, info: bytes, size: int = 32) -> bytes:
 
 def passphrase_key(passphrase: str, salt: bytes, log_n: int) -> bytes:
     """scrypt (RFC 7914) of a passphrase, 32 bytes."""
-    normal = unicodedata.normalize("NFKC", passphrase).encode("utf-8")
+    normal, n = unicodedata.normalize("NFKC", passphrase).encode("utf-8"), 1 << log_n
     try:
-        kdf = _scrypt.Scrypt(salt=salt, length=32, n=1 << log_n, r=SCRYPT_R, p=SCRYPT_P)
-        return kdf.derive(normal)
-    except MemoryError:
+        if hasattr(hashlib, "scrypt"):  # that of cryptography 48 holds all other threads up
+            most = 128 * SCRYPT_R * (n + SCRYPT_P + 2)
+            ways = {"n": n, "r": SCRYPT_R, "p": SCRYPT_P, "maxmem": most, "dklen": 32}
+            return hashlib.scrypt(normal, salt=salt, **ways)
+        return _scrypt.Scrypt(salt=salt, length=32, n=n, r=SCRYPT_R, p=SCRYPT_P).derive(normal)
+    except (MemoryError, ValueError):
         raise ChatError("There is too little memory for scrypt.", "Close something.") from None
 
 
@@ -7252,7 +7260,140 @@ class SealedReference(Record):
 
 
 # ==================================================================================================
-# Part 30. BMP pictures | pure | uses 1
+# Part 30. Backups | pure | uses 1-3, 26
+#
+# A profile as one file. It begins with what its passphrase takes (integers big-endian):
+#
+#   8 magic and version, u8 log2 N, 16 random salt
+#
+# and goes on as a sealed file, whose key is HKDF-SHA256(scrypt(passphrase, salt), salt = these 25
+# bytes, "trchat/1 backup"). Sealed in it, one entry after another:
+#
+#   u8 1, u16 length and path (UTF-8, names with / between them), u64 size, content
+#   u8 0, u32 number of files: the end
+#
+# Whoever reads one trusts its writer no more than a stranger: it can only name files that a backup
+# of ours would name, each once.
+# ==================================================================================================
+
+NEW_ENDING, COMMITTED = ".new", "replacing"  # names while secret files are replaced; see Vault
+BACKUP_MAGIC = b"trchatB\x01"  # the last byte is the version
+BACKUP_HEAD = len(BACKUP_MAGIC) + 1 + 16
+BACKUP_LABEL = PROTOCOL + b" backup"
+BACKUP_LOG_N = range(10, 21)  # what is taken: 1 MiB to 1 GiB of memory
+BACKUP_DEPTH, BACKUP_PATH_MOST = 32, 4096  # names in a path, bytes of it
+# Runs, not states: what a profile holds besides, and what others have sent unless it is asked for.
+NOT_BACKED_UP = ("logs", "tunnel.json", "mapping.json")
+NO_BACKUP = "This is no backup made by trchat, or its beginning is damaged."
+
+
+def new_backup_head() -> bytes:
+    return BACKUP_MAGIC + u8(SCRYPT_LOG_N) + random_bytes(16)
+
+
+def backup_key(head: bytes, passphrase: str) -> bytes:
+    """The key of the sealed file behind a head; ChatError if that is none."""
+    magic, log_n, salt = head[: len(BACKUP_MAGIC)], head[-17], head[-16:]
+    if len(head) != BACKUP_HEAD or magic != BACKUP_MAGIC or log_n not in BACKUP_LOG_N:
+        raise ChatError(NO_BACKUP, "Take another file.", "storage")
+    return hkdf(passphrase_key(passphrase, salt, log_n), head, BACKUP_LABEL)
+
+
+def belongs_in_backup(names: list, inbox: bool = True) -> bool:
+    """Whether a file or folder of a profile, by the names that lead to it, is backed up."""
+    top, name = names[0], names[-1]
+    if top == "inbox":
+        return inbox
+    passing = name.startswith(".") or name.endswith((".lock", NEW_ENDING))
+    return not passing and name != COMMITTED and top not in NOT_BACKED_UP
+
+
+def encode_entry(names: list, size: int) -> bytes:
+    """What stands before the content of a file."""
+    path = "/".join(names).encode("utf-8")
+    return u8(1) + u16(len(path)) + path + u64(size)
+
+
+def encode_end(count: int) -> bytes:
+    return u8(0) + u32(count)
+
+
+class BackupReader:
+    """Takes a backup's content in pieces of any size; events are ("file", names, size),
+    ("data", bytes) and ("end",). RemoteProtocolError for whatever no backup holds."""
+
+    def __init__(self):
+        self._waiting = bytearray()
+        self._left = 0  # bytes of the current file
+        self._seen: set = set()  # paths as the least careful file system compares them
+        self._folders: set = set()
+        self.ended = False
+
+    def receive(self, content: bytes) -> list:
+        self._waiting += content
+        events: list = []
+        while self._waiting:
+            if self._left:
+                data = bytes(self._waiting[: self._left])
+                del self._waiting[: len(data)]
+                self._left -= len(data)
+                events.append(("data", data))
+            else:
+                event = self._next_entry()
+                if event is None:
+                    break
+                events.append(event)
+        return events
+
+    def finish(self) -> None:
+        """No more comes."""
+        if not self.ended:
+            raise RemoteProtocolError("A backup ends too early.")
+
+    def _next_entry(self):
+        """The event of a whole entry's head; None if it has not come yet."""
+        if self.ended or self._waiting[0] > 1:
+            raise RemoteProtocolError("A backup holds something unknown.")
+        if self._waiting[0] == 0:
+            return self._end()
+        length = int.from_bytes(self._waiting[1:3], "big")
+        if len(self._waiting) < 3 or len(self._waiting) < 11 + length:
+            return None
+        names = self._check_path(bytes(self._waiting[3 : 3 + length]))
+        self._left = int.from_bytes(self._waiting[3 + length : 11 + length], "big")
+        del self._waiting[: 11 + length]
+        return "file", names, self._left
+
+    def _end(self):
+        if len(self._waiting) < 5:
+            return None
+        if int.from_bytes(self._waiting[1:5], "big") != len(self._seen):
+            raise RemoteProtocolError("A backup holds more or fewer files than it says.")
+        del self._waiting[:5]
+        self.ended = True
+        return ("end",)
+
+    def _check_path(self, path: bytes) -> list:
+        try:
+            names = path.decode("utf-8").split("/")
+        except UnicodeDecodeError:
+            names = [""]
+        usual = len(path) <= BACKUP_PATH_MOST and len(names) <= BACKUP_DEPTH
+        if not usual or any(safe_file_name(name) != name for name in names):
+            raise RemoteProtocolError("A backup holds a file name that is not safe.")
+        if not belongs_in_backup(names):
+            raise RemoteProtocolError("A backup holds a file that belongs into none.")
+        folded = [fold_file_name(name) for name in names]
+        above = {tuple(folded[:depth]) for depth in range(1, len(folded))}
+        if tuple(folded) in self._seen | self._folders or above & self._seen:
+            raise RemoteProtocolError("A backup holds a file twice.")
+        self._seen.add(tuple(folded))
+        self._folders |= above
+        return names
+
+
+# ==================================================================================================
+# Part 31. BMP pictures | pure | uses 1
 #
 # Uncompressed pictures of 24 and 32 bits a pixel (Microsoft: BITMAPFILEHEADER and what may follow
 # it), as the colour samples that can be changed; everything else is refused with its reason.
@@ -7433,7 +7574,7 @@ def _block_step(rows: list) -> float:
 
 
 # ==================================================================================================
-# Part 31. Steganography | pure | uses 1-3, 26
+# Part 32. Steganography | pure | uses 1-3, 26
 #
 # A message in the noise of a BMP picture. Only the colour samples count, rows from the top down; of
 # each sixteenth of them the first 256 never change, and SHA-256 of label, u32 width, u32 height and
@@ -7875,7 +8016,7 @@ LOCKED_HINT = (
 
 
 # ==================================================================================================
-# Part 32. Conversations | pure | uses 1, 2
+# Part 33. Conversations | pure | uses 1, 2
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -7993,7 +8134,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 33. Keys and widths | pure | uses 2
+# Part 34. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -8319,7 +8460,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 34. Line editor | pure | uses 2, 33
+# Part 35. Line editor | pure | uses 2, 34
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -8352,6 +8493,14 @@ class LineEditor:
         self._goal: int | None = None  # the column that Up and Down keep to
         self._query: str | None = None  # what is searched for in the history
         self._before_search: tuple = ()
+
+    def draft(self) -> tuple:
+        """What is being typed, for `restore`."""
+        return self.text, self._marks, self.cursor
+
+    def restore(self, draft: tuple) -> None:
+        """Go on with a line."""
+        self.text, self._marks, self.cursor = draft
 
     def forget(self) -> None:
         """Drop the history and the kill buffer."""
@@ -8658,7 +8807,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 35. Screen | pure | uses 33
+# Part 36. Screen | pure | uses 34
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -8861,7 +9010,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 36. Settings | pure | uses 1, 2
+# Part 37. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -8943,6 +9092,8 @@ SETTINGS = {
         ("accept-most", _check_size, "1g", "the largest of those that are taken at once", ()),
         ("outbox", _check_duration, "30d",
          "how long a message waits for somebody who is away", ()),
+        ("lock", _check_duration, "off",
+         "a chat at a terminal is locked after nobody has typed for so long", ()),
     )
 }  # fmt: skip
 SETTING_ALIASES = {"color": "colour"}
@@ -9064,7 +9215,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 37. Settings and paths | uses 1, 2, 4, 36
+# Part 38. Settings and paths | uses 1, 2, 4, 37
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -9345,7 +9496,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 38. Events and threads | uses 2, 37
+# Part 39. Events and threads | uses 2, 38
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -9462,7 +9613,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 39. Dependencies | uses 1, 37
+# Part 40. Dependencies | uses 1, 38
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -9823,7 +9974,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 40. Vault | uses 1-4, 37
+# Part 41. Vault | uses 1-4, 30, 38
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -9877,7 +10028,7 @@ class KeyPair:
     """A private key with its self-signed certificate, in two PEM files of a profile."""
 
     def __init__(self, paths: Paths, role: str):
-        self.role = role
+        self.role, self._paths = role, paths
         self.key_path = paths.file("cert", f"{role}_key.pem")
         self.certificate_path = paths.file("cert", f"{role}_cert.pem")
 
@@ -9942,19 +10093,28 @@ class KeyPair:
         key = generate_rsa() if client else _ec.generate_private_key(_ec.SECP256R1())
         certificate = self_signed(key, f"trchat {self.role}")
         passphrase = os.environ.get("TRCHAT_PASSPHRASE", "")
-        self.store_key(key, passphrase)
-        write_file(self.certificate_path, certificate.public_bytes(_serialization.Encoding.PEM))
+        both = Replacement(self._paths)
+        self.store_key(key, passphrase, both.put)
+        both.put(self.certificate_path, certificate.public_bytes(_serialization.Encoding.PEM))
+        both.commit()
         return key, certificate.public_bytes(_serialization.Encoding.DER)
 
-    def store_key(self, key, passphrase: str) -> None:
-        """Writes the key, sealed if there is a passphrase."""
+    def store_key(self, key, passphrase: str, write=None) -> None:
+        """Writes the key, sealed if there is a passphrase; `write` is replace_secret, or the put
+        of a Replacement."""
         form = (_serialization.PrivateFormat.PKCS8, _serialization.NoEncryption())
         if passphrase:
             pem = seal_key(key.private_bytes(_serialization.Encoding.DER, *form), passphrase)
-            replace_secret(self.key_path, pem)
         else:
             pem = key.private_bytes(_serialization.Encoding.PEM, *form)
-            write_file(self.key_path, pem)
+        (write or replace_secret)(self.key_path, pem)
+
+    def fingerprint(self) -> str | None:
+        """That of the certificate, for people; None if there is none."""
+        pem = read_file(self.certificate_path)
+        if pem is None:
+            return None
+        return fingerprint_text(certificate_fingerprint(self._certificate_der(pem)))
 
     def certificate_pem(self) -> str:
         pem = read_file(self.certificate_path) or b""
@@ -10018,36 +10178,114 @@ def finish_wipes(home: str) -> None:
         folder = os.path.join(home, name)
         if not name.endswith(WIPED_ENDING):
             continue
-        try:
-            for secret in ("cert/client_key.pem", "cert/server_key.pem", "vault.key"):
-                _overwrite(os.path.join(folder, *secret.split("/")))
+        _destroy_folder(folder)
+
+
+def _destroy_folder(folder: str) -> None:
+    """Overwrites the keys in a profile's folder, and removes it."""
+    try:
+        for secret in ("cert/client_key.pem", "cert/server_key.pem", "vault.key"):
+            _overwrite(os.path.join(folder, *secret.split("/")))
+        if os.path.lexists(folder):
             shutil.rmtree(folder)
-        except OSError as error:
-            raise storage_error("Destroying", folder, error) from None
+    except OSError as error:
+        raise storage_error("Destroying", folder, error) from None
 
 
 def remove_leftovers(paths: Paths) -> None:
-    """Overwrites and removes what a kill in the middle of a write has left of secret files."""
-    for folder, names in (
-        (paths.file("cert"), ("client_key.pem", "server_key.pem")),
-        (paths.folder, ("contacts.json", "vault.key")),
-    ):
+    """Finishes what a kill has interrupted, or overwrites and removes what it left of secrets."""
+    finish_replacing(paths)
+    for path in [*secret_files(paths), paths.file(COMMITTED)]:
+        folder, ours = os.path.split(path)
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            if any(name.startswith(f".{ours}.") for ours in names):
-                try:
-                    _overwrite(os.path.join(folder, name))
-                    os.unlink(os.path.join(folder, name))
-                except OSError:
-                    pass  # it will be tried again
+            if name.startswith(f".{ours}.") or name == ours + NEW_ENDING:
+                _remove_secret(os.path.join(folder, name), path)
+
+
+def secret_files(paths: Paths) -> list:
+    """The files of a profile of which no old state may stay on the disk."""
+    return [
+        paths.file(*name.split("/"))
+        for name in (
+            "cert/client_key.pem", "cert/client_cert.pem", "cert/server_key.pem",
+            "cert/server_cert.pem", "contacts.json", "vault.key",
+        )
+    ]  # fmt: skip
+
+
+def _remove_secret(path: str, current: str) -> None:
+    """Overwrites and removes a leftover, unless it is but another name of the current file."""
+    try:
+        if not (os.path.exists(current) and os.path.samefile(path, current)):
+            _overwrite(path)
+        os.unlink(path)
+    except OSError:
+        pass  # it will be tried again
+
+
+class Replacement:
+    """Replaces several of the secret files together: after a kill at any moment all of them are
+    the old ones or, once finish_replacing has run, all the new ones."""
+
+    def __init__(self, paths: Paths):
+        self._paths = paths
+        paths.make_folders()
+        remove_leftovers(paths)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes what is to take a file's place; ChatError `storage` as write_file."""
+        write_file(path + NEW_ENDING, data)
+
+    def commit(self) -> None:
+        write_file(self._paths.file(COMMITTED), b"")
+        finish_replacing(self._paths)
+
+
+def finish_replacing(paths: Paths) -> None:
+    """Puts the new files in their places, once all of them are there; also after a kill."""
+    mark = paths.file(COMMITTED)
+    if not os.path.exists(mark):
+        return
+    try:
+        for path in secret_files(paths):
+            if os.path.exists(path + NEW_ENDING):
+                _put_in_place(path + NEW_ENDING, path)
+        os.unlink(mark)
+        _sync_folder(paths.folder)
+    except FileNotFoundError:
+        pass  # another process has done the same
+    except OSError as error:
+        raise storage_error("Replacing the keys in", paths.folder, error) from None
+
+
+def _put_in_place(new: str, path: str) -> None:
+    """Renames a file over another, and overwrites what was there, if need be at the next start."""
+    folder, name = os.path.split(path)
+    old = os.path.join(folder, f".{name}.old")
+    before = open(path, "r+b") if os.path.exists(path) else None  # noqa: SIM115 - across it
+    _remove_secret(old, path)
+    try:
+        if before is not None:
+            os.link(path, old)  # so that it is found after a kill, too
+    except OSError:
+        pass  # not every file system has links
+    os.replace(new, path)
+    _sync_folder(folder)
+    if before is not None:
+        with before:
+            _overwrite_open(before)
+    if os.path.exists(old):
+        os.unlink(old)
 
 
 def replace_secret(path: str, data: bytes) -> None:
     """write_file, and random bytes over what was there before."""
-    old = open(path, "r+b") if os.path.exists(path) else None  # noqa: SIM115 - across the write
-    write_file(path, data)
-    if old is not None:
-        with old:
-            _overwrite_open(old)
+    new = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}{NEW_ENDING}")
+    write_file(new, data)
+    try:
+        _put_in_place(new, path)
+    except OSError as error:
+        raise storage_error("Writing", path, error) from None
 
 
 def _overwrite(path: str) -> None:
@@ -10074,7 +10312,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 41. Rooted folders | uses 1, 2, 24-26, 37
+# Part 42. Rooted folders | uses 1, 2, 24-26, 38
 #
 # A folder of this computer as an SFTP server shows it, with no way out. A path is walked name by
 # name, each opened in the folder before it and never through a link, so that it does not help to
@@ -10526,7 +10764,7 @@ def free_name(folder_path: str, name: str) -> str:
 
 
 # ==================================================================================================
-# Part 42. SFTP client | uses 1, 2, 24, 27, 37
+# Part 43. SFTP client | uses 1, 2, 24, 27, 38
 #
 # Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
 # than a window of a file is in memory, and its hash is made in the same pass.
@@ -10780,7 +11018,7 @@ def changed_meanwhile(path: str, done: str) -> ChatError:
 
 
 # ==================================================================================================
-# Part 43. Files through SFTP | uses 1, 2, 24, 26, 27, 37, 42
+# Part 44. Files through SFTP | uses 1, 2, 24, 26, 27, 38, 43
 #
 # Whole files and folders. A file grows under a name ending in .part and gets its own when it is
 # whole and on the disk; what an interruption left there is compared with the original before the
@@ -11173,7 +11411,7 @@ def _received_before(client, remote: str, path: str, size) -> Transferred | None
 
 
 # ==================================================================================================
-# Part 44. Mounts and disks | uses 2, 37
+# Part 45. Mounts and disks | uses 2, 38
 #
 # On what a path lies, and whether overwriting a file there reaches the place where it was. What is
 # not known for sure is called unknown: that is the honest answer for most disks of today.
@@ -11376,7 +11614,7 @@ def _windows_medium(path: str) -> Medium:
 
 
 # ==================================================================================================
-# Part 45. What to shred | uses 1, 2, 16, 37, 41, 44
+# Part 46. What to shred | uses 1, 2, 16, 38, 42, 45
 #
 # First a survey that changes nothing: what there is under some names, what of it is refused and
 # why. What it found is known again by device and inode: a link or another file that is swapped in
@@ -11816,7 +12054,7 @@ def _names(paths: list) -> str:
 
 
 # ==================================================================================================
-# Part 46. Shredding | uses 2, 3, 16, 37, 38, 45
+# Part 47. Shredding | uses 2, 3, 16, 38, 39, 46
 #
 # What a survey found is overwritten with the keystream of AES-256 in counter mode, whose key is
 # drawn for each file and forgotten, then emptied, renamed at random and removed; the disk is synced
@@ -12139,7 +12377,7 @@ def shred_words(done: int, total: int) -> str:
 
 
 # ==================================================================================================
-# Part 47. History and outbox | uses 1-3, 28, 37, 38
+# Part 48. History and outbox | uses 1-3, 28, 38, 39
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -12619,7 +12857,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 48. Contacts | uses 1-4, 6, 37
+# Part 49. Contacts | uses 1-4, 6, 38
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -12658,10 +12896,10 @@ class ContactsFile:
             raise damaged_file(self.path) from None
         return parse_json(data, self.path, dict)
 
-    def save(self, data: dict) -> None:
+    def save(self, data: dict, write=write_file) -> None:
         if self._sealed:
             data = {"sealed": base64url(self._box.seal(json_bytes(data)))}
-        write_json(self.path, data, None)
+        write(self.path, json_bytes(data))
 
 
 class Contact(Record):
@@ -13060,7 +13298,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 49. Transfers on record | uses 1, 2, 28, 37
+# Part 50. Transfers on record | uses 1, 2, 28, 38
 #
 # What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
 # a transfer by a number, `f3`, programs by the id of the message that offered it.
@@ -13185,7 +13423,362 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 50. SOCKS5 | uses 1, 2, 4, 37
+# Part 51. Backing up and restoring | uses 1, 2, 26, 29, 30, 38, 41, 42, 48
+#
+# Reads and writes backups block by block, so that memory stays small. A backup appears under its
+# name when it is whole; a profile is unpacked beside the others and gets its name at the end.
+# ==================================================================================================
+
+BACKUP_BLOCK = 256 << 10
+UNPACKING, RESTORED = "~unpacking-", "~restored"  # in names of folders that are no profiles yet
+
+
+class NewFile:
+    """A file that is written piece by piece and has its name only once `finish` was called."""
+
+    def __init__(self, path: str):
+        self._path, self._made = path, ""
+        if os.path.lexists(path):
+            raise self._taken()
+        try:
+            folder, name = os.path.split(os.path.abspath(path))
+            handle, self._made = tempfile.mkstemp(prefix=f".{name[:100]}.", dir=folder)
+            self._file = os.fdopen(handle, "wb")
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _taken(self) -> ChatError:
+        return ChatError(f"{one_line(self._path)} exists already.", "Choose another name.")
+
+    def _failed(self, error: OSError) -> ChatError:
+        reason = error.strerror or type(error).__name__
+        text = f"Writing {one_line(self._path)} failed: {reason}."
+        return ChatError(text, "Check its folder, and the space there.", "storage")
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def finish(self) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            _give_name(self._made, self._path)
+            _sync_folder(os.path.dirname(os.path.abspath(self._path)))
+        except FileExistsError:
+            raise self._taken() from None
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            pass  # what was left to be written; it goes anyway
+        if os.path.exists(self._made):
+            os.unlink(self._made)
+
+
+def _give_name(made: str, path: str) -> None:
+    """Moves a file to a name; FileExistsError if that is taken."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.rename(made, path)
+
+
+def lock_profile(paths: Paths) -> list:
+    """Both locks of a profile, so that nothing in it changes; ChatError if it is in use."""
+    client = ProfileLock(paths, "client")
+    try:
+        return [client, ProfileLock(paths, "server")]
+    except BaseException:
+        client.release()
+        raise
+
+
+def backed_up_files(paths: Paths, inbox: bool) -> tuple:
+    """([names of each file], [paths of what is left out, as links are])."""
+    found: list = []
+    left_out: list = []
+    try:
+        _find_files(paths.folder, [], inbox, found, left_out)
+    except OSError as error:
+        raise storage_error("Reading", paths.folder, error) from None
+    return found, left_out
+
+
+def _find_files(folder: str, above: list, inbox: bool, found: list, left_out: list) -> None:
+    with os.scandir(folder) as entries:
+        here = sorted(entries, key=lambda entry: entry.name)
+    for entry in here:
+        names = [*above, entry.name]
+        if not belongs_in_backup(names, inbox):
+            continue
+        info = entry.stat(follow_symlinks=False)
+        usual = safe_file_name(entry.name) == entry.name and len(names) <= BACKUP_DEPTH
+        if usual and stat.S_ISREG(info.st_mode):
+            found.append(names)
+        elif usual and stat.S_ISDIR(info.st_mode) and not _is_link(info):
+            _find_files(entry.path, names, inbox, found, left_out)
+        else:
+            left_out.append("/".join(names))
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Until somebody wants to hear of it."""
+
+
+class Backup:
+    """A profile on its way into one sealed file."""
+
+    def __init__(self, paths: Paths, inbox: bool):
+        self._paths, self._progress = paths, _no_progress
+        self.files, self.left_out = backed_up_files(paths, inbox)
+        self._total = self._done = 0
+        for names in self.files:
+            self._total += os.path.getsize(paths.file(*names))
+
+    def write(self, out: str, passphrase: str, progress) -> int:
+        """Writes the file, and returns its size; `progress(done, total)` hears of bytes."""
+        self._progress = progress
+        head = new_backup_head()
+        with NewFile(out) as file:
+            file.write(head)
+            sealer, size = Sealer(backup_key(head, passphrase)), BACKUP_HEAD
+            for content in self._content():
+                sealed = sealer.seal(content)
+                file.write(sealed)
+                size += len(sealed)
+            for sealed in sealer.finish():
+                file.write(sealed)
+                size += len(sealed)
+            file.finish()
+        return size
+
+    def _content(self):
+        for names in self.files:
+            path = self._paths.file(*names)
+            try:
+                with os.fdopen(_plain_open(path, os.O_RDONLY), "rb") as file:
+                    yield from self._file_content(names, file)
+            except OSError as error:
+                raise storage_error("Reading", path, error) from None
+        yield encode_end(len(self.files))
+
+    def _file_content(self, names: list, file):
+        left = os.fstat(file.fileno()).st_size
+        yield encode_entry(names, left)
+        while left:
+            data = file.read(min(left, BACKUP_BLOCK))
+            if not data:
+                text = f"{self._paths.file(*names)} changed while it was read."
+                raise ChatError(text, "Close what writes there, and try again.", "storage")
+            left -= len(data)
+            self._done += len(data)
+            self._progress(self._done, self._total)
+            yield data
+
+
+class Unpacker:
+    """Writes what a BackupReader tells into a new folder."""
+
+    def __init__(self, folder: str):
+        self._folder = self._path = folder
+        self._file: Any = None
+        self.files = self.size = 0
+
+    def take(self, event: tuple) -> None:
+        if event[0] == "data":
+            self._file.write(event[1])
+            self.size += len(event[1])
+            return
+        self._close_file()
+        if event[0] == "file":
+            self._open_file(event[1])
+
+    def _open_file(self, names: list) -> None:
+        self._path = os.path.join(self._folder, *names)
+        os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
+        self._file = os.fdopen(os.open(self._path, flags, 0o600), "wb")
+        self.files += 1
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def finish(self) -> None:
+        """Makes it last."""
+        self._close_file()
+        for folder, _, _ in os.walk(self._folder):
+            _sync_folder(folder)
+
+    def stop(self) -> None:
+        """Lets go of a file that stays unfinished."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError:
+                pass  # what was left to be written
+            self._file = None
+
+    def failed(self, error: OSError) -> ChatError:
+        return storage_error("Writing", self._path, error)
+
+
+class Restoring:
+    """A backup on its way into a profile."""
+
+    def __init__(self, paths: Paths, source: str):
+        self._paths, self._source, self._progress = paths, source, _no_progress
+        self._open_source().close()
+
+    def run(self, passphrase: str, progress, replace: bool = False) -> Unpacker:
+        """Unpacks all of it, then puts it into its place; ChatError, and nothing has changed."""
+        self._progress = progress
+        make_private_folder(self._paths.home)
+        _remove_unpacked(self._paths.home)
+        prefix = self._paths.profile + UNPACKING
+        folder = tempfile.mkdtemp(prefix=prefix, dir=self._paths.home)
+        place = Paths(self._paths.home, self._paths.profile)
+        place.folder = folder
+        try:
+            lock = ProfileLock(place, "client")
+            try:
+                unpacker = self._unpack(folder, passphrase)
+            finally:
+                lock.release()
+            self._put_in_place(folder, replace)
+        except BaseException:
+            _destroy_folder(folder)
+            raise
+        return unpacker
+
+    def _unpack(self, folder: str, passphrase: str) -> Unpacker:
+        unpacker, file = Unpacker(folder), self._open_source()
+        try:
+            with file:
+                self._copy(file, passphrase, unpacker)
+            unpacker.finish()
+        except OSError as error:
+            raise unpacker.failed(error) from None
+        finally:
+            unpacker.stop()
+        return unpacker
+
+    def _open_source(self):
+        try:
+            if not stat.S_ISREG(os.stat(self._source).st_mode):
+                raise OSError(errno.EINVAL, "it is no file")
+            return open(self._source, "rb")
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: OSError) -> ChatError:
+        reason = error.strerror or type(error).__name__
+        text = f"{one_line(self._source)} cannot be read: {reason}."
+        return ChatError(text, "Check its name, and who may read it.", "storage")
+
+    def _read(self, file, size: int) -> bytes:
+        try:
+            return file.read(size)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _copy(self, file, passphrase: str, unpacker: Unpacker) -> None:
+        """Content goes to the disk as soon as its chunk is known to be genuine."""
+        head = self._read(file, BACKUP_HEAD)
+        opener, reader = Opener(backup_key(head, passphrase)), BackupReader()
+        total, opened = os.fstat(file.fileno()).st_size, 0
+        try:
+            while True:
+                data = self._read(file, BACKUP_BLOCK)
+                content = opener.open(data) if data else opener.finish()
+                opened += len(content)
+                for event in reader.receive(content):
+                    unpacker.take(event)
+                self._progress(file.tell(), total)
+                if not data:
+                    break
+            reader.finish()
+        except RemoteProtocolError as error:
+            raise self._damage(error, opened) from None
+
+    def _damage(self, error: RemoteProtocolError, opened: int) -> ChatError:
+        if not opened:
+            text = "The passphrase is wrong, or the backup is damaged at its beginning."
+            return ChatError(text, "Try again; it cannot be opened without it.", "locked")
+        text = f"The backup is damaged or cut short, and nothing was restored: {error}"
+        return ChatError(text, "Take another copy of it.", "storage")
+
+    def _put_in_place(self, folder: str, replace: bool) -> None:
+        paths = self._paths
+        try:
+            if not replace:
+                os.rename(folder, paths.folder)
+                _sync_folder(paths.home)
+                return
+            for lock in lock_profile(paths):
+                lock.release()
+            os.rename(folder, paths.folder + RESTORED)
+            _sync_folder(paths.home)
+        except OSError as error:
+            raise storage_error("Restoring to", paths.folder, error) from None
+        finish_restores(paths.home)
+
+
+def finish_restores(home: str) -> None:
+    """Puts restored profiles in the place of others; also at a start after it was interrupted.
+
+    ChatError `usage` if one of those is in use, and later will do."""
+    for name in os.listdir(home) if os.path.isdir(home) else ():
+        if name.endswith(RESTORED):
+            _finish_restore(Paths(home, name[: -len(RESTORED)]))
+    finish_wipes(home)
+
+
+def _finish_restore(paths: Paths) -> None:
+    try:
+        if os.path.lexists(paths.folder):
+            for lock in lock_profile(paths):
+                lock.release()  # Windows renames no folder with an open file
+            finish_wipes(paths.home)
+            os.rename(paths.folder, paths.folder + WIPED_ENDING)
+        os.rename(paths.folder + RESTORED, paths.folder)
+        _sync_folder(paths.home)
+    except OSError as error:
+        raise storage_error("Restoring to", paths.folder, error) from None
+
+
+def _remove_unpacked(home: str) -> None:
+    """Destroys what a kill has left of restoring, unless it is still going on."""
+    for name in os.listdir(home):
+        if UNPACKING in name:
+            place = Paths(home, name.partition(UNPACKING)[0])
+            place.folder = os.path.join(home, name)
+            try:
+                ProfileLock(place, "client").release()
+            except ChatError:
+                continue
+            _destroy_folder(place.folder)
+
+
+# ==================================================================================================
+# Part 52. SOCKS5 | uses 1, 2, 4, 38
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -13269,7 +13862,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 51. Network | uses 1-4, 37, 40, 50
+# Part 53. Network | uses 1-4, 38, 41, 52
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -13538,7 +14131,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 52. Port mapping | uses 1-3, 9, 10, 37, 38, 51
+# Part 54. Port mapping | uses 1-3, 9, 10, 38, 39, 53
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -14004,7 +14597,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 53. A mapped port, and addresses | uses 1-4, 9, 10, 37, 38, 51, 52
+# Part 55. A mapped port, and addresses | uses 1-4, 9, 10, 38, 39, 53, 54
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -14363,7 +14956,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 54. Tunnels | uses 1, 2, 37, 38
+# Part 56. Tunnels | uses 1, 2, 38, 39
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -14758,7 +15351,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 55. Tunnels through ngrok | uses 2, 3, 37, 54
+# Part 57. Tunnels through ngrok | uses 2, 3, 38, 56
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -15005,7 +15598,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 56. Tunnels through ssh and tor | uses 1-4, 37, 38, 54, 55
+# Part 58. Tunnels through ssh and tor | uses 1-4, 38, 39, 56, 57
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -15361,7 +15954,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 57. Runs of sftp | uses 1-3, 29, 37, 54, 56
+# Part 59. Runs of sftp | uses 1-3, 29, 38, 56, 58
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -15632,7 +16225,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 58. Files on SFTP servers | uses 1, 2, 26, 29, 37, 43, 47, 57
+# Part 60. Files on SFTP servers | uses 1, 2, 26, 29, 38, 44, 48, 59
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -15944,7 +16537,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 59. Connections of a server | uses 1
+# Part 61. Connections of a server | uses 1
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -16031,7 +16624,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 60. Relay server | uses 1, 2, 8, 37, 38, 40, 51, 59
+# Part 62. Relay server | uses 1, 2, 8, 38, 39, 41, 53, 61
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -16127,12 +16720,13 @@ class RelayServer:
             raise error
         return value
 
-    def stop(self) -> None:
-        """Tells everybody, lets what is queued go out for a moment, and ends the loop."""
+    def stop(self, suddenly: bool = False) -> None:
+        """Tells everybody, lets what is queued go out, and ends the loop; `suddenly`, nobody is
+        told, so that they look for it again."""
         if self._thread is None:
             self._listener.close()
             return
-        self.inbox.post(self._begin_stop)
+        self.inbox.post(self._begin_stop, suddenly)
         self._thread.join(CLOSE_SECONDS + 1)
 
     def answer(self, name: str, mark: str, accept: bool):
@@ -16173,15 +16767,15 @@ class RelayServer:
             for conn in [c for c in self._knocking if not c.client.knock]:
                 del self._knocking[conn]
 
-    def _begin_stop(self) -> None:
+    def _begin_stop(self, suddenly: bool) -> None:
         self._stopping = "stopping"
         if self._accept_at is None:
             self._selector.unregister(self._listener)
         self._accept_at = None
         self._listener.close()
-        for client in list(self.machine.clients.values()):
+        for client in [] if suddenly else list(self.machine.clients.values()):
             self.machine.close(client, CLOSED, "server-closed", "The server was closed.")
-        for conn in list(self._half_open):
+        for conn in [*self._half_open, *(self._by_client.values() if suddenly else ())]:
             self._end(conn, "server closed")
 
     # The loop
@@ -16530,7 +17124,7 @@ def raise_file_limit() -> None:
 
 
 # ==================================================================================================
-# Part 61. Where to connect | uses 1, 2, 4, 9, 37, 38, 51
+# Part 63. Where to connect | uses 1, 2, 4, 9, 38, 39, 53
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -16670,7 +17264,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 62. Channels | uses 1, 2, 37
+# Part 64. Channels | uses 1, 2, 38
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -16784,7 +17378,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 63. Connections | uses 1, 3, 37, 38, 51, 60-62
+# Part 65. Connections | uses 1, 3, 38, 39, 53, 62-64
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -16813,6 +17407,10 @@ class Connection:
         if self.target.room:
             self.machine.join(self.target.room)
         self._attach(link)
+
+    def dial(self) -> None:
+        """Goes to its server, which was visited before, by itself."""
+        self._retry_at = 0.0
 
     def rename(self, name: str) -> None:
         """Comes back under another nickname; the old one is tried again if that is taken."""
@@ -16997,6 +17595,8 @@ class Connection:
         self.chat.inbox.post(self._redialled, link)
 
     def _redial_failed(self, error: ChatError) -> None:
+        if self.reason:
+            return
         if error.code != "unreachable":
             self.machine.emit("error", code=error.code, text=str(error))
         self._plan_retry(error.text)
@@ -17009,12 +17609,13 @@ class Connection:
 
     # Leaving
 
-    def say_goodbye(self, reason: str) -> None:
-        """Tells everybody that we leave, and ends."""
+    def say_goodbye(self, reason: str, patience: float = 1.0) -> None:
+        """Tells everybody that we leave, and ends; `patience`: seconds for a server that is slow
+        to take it."""
         self.machine.messages.give_up()
         if self._link is not None:
             self.machine.goodbye()
-            self._link.sock.settimeout(1.0)
+            self._link.sock.settimeout(patience)
             self._write_last()
         self.finish(reason)
 
@@ -17035,7 +17636,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 64. Records of a chat | uses 1, 2, 8, 16, 17, 28, 32, 37, 40, 47-49
+# Part 66. Records of a chat | uses 1, 2, 8, 16, 17, 28, 33, 38, 41, 48-50
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -17094,6 +17695,13 @@ class Profile:
         shown = fingerprint_text(machine.server)
         room = connection.target.room or DEFAULT_ROOM
         self.servers.remember(machine.server_address, shown, room, machine.name)
+
+
+def open_profile(paths: Paths, settings: Settings, ask_passphrase) -> tuple:
+    """(Profile, Identity, (private key, certificate)) of a person."""
+    remove_leftovers(paths)
+    identity, *chain = load_identity(paths, ask_passphrase)
+    return Profile(paths, settings, ServerList(paths), identity), identity, tuple(chain)
 
 
 class Writing:
@@ -17427,7 +18035,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 65. Files on their way | uses 1-3, 24-26, 37, 41-43
+# Part 67. Files on their way | uses 1-3, 24-26, 38, 42-44
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -17836,7 +18444,7 @@ def remove_part(part: str) -> None:
 
 
 # ==================================================================================================
-# Part 66. Shared folders | uses 1-3, 8, 16, 24, 26, 37, 38, 41-43, 49, 65
+# Part 68. Shared folders | uses 1-3, 8, 16, 24, 26, 38, 39, 42-44, 50, 67
 #
 # Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
 # look is a stream and a thread of its own.
@@ -18095,7 +18703,7 @@ class Shares:
 
 
 # ==================================================================================================
-# Part 67. Files by way of a server | uses 1-3, 26, 29, 37, 38, 43, 49, 58, 65
+# Part 69. Files by way of a server | uses 1-3, 26, 29, 38, 39, 44, 50, 60, 67
 #
 # For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
 # offer carries what is needed to fetch and open it.
@@ -18181,7 +18789,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 68. Offers of others | uses 1, 8, 26, 29, 37, 38, 41, 43, 49, 62, 65, 66
+# Part 70. Offers of others | uses 1, 8, 26, 29, 38, 39, 42, 44, 50, 64, 67, 68
 #
 # What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
@@ -18359,7 +18967,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 69. File desk | uses 1, 2, 8, 16, 26, 29, 38, 49, 62, 65-68
+# Part 71. File desk | uses 1, 2, 8, 16, 26, 29, 39, 50, 64, 67-70
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -18697,7 +19305,367 @@ class FileDesk:
 
 
 # ==================================================================================================
-# Part 70. Chat client | uses 1, 2, 17, 20, 32, 37, 38, 60, 63, 64, 69
+# Part 72. Locking | uses 1, 2, 4, 23, 38, 39, 41, 66
+#
+# A chat that nobody is to look at for a while. One mechanism, two strengths: a locked screen keeps
+# the connections and only holds back what faces would show; with the keys dropped, the servers are
+# left and nothing stays in this process that the keys opened. What opens it again is looked at in
+# the sealed key file each time, in a thread, as scrypt takes its time; no passphrase is remembered.
+# ==================================================================================================
+
+HELD_MOST = 10_000  # events of a locked chat that are shown later
+WRONG_FIRST, WRONG_MOST = 1.0, 60.0  # seconds until the next try, doubled at each wrong passphrase
+GOODBYE_SECONDS = 0.2  # for a server that is slow to take it while the keys wait to be dropped
+PASSING_EVENTS = ("closed", "_vanished")  # what tells nothing of what is said
+PASSING_STATES = ("progress", "_status")  # what is out of date once it could be shown
+OUTCOMES = ("delivered", "undelivered")
+COUNTED_AS = {"message": "messages", "offer": "offers", "request": "requests"}
+COUNTED = (*COUNTED_AS.values(), "unconfirmed")
+
+
+class HoldingPublisher(Publisher):
+    """A Publisher that can hold events back; faces then hear how many messages there are."""
+
+    def __init__(self):
+        super().__init__()
+        self._gate = threading.Lock()
+        self._held: Any = None  # a deque, while they are held back
+        self._drops = False  # whether they are forgotten instead
+        self.counts: dict = {}  # how many messages, offers and requests came meanwhile
+
+    def publish(self, event) -> None:
+        with self._gate:
+            if self._held is None or event is None or event["event"] in PASSING_EVENTS:
+                super().publish(event)
+                if self._held is not None and event is not None and "keys" in event:
+                    gone = set(event["keys"])
+                    self._held = [e for e in self._held if e.get("_key") not in gone]
+            else:
+                self._hold(event)
+
+    def tell(self, event: dict) -> None:
+        """An event that is not held back."""
+        with self._gate:
+            super().publish(event)
+
+    def hold(self, drop: bool = False) -> None:
+        """From now on; with `drop` those held are forgotten, too, but for what became of lines."""
+        with self._gate:
+            if self._held is None:
+                self._held, self.counts = [], dict.fromkeys(COUNTED, 0)
+            self._drops = drop
+            if drop:
+                self._held = [_bare(e) for e in self._held if e["event"] in OUTCOMES]
+
+    def release(self, first: dict) -> None:
+        """Hands on `first`, then all that was held back, and holds nothing any more."""
+        with self._gate:
+            held, self._held, self._drops = self._held or [], None, False
+            super().publish({**first, **self.counts})
+            for event in held:
+                super().publish({**event, "_late": True})
+
+    def _hold(self, event: dict) -> None:
+        kind = event["event"]
+        if self._drops and kind not in OUTCOMES or kind in PASSING_STATES:
+            return
+        self._held.append(_bare(event) if self._drops else event)
+        if len(self._held) > HELD_MOST:
+            del self._held[0]
+        if self._drops:
+            self.counts["unconfirmed"] += kind == "undelivered"
+        elif kind in COUNTED_AS and "_message" not in event and not event.get("history"):
+            self.counts[COUNTED_AS[kind]] += 1
+            ring = {name: event.get(name, False) for name in ("direct", "_called")}
+            super().publish(
+                {"event": "_waiting", **self.counts, "rings": kind == "message", **ring}
+            )
+
+
+def _bare(event: dict) -> dict:
+    """What became of a line, without the line."""
+    return {name: event[name] for name in ("event", "id", "to", "by") if name in event}
+
+
+class ProfileOpener:
+    """Opens a profile anew with a passphrase; its methods run in a thread but for `attach`."""
+
+    def __init__(self, paths: Paths, fingerprint: bytes):
+        self.paths, self._fingerprint = paths, fingerprint
+
+    def is_sealed(self) -> bool:
+        """Whether something is needed to open it."""
+        return KeyPair(self.paths, "client").sealed()
+
+    def check(self, passphrase: str) -> None:
+        """ChatError unless the identity's key opens with this passphrase, and is still the same."""
+        pair = KeyPair(self.paths, "client")
+        if not pair.exists():
+            raise ChatError(f"{pair.key_path} is gone.", "Restore it from a backup.", "storage")
+        key, _ = pair.load(lambda question: passphrase)
+        if Identity(key).fingerprint != self._fingerprint:
+            text = f"{pair.key_path} is another key than the one this chat began with."
+            raise ChatError(text, "Restore the right one, or leave.", "storage")
+
+    def open(self, passphrase: str, settings: Settings) -> tuple:
+        """As open_profile, in place of what `close` has left."""
+        self.check(passphrase)
+        return open_profile(self.paths, settings, lambda question: passphrase)
+
+    def close(self) -> None:
+        """The keys are being dropped: so are those that only this object knows of."""
+
+    def attach(self, connection) -> None:
+        """In the owner thread: the first connection of what was opened is about to dial."""
+
+
+class Left(Record):
+    """A server that was left when the keys were dropped."""
+
+    target: Target
+    name: str
+    token: Token | None
+    clock: Any
+    rooms: list
+    asked: bool  # whether it wants a certificate
+
+
+class Locking:
+    """The lock of one chat; in its owner thread, but for what is said to be for any thread.
+
+    Faces learn of it by `notice` events with `locked` (true or false), `keys_dropped` and COUNTED
+    (numbers of what has come), and by two that are not for programs: `_waiting` with the same
+    numbers whenever one has come, `_checking` while a passphrase is looked at. A wrong one is an
+    `error` with the code `locked`.
+    """
+
+    def __init__(self, chat):
+        self._chat = chat
+        self.opener: ProfileOpener | None = None  # without one there is nothing to lock
+        self.watches_idleness = False  # whether a face tells of each key
+        self.locked = self.dropped = False
+        self._try: Any = None  # names the attempt that is being looked at
+        self._wrong = 0
+        self._left: list = []
+        self._keeper: Storekeeper | None = None  # of the profile that was closed
+        self._dropping: Any = None  # the thread that closes it
+        self._settings: Any = None
+        self._active = (time.monotonic(), time.time())
+
+    # Being idle
+
+    def touch(self) -> None:
+        """Somebody is there (any thread)."""
+        if not self._idle_for() > self._patience():
+            self._active = (time.monotonic(), time.time())
+
+    def _idle_for(self) -> float:
+        """Seconds; the wall clock goes on while a computer sleeps."""
+        return max(time.monotonic() - self._active[0], time.time() - self._active[1])
+
+    def _patience(self) -> float:
+        profile = self._chat.records.profile
+        seconds = profile.settings.lock if profile is not None else 0.0
+        return seconds if seconds and self.watches_idleness else float("inf")
+
+    def next_deadline(self):
+        patience = self._patience()
+        return None if self.locked or patience == float("inf") else self._active[0] + patience
+
+    def lock_if_idle(self) -> None:
+        if not self.locked and self._idle_for() >= self._patience():
+            self._active = (time.monotonic(), time.time())
+            self.lock("Nobody has typed for a while.")
+
+    # Locking
+
+    def lock(self, reason: str = "", drop_keys: bool = False) -> None:
+        """Locks the screen, once it is known that something opens it again; or drops the keys."""
+        if drop_keys:
+            self._lock_and_drop(reason)
+        elif not self.locked:
+            self._ask_sealed(self._lock_screen, reason)
+
+    def _ask_sealed(self, then, *args) -> None:
+        """`then(whether something is needed to open the profile, *args)`."""
+        if self.opener is None:
+            raise ChatError("This chat cannot be locked.", "Use `connect` or `host`.")
+        answer = functools.partial(_with_answer, then, args)
+        self._chat.records.ask(answer, self.opener.is_sealed)
+
+    def warn_if_unsealed(self) -> None:
+        """A wish to lock is in vain as long as there is no passphrase."""
+        self._ask_sealed(self._warn_unless)
+
+    def _warn_unless(self, sealed: bool) -> None:
+        if not sealed:
+            self._chat.show_notice(UNSEALED)
+
+    def _lock_screen(self, sealed: bool, reason: str) -> None:
+        if not sealed:
+            raise ChatError(UNSEALED, code="locked")
+        if not self.locked:
+            self._begin(reason, False)
+
+    def _begin(self, reason: str, drop: bool) -> None:
+        self.locked, self.dropped, self._try = True, drop, None
+        self._chat.events.hold(drop)
+        what = DROPPED_TEXT if drop else LOCKED_TEXT
+        fields = {"text": f"{reason} {what}".strip(), "locked": True, "keys_dropped": drop}
+        self._chat.events.tell({"event": "notice", **fields, **self._chat.events.counts})
+
+    def _lock_and_drop(self, reason: str) -> None:
+        if self.opener is None or self._chat.records.profile is None and not self.dropped:
+            self._chat.begin_leaving("interrupted")
+        elif not self.dropped:
+            self._begin(reason, True)
+            self._drop()
+
+    def _drop(self) -> None:
+        """Leaves all servers, then forgets whatever the keys opened."""
+        chat = self._chat
+        profile, desk = chat.records.profile, chat.desk
+        self._settings, self._keeper = profile.settings, profile.keeper
+        for run in list(desk.running.values()) if desk is not None else ():
+            run.cancel("The chat was locked.")
+        self._left = [_left_server(connection) for connection in chat.connections]
+        for connection in chat.connections:
+            connection.say_goodbye("interrupted", GOODBYE_SECONDS)
+        self._keeper.close(0.0)  # it ends after what it has to write
+        chat.clear()
+        self._dropping = spawn("drop", self._routine_drop)
+
+    def _routine_drop(self) -> None:
+        assert self.opener is not None
+        self.opener.close()
+        gc.collect()  # machines, sessions and keys refer to each other
+
+    def close(self) -> None:
+        """The chat ends; what was to be written gets its time."""
+        if self._keeper is not None:
+            self._keeper.close(STORE_SECONDS)
+
+    # Unlocking
+
+    def take_line(self, line: str) -> None:
+        """What is typed into a locked chat, where no face asks for the passphrase."""
+        if line.strip() == "/unlock" and self._try is not None:
+            self._refuse(ChatError("A passphrase is being looked at.", "Wait.", "locked"))
+        elif line.strip() == "/unlock":
+            self.unlock(os.environ.get("TRCHAT_PASSPHRASE", ""))
+        else:
+            hint = "/unlock opens it with TRCHAT_PASSPHRASE of the environment; BYE leaves."
+            self._refuse(ChatError("The chat is locked.", hint, "locked"))
+
+    def _refuse(self, error: ChatError) -> None:
+        self._chat.events.tell({"event": "error", "code": error.code, "text": str(error)})
+
+    def unlock(self, passphrase: str) -> None:
+        """Looks, in a thread, whether the passphrase opens the keys; one at a time."""
+        if not self.locked or self._try is not None:
+            return
+        self._try = object()
+        self._chat.events.tell({"event": "_checking"})
+        spawn("unlock", self._routine_unlock, self._try, passphrase, self.dropped)
+
+    def _routine_unlock(self, attempt, passphrase: str, dropped: bool) -> None:
+        try:
+            opened = self._open(passphrase, dropped)
+        except Exception as error:
+            if not isinstance(error, ChatError):
+                error = ChatError(internal_error(error), code="storage")
+            if error.code == "locked":
+                self._chat.ended.wait(min(WRONG_FIRST * 2**self._wrong, WRONG_MOST))
+            self._chat.inbox.post(self._chat.guarded, self._refused, attempt, error)
+            return
+        self._chat.inbox.post(self._chat.guarded, self._opened, attempt, opened)
+
+    def _open(self, passphrase: str, dropped: bool):
+        assert self.opener is not None
+        if not dropped:
+            self.opener.check(passphrase)
+            return None
+        self._dropping.join()
+        if self._keeper is not None and not self._keeper.close(STORE_SECONDS):
+            raise ChatError("The disk is still writing.", "Try again in a moment.", "storage")
+        return self.opener.open(passphrase, self._settings)
+
+    def _refused(self, attempt, error: ChatError) -> None:
+        if attempt is self._try:
+            self._try = None
+            self._wrong += error.code == "locked"
+            self._refuse(error)
+
+    def _opened(self, attempt, opened) -> None:
+        if attempt is not self._try:
+            if opened is not None:
+                opened[0].keeper.close(0.0)
+            return  # the keys were dropped meanwhile
+        self.locked = self.dropped = False
+        self._try, self._wrong = None, 0
+        self._active = (time.monotonic(), time.time())
+        text = waiting_words(self._chat.events.counts) or "Nothing has come meanwhile"
+        fields = {"text": f"Unlocked. {text}.", "locked": False, "keys_dropped": opened is not None}
+        self._chat.events.release({"event": "notice", **fields})
+        if opened is not None:
+            self._take_up(*opened)
+        self._chat.show_status_anew()
+
+    def _take_up(self, profile: Profile, identity: Identity, chain: tuple) -> None:
+        """Goes back to the servers that were left."""
+        chat = self._chat
+        chat.records, self._keeper = ChatRecords(profile), None
+        for left in self._left:
+            machine = ClientMachine(identity, left.name, left.clock, left.token)
+            left.target.chain = chain if left.asked else None
+            connection = chat.add(machine, left.target, chain)
+            for room in left.rooms or [left.target.room or DEFAULT_ROOM]:
+                machine.join(room)
+                chat.conversations.open(connection, "#" + room)
+        chat.first, self._left = chat.connections[0], []
+        chat.open_records()
+        assert self.opener is not None
+        self.opener.attach(chat.first)
+        for connection in chat.connections:
+            chat.records.prepare(connection, connection.target.pin)
+            connection.dial()
+        chat.visit(chat.conversations.all[0])
+
+
+def _with_answer(then, args: tuple, answer) -> None:
+    then(answer, *args)
+
+
+def _left_server(connection) -> Left:
+    machine, target = connection.machine, connection.target
+    asked, target.chain = target.chain is not None, None
+    rooms = list(machine.rooms)
+    return Left(target, machine.name, machine.token, machine.wall_clock, rooms, asked)
+
+
+def waiting_words(counts: dict) -> str:
+    """`3 new messages, 1 file offered`; "" if nothing has come."""
+    words = (
+        ("messages", "new message", "new messages"),
+        ("offers", "file offered", "files offered"),
+        ("requests", "person at the door", "people at the door"),
+        ("unconfirmed", "message of yours not confirmed", "messages of yours not confirmed"),
+    )
+    found = [f"{counts[key]} {one if counts[key] == 1 else many}"
+             for key, one, many in words if counts.get(key)]  # fmt: skip
+    return ", ".join(found)
+
+
+LOCKED_TEXT = "The chat is locked; the connection stays."
+DROPPED_TEXT = "The chat is locked: its keys are closed and the servers left."
+UNSEALED = (
+    "Nothing would open a locked chat again but Enter: first set a passphrase, with "
+    "`trchat.py id passphrase` when this chat is closed."
+)
+
+
+# ==================================================================================================
+# Part 73. Chat client | uses 1, 2, 17, 20, 33, 38, 39, 62, 65, 66, 71, 72
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -18713,38 +19681,49 @@ class ChatClient:
     """A chat on any number of servers, which outlives their connections.
 
     `events` publishes dicts, as JSON lines show them; fields with an underscore are for faces in
-    this process. What takes `records` keeps things on disk. Everything but `call`, `leave` and the
-    three events of `threading` runs in the owner thread only.
+    this process. What takes `records` keeps things on disk. Everything but `call`, `leave`,
+    `lock`, `unlock` and the three events of `threading` runs in the owner thread only.
     """
 
+    first: Any  # Connection
+    records: Any
+    conversations: Conversations
+
     def __init__(self, machine: ClientMachine, target: Target, records=None, chain=None):
-        self.events = Publisher()
+        self.events = HoldingPublisher()
         self.inbox = Inbox()
         self.selector = selectors.DefaultSelector()
-        self.trust = Trust()
-        self.records = records or NoRecords()
-        self.connections: list = []
-        self.conversations = Conversations()
-        self.reply_to: tuple = ()  # (connection, name)
-        self._direct: dict = {}  # (fingerprint, id) of direct messages, on whatever server
+        self.locking = Locking(self)
+        self.clear()
+        if records is not None:
+            self.records = records
         self.reason = ""  # why it ended
         self.leaving = ""
         self.undelivered = 0
         self.door: Any = None  # a host's RelayServer, whose newcomers are asked about
-        self.desk: FileDesk | None = None  # its files, once it has begun
         self.shredding: ShredRun | None = None  # what is, or was, being shredded
         self.wipe = False  # whether the profile is to be destroyed when all is over
         self.wants_status = False  # whether a face shows what `_status` events carry
         self._leave_by = 0.0
-        self._status: dict = {}
-        self._status_due = True  # whether something may have changed that it shows
-        self.vanishing = Vanishing()
         self.ended = threading.Event()
         self.settled = threading.Event()  # in the room, or known to have to wait, or ended
         self.has_capacity = threading.Event()  # few lines are on their way: more may come
         self.has_capacity.set()
         self.first = self.add(machine, target, chain)
         self.conversations.visit(self.conversations.open(self.first, "#" + target.room))
+
+    def clear(self) -> None:
+        """Nothing is known or kept: at the beginning, and again when the keys are dropped."""
+        self.first = None
+        self.trust = Trust()
+        self.records = NoRecords()
+        self.connections: list = []
+        self.conversations = Conversations()
+        self.reply_to: tuple = ()  # (connection, name)
+        self._direct: dict = {}  # (fingerprint, id) of direct messages, on whatever server
+        self.desk: FileDesk | None = None  # its files, once it has begun
+        self.vanishing = Vanishing()
+        self.show_status_anew()
 
     def add(self, machine: ClientMachine, target: Target, chain=None) -> Connection:
         """One more server, not dialled yet."""
@@ -18756,12 +19735,16 @@ class ChatClient:
     def start(self, link: Link) -> None:
         """Starts the owner with the first server's link."""
         self.selector.register(self.inbox.wake_socket, READ)
+        self.open_records()
+        self.begin(self.first, link)
+        spawn("chat", self._routine_chat)
+
+    def open_records(self) -> None:
+        """What is kept on disk takes part from now on."""
         self.records.attach(self)
         if self.records.profile is not None:
             self.desk = FileDesk(self, self.records.profile)
             self.desk.shares.remind()
-        self.begin(self.first, link)
-        spawn("chat", self._routine_chat)
 
     def abandon(self) -> None:
         """Lets go of everything if it was never started."""
@@ -18826,6 +19809,14 @@ class ChatClient:
         """Ends the session once all is delivered, or its patience is over."""
         self.inbox.post(self.begin_leaving, reason)
 
+    def lock(self, reason: str = "", drop_keys: bool = False) -> None:
+        """Hides the chat until `unlock`; see Locking."""
+        self.inbox.post(self.guarded, self.locking.lock, reason, drop_keys)
+
+    def unlock(self, passphrase: str) -> None:
+        """Opens it, if the passphrase is right."""
+        self.inbox.post(self.guarded, self.locking.unlock, passphrase)
+
     # Owner
 
     def guarded(self, function, *args) -> None:
@@ -18857,6 +19848,7 @@ class ChatClient:
             for connection in self.connections:
                 connection.detach()
             self.records.close()
+            self.locking.close()
             self.selector.close()
             self.inbox.close()
             self.events.publish({"event": "closed", "reason": self.reason or "error"})
@@ -18878,12 +19870,14 @@ class ChatClient:
         open_lines = sum(len(c.machine.messages.delivery.open) for c in self.connections)
         (self.has_capacity.clear if open_lines >= UNCONFIRMED_MOST else self.has_capacity.set)()
         self._drop_ended()
+        self.locking.lock_if_idle()
         self._maybe_leave(now)
         self._publish_status()
 
     def _timeout(self):
         now = time.monotonic()
         times = [connection.next_deadline() for connection in self.connections]
+        times.append(self.locking.next_deadline())
         if self.leaving and self._leave_by > now:
             times.append(self._leave_by)
         due = self.vanishing.next_due()
@@ -18971,6 +19965,11 @@ class ChatClient:
         """Something has changed that a status line shows."""
         self._status_due = True
 
+    def show_status_anew(self) -> None:
+        """A face may have lost what it showed."""
+        self._status: dict = {}
+        self._status_due = True  # whether something may have changed that it shows
+
     def _guarded_records(self, function, *args) -> None:
         """What cannot be written is said, and costs nothing else."""
         try:
@@ -19020,7 +20019,7 @@ class ChatClient:
             self.records.expire()
 
     def _publish_status(self) -> None:
-        if not (self.wants_status and self._status_due):
+        if not (self.wants_status and self._status_due) or self.locking.locked:
             return
         self._status_due = False
         status = describe_status(self)
@@ -19123,7 +20122,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 71. Commands | uses 1, 2
+# Part 74. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -19202,8 +20201,11 @@ def execute(client: ChatClient, line: str, is_text: bool = False) -> None:
     """What a person typed in the chat (owner thread); `is_text` for what is never a command."""
     if client.leaving:
         return  # after BYE nothing more is sent
+    client.locking.touch()
     if not is_text and line == "BYE":
         client.begin_leaving("BYE")
+    elif client.locking.locked:
+        client.locking.take_line("" if is_text else line)
     elif not is_text and line.startswith("/") and not line.startswith("//"):
         run_line("chat", client, line)
     else:
@@ -19220,6 +20222,8 @@ def send_text(client: ChatClient, text: str, kind: int = SAID) -> None:
 
 def press_key(client: ChatClient, key: str) -> None:
     """What Alt-1 to Alt-9, Alt-Left and Alt-Right do: they change the conversation."""
+    if client.locking.locked:
+        return
     if key in ("alt-left", "alt-right"):
         client.visit(client.conversations.neighbour(1 if key == "alt-right" else -1))
     elif key[-1:].isdigit() and 1 <= int(key[-1]) <= len(client.conversations.all):
@@ -19278,7 +20282,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 72. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 71
+# Part 75. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 74
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -19616,7 +20620,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 73. Chat commands: people and servers | uses 1, 2, 4, 23, 37, 38, 53, 61, 71, 72
+# Part 76. Chat commands: people and servers | uses 1, 2, 4, 23, 38, 39, 55, 63, 74, 75
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -19921,7 +20925,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 74. Chat commands: files | uses 1, 2, 8, 16, 37, 45, 46, 49, 71, 72
+# Part 77. Chat commands: files | uses 1, 2, 8, 16, 38, 46, 47, 50, 74, 75
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -20168,7 +21172,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 75. Chat commands: records | uses 1, 2, 6, 8, 16, 36, 37, 47, 71, 72, 74
+# Part 78. Chat commands: records | uses 1, 2, 6, 8, 16, 37, 38, 48, 74, 75, 77
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -20321,6 +21325,8 @@ def _chat_set(client, rest: str) -> None:
         client.events.publish({"event": "_settings", **shown})
         client.records.settings_changed()
         _show_settings(client, find_setting(words[0]).key)
+        if find_setting(words[0]).key == "lock" and profile.settings.lock:
+            client.locking.warn_if_unsealed()
     else:
         _show_settings(client, find_setting(words[0]).key if words else "")
 
@@ -20368,6 +21374,14 @@ def _chat_wipe(client, rest: str) -> None:
 WIPE_WORD = "destroy"
 
 
+def _chat_lockscreen(client, rest: str) -> None:
+    client.locking.lock()
+
+
+def _chat_unlock(client, rest: str) -> None:
+    raise ChatError("The chat is not locked.", "/lockscreen locks it.")
+
+
 chat_commands(
     ("outbox", "/outbox", "what waits for people who are away", (), _chat_outbox),
     ("cancel", "/cancel ID", "take back what waits", (), _chat_cancel),
@@ -20378,13 +21392,16 @@ chat_commands(
     ("set", "/set [KEY VALUE]", "settings; disappear 10m|1h|1d|off for all here", (), _chat_set),
     ("bell", "/bell off|dm|mention|all", "when it rings", (), _chat_bell),
     ("quiet", "/quiet [on|off]", "do not show joins and leaves", (), _chat_quiet),
+    ("lockscreen", "/lockscreen", "hide the chat until the passphrase is typed", (),
+     _chat_lockscreen),
+    ("unlock", "/unlock", "for programs: open it again with TRCHAT_PASSPHRASE", (), _chat_unlock),
     ("wipe", "/wipe", "destroy this profile's keys and files", (), _chat_wipe),
     ("quit", "/quit", "leave, like BYE", ("exit", "q"), _chat_quit),
 )  # fmt: skip
 
 
 # ==================================================================================================
-# Part 76. Console commands | uses 1, 2, 8, 60, 71
+# Part 79. Console commands | uses 1, 2, 8, 62, 74
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -20504,7 +21521,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 77. Terminal input | uses 37
+# Part 80. Terminal input | uses 38
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -20710,7 +21727,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 78. Terminal | uses 2, 33-35, 37, 77
+# Part 81. Terminal | uses 2, 34-36, 38, 80
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -20745,6 +21762,7 @@ _ESCAPE_SECONDS = 0.05
 _PASTE_MODE_ON, _PASTE_MODE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 _FALLBACK_SIZE = (80, 24)
 _NOTIFICATION_LIMIT = 100
+READ_AGAIN = (None, False)  # ends a read that is to begin anew; what was typed stays
 _APPLICATION_KEYS = frozenset([*(f"<alt-{n}>" for n in range(10)), "<alt-left>", "<alt-right>"])
 
 
@@ -20768,6 +21786,8 @@ class Terminal:
         self._editor = None  # set while a line is being typed
         self._prompt, self._status, self._hidden = "", "", False
         self._on_key = None  # what the application keys do during this line
+        self._draft: Any = None  # a line that was being typed when its read was ended
+        self.on_input: Any = None  # called whenever keys come
         self._interruptions = collections.deque()
         self._active = self._closed = self._continued = False
         self._old_handlers = []
@@ -20822,6 +21842,11 @@ class Terminal:
         self._input.wake()
 
     # -- for any thread
+
+    @property
+    def person_types(self) -> bool:
+        """Whether standard input is a terminal."""
+        return self._person_types
 
     @property
     def columns(self) -> int:
@@ -20898,6 +21923,7 @@ class Terminal:
         """Drop the typed lines of before and the kill buffer."""
         with self._lock:
             self._line_editor.forget()
+            self._draft = None
 
     def forget_texts(self, texts: list) -> None:
         """Drop remembered lines that hold one of these texts."""
@@ -20918,14 +21944,17 @@ class Terminal:
         editor = self._line_editor
         editor.complete, editor.remember = complete, remember
         editor.reset()
+        if self._draft is not None:
+            editor.restore(self._draft)
+            self._draft = None
         self._on_key = on_key
         return self._edit(editor, prompt, keep)
 
-    def read_secret(self, prompt="") -> str:
+    def read_secret(self, prompt="", keep=True) -> str:
         """Read one line that is never shown or remembered."""
         if self._active:
             self._on_key = None
-            return self._edit(LineEditor(history_size=0), prompt, True, hidden=True)[0]
+            return self._edit(LineEditor(history_size=0), prompt, keep, hidden=True)[0]
         self._input.set_echo(False)
         try:
             return self._read_plain(prompt)[0]
@@ -20958,6 +21987,8 @@ class Terminal:
             return
         data = self._input.wait(_ESCAPE_SECONDS if self._decoder.pending else None)
         timed_out = data is None
+        if data and self.on_input is not None:
+            self.on_input()
         self._keys.extend(self._decoder.flush() if timed_out else self._decoder.receive_data(data))
 
     def _take_interruption(self):
@@ -20965,6 +21996,8 @@ class Terminal:
             return None
         outcome = self._interruptions.popleft()
         self._keys.clear()  # they were meant for the line that ends here
+        if self._editor is self._line_editor and outcome == READ_AGAIN:
+            self._draft = self._editor.draft()
         if isinstance(outcome, (BaseException, type)):
             raise outcome
         return outcome
@@ -21072,7 +22105,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 79. Words for events | uses 2, 8, 16, 33, 71, 72
+# Part 82. Words for events | uses 2, 8, 16, 34, 74, 75
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -21411,7 +22444,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 80. Faces: terminal and JSON lines | uses 2, 33, 37, 38, 71, 78, 79
+# Part 83. Faces: terminal and JSON lines | uses 2, 34, 38, 39, 72, 74, 81, 82
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -21558,16 +22591,35 @@ class ChatFace(TerminalFace):
         self._printed: set = set()  # keys of all messages since it was last painted anew
         self._window, self._title = client.here.number, client.here.title
         self._day = ""
-        client.wants_status = self.interactive
+        client.wants_status = client.locking.watches_idleness = self.interactive
+        self._terminal.on_input = client.locking.touch
+        self._lock: LockScreen | None = None  # while the chat is locked
         self._own_events = {
             "_switched": self._on_switched, "_status": self._on_status,
             "_vanished": self._on_vanished, "_cleared": self._on_cleared,
-            "_settings": self._on_settings,
+            "_settings": self._on_settings, "_waiting": self._on_waiting,
+            "_checking": self._on_checking,
         }  # fmt: skip
 
     def read(self) -> tuple:
-        prompt = self.words.prompt(self._title) if self.interactive else ""
-        return self._terminal.read_line(prompt, self._complete, keep=False, on_key=self._on_key)
+        while True:
+            if self._lock is not None and self._terminal.person_types:
+                line = self._read_passphrase()
+            else:
+                prompt = self.words.prompt(self._title) if self.interactive else ""
+                ways = {"keep": False, "on_key": self._on_key}
+                line = self._terminal.read_line(prompt, self._complete, **ways)
+            if line != READ_AGAIN:
+                return line
+
+    def _read_passphrase(self) -> tuple:
+        """What opens a locked chat goes to it at once; BYE is a line."""
+        secret = self._terminal.read_secret(PASSPHRASE_PROMPT, keep=False)
+        if secret == "BYE":
+            return secret, False
+        if secret is not None:
+            self._client.unlock(secret)
+        return READ_AGAIN
 
     def confirm_end(self) -> None:
         """Waits for Enter, so that what somebody types goes nowhere else."""
@@ -21582,11 +22634,74 @@ class ChatFace(TerminalFace):
     def show(self, event: dict) -> None:
         if event["event"] in self._own_events:
             self._own_events[event["event"]](event)
+        elif "locked" in event:
+            self._on_locked(event)
+        elif self._lock is not None:
+            self._show_locked(event)
+        elif event["event"] in OUTCOMES and "_message" not in event:
+            pass  # of a line from before the keys were dropped; the count was told
         elif not self._is_unwanted(event):
             self.words.note(event)
             self._maybe_ring(event)
             self._show_event(event)
-        self._terminal.set_prompt(self.words.prompt(self._title))
+        if self._lock is None:
+            self._terminal.set_prompt(self.words.prompt(self._title))
+
+    # Locked
+
+    def _on_locked(self, event: dict) -> None:
+        if event["locked"]:
+            self._lock = LockScreen(event)
+            if event["keys_dropped"]:
+                self._forget()
+            self._show_lock()
+        else:
+            self._lock = None
+            self._unlock(event)
+        self._terminal.interrupt_read(READ_AGAIN)
+
+    def _forget(self) -> None:
+        """What was said is not to stay in this process."""
+        self.words, self._rolls, self._view = ChatWords(self._client), {}, Roll()
+        self._printed, self._title = set(), ""
+        self._terminal.forget()
+
+    def _show_lock(self) -> None:
+        lock = self._lock
+        assert lock is not None
+        if not self.interactive:
+            self._terminal.print(lock.text())
+            return
+        self._terminal.set_prompt(PASSPHRASE_PROMPT, painted(lock.status(), DIM))
+        self._terminal.redraw(wrap_text(lock.text(), self._terminal.columns))
+
+    def _show_locked(self, event: dict) -> None:
+        """What may be said in front of a locked screen: that a passphrase was wrong."""
+        assert self._lock is not None
+        if event["event"] == "error":
+            self._lock.problem, self._lock.checking = "! " + printable(event["text"]), False
+            self._show_lock()
+            self._terminal.interrupt_read(READ_AGAIN)  # what was typed meanwhile goes nowhere
+        elif event["event"] == "closed":
+            self.say(self.words(event) or "The chat has ended.")
+
+    def _on_waiting(self, event: dict) -> None:
+        if self._lock is not None:
+            self._lock.counts = event
+            if event["rings"] and self._is_to_ring(event):
+                self._terminal.ring(self._settings["notify"] and "trchat" or "")
+            self._terminal.set_status(painted(self._lock.status(), DIM) * self.interactive)
+
+    def _on_checking(self, event: dict) -> None:
+        if self._lock is not None and self.interactive:
+            self._lock.checking = True
+            self._terminal.set_status(painted(self._lock.status(), DIM))
+
+    def _unlock(self, event: dict) -> None:
+        if self.interactive:
+            self._terminal.set_prompt(self.words.prompt(self._title), "")
+            self._redraw()
+        self._show_event(event)
 
     def _is_unwanted(self, event: dict) -> bool:
         presence = event["event"] in ("joined", "left") or event.get("_presence")
@@ -21621,12 +22736,15 @@ class ChatFace(TerminalFace):
     def _maybe_ring(self, event: dict) -> None:
         if event["event"] != "message" or event.get("history") or not self.interactive:
             return
-        named = event.get("_called", False)
-        wanted = {"off": False, "dm": event["direct"], "mention": named, "all": True}
-        if wanted[self._settings["bell"]]:
+        if self._is_to_ring(event) and not event.get("_late"):
             where = "to you" if event["direct"] else f"in #{event['room']}"
             text = f"trchat: {one_line(event['from'])} wrote {where}"
             self._terminal.ring(text if self._settings["notify"] else "")
+
+    def _is_to_ring(self, event: dict) -> bool:
+        named = event.get("_called", False)
+        wanted = {"off": False, "dm": event["direct"], "mention": named, "all": True}
+        return wanted[self._settings["bell"]]
 
     def _on_switched(self, event: dict) -> None:
         same = event["window"] == self._window
@@ -21655,7 +22773,7 @@ class ChatFace(TerminalFace):
             self._terminal.forget_texts(gone)
         for roll in (self._view, *self._rolls.values()):
             roll.drop(keys)
-        if keys & self._printed:
+        if keys & self._printed and self._lock is None:
             self._redraw()
 
     def _on_cleared(self, event: dict) -> None:
@@ -21673,6 +22791,25 @@ class ChatFace(TerminalFace):
     def _on_settings(self, event: dict) -> None:
         self._settings = event
         self._terminal.choose_colour(event["colour"])
+
+
+PASSPHRASE_PROMPT = "Passphrase: "
+
+
+class LockScreen:
+    """What stands on the screen of a locked chat."""
+
+    def __init__(self, event: dict):
+        self._reason, self.counts = event["text"], event
+        self.problem, self.checking = "", False
+
+    def text(self) -> str:
+        lines = [self._reason, "Type the passphrase to go on; BYE leaves."]
+        return "\n".join([*lines, self.problem] if self.problem else lines)
+
+    def status(self) -> str:
+        words = [waiting_words(self.counts), "checking ..." if self.checking else ""]
+        return " · ".join(["locked", *filter(None, words)])
 
 
 def _routine_show(subscription: Subscription, face, stop) -> None:
@@ -21752,7 +22889,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 81. Activities | uses 1-4, 11, 13, 23, 37, 38, 40, 51, 53, 54, 56, 60, 61, 64, 70, 71, 76, 80
+# Part 84. Activities | uses 1-4, 11, 13, 23, 38, 39, 41, 53, 55, 56, 58, 62, 63, 66, 72-74, 79, 83
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -22008,13 +23145,6 @@ def open_chat(paths: Paths, options: ConnectOptions, settings: Settings, ask_pas
     return ChatClient(machine, target, ChatRecords(profile), chain)
 
 
-def open_profile(paths: Paths, settings: Settings, ask_passphrase) -> tuple:
-    """(Profile, Identity, (private key, certificate)) of a person."""
-    remove_leftovers(paths)
-    identity, *chain = load_identity(paths, ask_passphrase)
-    return Profile(paths, settings, ServerList(paths), identity), identity, tuple(chain)
-
-
 def dial_first(client: ChatClient, options: ConnectOptions, face, ask) -> Link:
     """Connects to the first server, which must be the right one, and chooses a name for it.
 
@@ -22053,6 +23183,8 @@ def run_connect(
     lock = ProfileLock(paths, "client")
     try:
         client = open_chat(paths, options, settings, ask_passphrase)
+        own = client.first.machine.identity.fingerprint
+        client.locking.opener = ProfileOpener(paths, own)
         with make_face(client, settings) as face:
             link = dial_first(client, options, face, ask)
             code = run_chat(face, client, link, stay)
@@ -22145,7 +23277,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 82. Chatting directly | uses 1, 2, 4, 23, 37, 40, 51, 60, 61, 64, 70, 80, 81
+# Part 85. Chatting directly | uses 1, 2, 4, 23, 38, 41, 53, 62, 63, 66, 72, 73, 83, 84
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -22179,6 +23311,29 @@ def run_host(
     return code
 
 
+class HostOpener(ProfileOpener):
+    """Opens the profile of a host, whose server goes with its keys and comes back with them."""
+
+    def __init__(self, hosting, paths: Paths, fingerprint: bytes):
+        super().__init__(paths, fingerprint)
+        self._hosting = hosting
+
+    def open(self, passphrase: str, settings: Settings) -> tuple:
+        opened = super().open(passphrase, settings)
+        try:
+            self._hosting.resume(lambda question: passphrase)
+        except ChatError:
+            opened[0].keeper.close(0.0)
+            raise
+        return opened
+
+    def close(self) -> None:
+        self._hosting.suspend()
+
+    def attach(self, connection) -> None:
+        self._hosting.reenter(connection)
+
+
 class Hosting:
     """The server of a direct chat, and its owner's client on it.
 
@@ -22197,7 +23352,10 @@ class Hosting:
         records = ChatRecords(profile)
         self.client = ChatClient(machine, target, records, chain)
         records.fill_trust(self.client.trust)
+        self.client.locking.opener = HostOpener(self, paths, self._own)
         self._running: RunningServer | None = None
+        # Of the server, if it is to come back.
+        self._port, self._public, self._accepted = 0, [], set()
         self._reach: Reach | None = None
         self._face: Any = None
         self._ask_passphrase = ask_passphrase
@@ -22222,24 +23380,25 @@ class Hosting:
         except ChatError:
             last = 0  # it is only a convenience
         last = last if type(last) is int and 0 < last < 65536 else 0
-        running = self._bind_to([last, 0] if self._options.port is None else [self._options.port])
-        running.door.is_welcome = self._is_welcome
-        self.client.door = running.server
+        ports = [last, 0] if self._options.port is None else [self._options.port]
+        running = self._bind_to(ports, self._ask_passphrase)
         try:
             write_json(path, {"port": running.port})
         except ChatError:
             pass  # the next time it is another one
         return running
 
-    def _bind_to(self, ports: list) -> RunningServer:
+    def _bind_to(self, ports: list, ask_passphrase) -> RunningServer:
         host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
         own = [fingerprint_text(self._own)]
         for port in ports:
             options = ServerOptions(host, port, "invite", own, None, True)
             try:
-                return RunningServer(
-                    self._paths, options, self._ask_passphrase, self._publish, self._own
-                )
+                ways = (ask_passphrase, self._publish, self._own)
+                running = RunningServer(self._paths, options, *ways)
+                running.door.is_welcome = self._is_welcome
+                self.client.door = running.server
+                return running
             except ChatError as error:
                 if port == ports[-1] or error.code != "unreachable":
                     raise
@@ -22260,16 +23419,38 @@ class Hosting:
         target.addresses = [join_address("127.0.0.1", running.port)]
         target.pin = running.fingerprint
         self.client.first.machine.directory.places = self._places(running)
+        self._port = running.port
         name_first(self.client, self._options.name or "", running.fingerprint)
         ours, theirs = socket.socketpair()
         running.server.adopt(theirs)
         return Link(ours, PlainPipe(), running.fingerprint, target.addresses[0])
 
+    def suspend(self) -> None:
+        """The keys are being dropped, and the server's is among them (any thread)."""
+        running, self._running, self.client.door = self._running, None, None
+        if running is not None:
+            self._public, self._accepted = running.public, running.door.accepted
+            running.server.stop(suddenly=True)
+
+    def resume(self, ask_passphrase) -> None:
+        """The server takes its port again; it answers once `reenter` was called."""
+        running = self._bind_to([self._port], ask_passphrase)
+        running.door.accepted |= self._accepted
+        running.public, self._running = self._public, running
+
+    def reenter(self, connection) -> None:
+        """In the owner thread: the server goes on, and the owner's connection will find it."""
+        running = self._running
+        assert running is not None
+        running.server.start()
+        connection.target.pin = running.fingerprint
+        connection.machine.directory.places = self._places(running)
+
     def _places(self, running: RunningServer) -> tuple:
         return running.addresses(), running.fingerprint, self._options.room
 
     def _is_welcome(self, fingerprint: bytes) -> bool:
-        """In the loop thread: whom nobody has to be asked about."""
+        """In a server's loop thread: whom nobody has to be asked about."""
         trust = self.client.trust
         if fingerprint in trust.blocked:
             raise ChatError("You were denied.", code="denied")
@@ -22277,6 +23458,8 @@ class Hosting:
 
     def _publish(self, event: dict) -> None:
         """Of the server's events a host sees who waits at the door and comes in, and errors."""
+        if self.client.locking.dropped:
+            return  # the server is about to stop
         if event["event"] == "request":
             doubt = self._doubt(event["from"], parse_fingerprint(event["fingerprint"]))
             self.client.events.publish({**event, **({"warning": doubt} if doubt else {})})
@@ -22315,10 +23498,14 @@ class Hosting:
 
     def _moved(self, addresses: list) -> None:
         """The tunnel came back elsewhere: those who are here, and come, are told."""
-        assert self._running is not None
-        self._running.set_public(addresses)
-        set_places = self.client.first.machine.directory.set_places
-        self.client.call(set_places, *self._places(self._running))
+        self._public = addresses
+        self.client.call(self._tell_places)
+
+    def _tell_places(self) -> None:
+        if self._running is not None and not self.client.locking.dropped:
+            self._running.set_public(self._public)
+            set_places = self.client.first.machine.directory.set_places
+            set_places(*self._places(self._running))
 
     def stop(self) -> None:
         if self._reach is not None:
@@ -22328,7 +23515,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 83. SFTP for other programs | uses 1, 2, 8, 24, 37, 38, 64, 70, 81
+# Part 86. SFTP for other programs | uses 1, 2, 8, 24, 38, 39, 66, 73, 84
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -22440,7 +23627,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 84. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 40, 51, 60, 61, 70, 71
+# Part 87. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 41, 53, 62, 63, 73, 74
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -22622,7 +23809,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 85. Session | uses 1, 2, 33, 37, 39, 40, 78, 80
+# Part 88. Session | uses 1, 2, 34, 38, 40, 41, 51, 81, 83
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -22634,9 +23821,17 @@ class Session:
     def __init__(self, arguments):
         self.arguments = arguments
         self.paths = Paths(home_folder(arguments.home), arguments.profile)
-        finish_wipes(self.paths.home)
+        self._finish_what_was_interrupted()
         self.json = getattr(arguments, "json", False)
         self.interactive = not self.json and sys.stdin.isatty() and sys.stdout.isatty()
+
+    def _finish_what_was_interrupted(self) -> None:
+        finish_wipes(self.paths.home)
+        try:
+            finish_restores(self.paths.home)
+        except ChatError:
+            pass  # another process uses it now: later, then
+        finish_replacing(self.paths)
 
     def prepare(self) -> None:
         """Before the first key is used: `cryptography` with ML-KEM, and TLS 1.3."""
@@ -22715,7 +23910,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 86. Shell commands | uses 1, 2, 4, 33, 36-38, 40, 45-48, 53, 56, 61, 64, 73, 80-85
+# Part 89. Shell commands | uses 1, 2, 4, 34, 37-39, 41, 46-49, 55, 58, 63, 66, 76, 83-88
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -23030,10 +24225,12 @@ def _change_passphrase(session: Session) -> int:
             text = "A new passphrase is needed."
             raise ChatError(text, "Set TRCHAT_NEW_PASSPHRASE in the environment.")
         new = session.ask_new_secret("New passphrase (empty for none): ")
+    together = Replacement(session.paths)
     for pair, key in zip(pairs, keys):
-        pair.store_key(key, new)
+        pair.store_key(key, new, together.put)
     box = ContactsBox(vault_key)
-    ContactsFile(session.paths.file("contacts.json"), box, bool(new)).save(contacts)
+    ContactsFile(session.paths.file("contacts.json"), box, bool(new)).save(contacts, together.put)
+    together.commit()
     text = "The keys are sealed." if new else "The keys are no longer sealed."
     return session.answer("id", {"sealed": bool(new)}, text)
 
@@ -23138,7 +24335,7 @@ class UsageError(Exception):
 
 
 # ==================================================================================================
-# Part 87. Hidden messages in the shell | uses 1, 2, 26, 30, 31, 37, 40, 85, 86
+# Part 90. Hidden messages in the shell | uses 1, 2, 26, 31, 32, 38, 41, 88, 89
 #
 # `hide` and `reveal`: what is asked of a person, which files are read, and where results go.
 # Nothing here ever overwrites a file.
@@ -23365,7 +24562,142 @@ def _reveal_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 88. Command line | uses 1, 8, 37, 45, 71, 73, 86, 87
+# Part 91. Backups in the shell | uses 1, 2, 16, 41, 47, 51, 81, 88, 89
+#
+# `backup` and `restore`: what is asked of a person, and what they are told.
+# ==================================================================================================
+
+
+def _shell_backup(session: Session) -> int:
+    given, paths = session.arguments, session.paths
+    if not os.path.isdir(paths.folder):
+        text = f"There is no profile '{paths.profile}' in {paths.home}."
+        raise ChatError(text, "Choose one with --profile NAME, or another --home.")
+    _check_outside(given.out, paths)
+    session.prepare()
+    locks = lock_profile(paths)
+    try:
+        backup = Backup(paths, given.inbox)
+        passphrase = _backup_passphrase(session)
+        with Progress("Backing up") as progress:
+            size = backup.write(given.out, passphrase, progress)
+    finally:
+        for lock in locks:
+            lock.release()
+    fields = {"path": os.path.abspath(given.out), "profile": paths.profile, "size": size,
+              "files": len(backup.files), "left_out": backup.left_out,
+              "inbox": given.inbox}  # fmt: skip
+    lines = [f"{given.out}: {len(backup.files)} files of the profile '{paths.profile}', "
+             f"{size_words(size)}, sealed."]  # fmt: skip
+    if backup.left_out:
+        lines.append(f"Left out, as no plain files: {', '.join(backup.left_out[:5])}")
+    lines.append("Keep its passphrase: nothing opens it without. Try it: restore it elsewhere.")
+    return session.answer("backup", fields, "\n".join(lines))
+
+
+def _check_outside(out: str, paths: Paths) -> None:
+    folder, own = os.path.realpath(os.path.dirname(os.path.abspath(out))), paths.folder
+    if (folder + os.sep).startswith(os.path.realpath(own) + os.sep):
+        raise ChatError(f"{one_line(out)} would lie in the profile itself.", "Choose a place "
+                        "outside of it, best on another disk.")  # fmt: skip
+    if os.path.lexists(out):
+        raise ChatError(f"{one_line(out)} exists already.", "Choose another name.")
+
+
+def _backup_passphrase(session: Session) -> str:
+    environment = [os.environ.get(f"TRCHAT_{name}PASSPHRASE") for name in ("NEW_", "")]
+    passphrase = environment[0] or environment[1]
+    if not passphrase:
+        if not sys.stdin.isatty():
+            hint = "Set TRCHAT_NEW_PASSPHRASE in the environment."
+            raise ChatError("A backup needs a passphrase.", hint, "locked")
+        passphrase = session.ask_new_secret("Passphrase for the backup: ")
+    if not passphrase:
+        raise ChatError("Without a passphrase anybody could open it.", "Choose one.")
+    return passphrase
+
+
+def _shell_restore(session: Session) -> int:
+    given, paths = session.arguments, session.paths
+    exists = os.path.lexists(paths.folder)
+    if exists and not given.replace:
+        text = f"The profile '{paths.profile}' exists already."
+        hint = "Restore beside it with --profile NAME, or in its place with --replace."
+        raise ChatError(text, hint)
+    restoring = Restoring(paths, given.file)
+    if exists and not _sure_to_replace(session):
+        say_aside("Nothing was touched.")
+        return 1
+    session.prepare()
+    passphrase = _passphrase_of_backup(session)
+    with Progress("Restoring") as progress:
+        unpacked = restoring.run(passphrase, progress, exists)
+    own = KeyPair(paths, "client").fingerprint()
+    fields = {"profile": paths.profile, "files": unpacked.files, "size": unpacked.size,
+              "fingerprint": own, "replaced": exists}  # fmt: skip
+    text = (
+        f"The profile '{paths.profile}' is here: {unpacked.files} files, "
+        f"{size_words(unpacked.size)}.\nIts key: {own or 'none'}"
+    )
+    return session.answer("restore", fields, text)
+
+
+def _sure_to_replace(session: Session) -> bool:
+    if session.arguments.yes:
+        return True
+    profile = session.paths.profile
+    if not session.interactive:
+        text = f"Nobody is there to be asked before the profile '{profile}' is replaced."
+        raise ChatError(text, "Add --yes.")
+    question = f"Destroy the keys, contacts and history of '{profile}' that are here now? [y/N] "
+    return session.ask(question, default=False)
+
+
+def _passphrase_of_backup(session: Session) -> str:
+    given = os.environ.get("TRCHAT_PASSPHRASE")
+    if given:
+        return given
+    if not sys.stdin.isatty():
+        hint = "Set TRCHAT_PASSPHRASE in the environment."
+        raise ChatError("The backup is sealed with a passphrase.", hint, "locked")
+    with Terminal(sys.stdin, sys.stdout) as terminal:
+        return terminal.read_secret("Passphrase of the backup: ")
+
+
+class Progress:
+    """Shows on a terminal how far something is; called with bytes done and in all."""
+
+    def __init__(self, what: str):
+        self._what, self._shown = what, sys.stderr.isatty()
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._shown and now - self._last > SHRED_TICK:
+            self._last = now
+            sys.stderr.write(f"\r{self._what}: {shred_words(done, total)}  ")
+            sys.stderr.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason) -> None:
+        if self._shown:
+            sys.stderr.write("\r" + " " * 2 * SHRED_WIDTH + "\r")
+
+
+def _backup_options(parser) -> None:
+    parser.add_argument("out", metavar="OUT", help="the new file, best on another disk")
+    parser.add_argument("--inbox", action="store_true", help="with the files that you received")
+
+
+def _restore_options(parser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a backup; --profile says where it goes")
+    parser.add_argument("--replace", action="store_true", help="destroy what is there now")
+
+
+# ==================================================================================================
+# Part 92. Command line | uses 1, 8, 38, 46, 74, 76, 89-91
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -23511,6 +24843,10 @@ for _activity in (
     ("id", "id passphrase", "your key and its fingerprint", _shell_id, _id_options, None),
     ("servers", "servers remove NAME", "the servers you were on",
      _shell_servers, _servers_options, None),
+    ("backup", "backup /media/stick/me.trchat", "the whole profile as one sealed file",
+     _shell_backup, _backup_options, None),
+    ("restore", "restore /media/stick/me.trchat", "make a profile of a backup",
+     _shell_restore, _restore_options, None),
     ("settings", "settings bell all", "what you can choose",
      _shell_settings, _settings_options, (8, "Settings")),
 ):  # fmt: skip
@@ -23560,7 +24896,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 89. Menu and door | uses 1, 2, 4, 36-38, 51, 61, 71, 73, 74, 78-80, 85, 86, 88
+# Part 93. Menu and door | uses 1, 2, 4, 37-39, 53, 63, 74, 76, 77, 81-83, 88, 89, 92
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -23729,13 +25065,25 @@ def _menu_settings(session: Session) -> list:
     rows = session.settings().rows()
     for number, row in enumerate(rows, 1):
         sys.stdout.write(f" {number}  {setting_row(row)}\n")
+    sys.stdout.write(" b  Back this profile up     r  Restore one from a backup\n")
     answer = session.ask_text("Change which (number or name; Enter goes back): ").strip()
+    if answer in ("b", "r"):
+        return _menu_backup(session, answer)
     if not answer:
         return []
     by_number = answer.isascii() and answer.isdigit() and 1 <= int(answer[:6]) <= len(rows)
     row = find_setting(rows[int(answer) - 1][0] if by_number else answer)
     value = session.ask_text(f"{row.key} ({row.help}): ").strip()
     return ["settings", "--", row.key, value]
+
+
+def _menu_backup(session: Session, answer: str) -> list:
+    question = "Name of the new file: " if answer == "b" else "Backup: "
+    path = os.path.expanduser(session.ask_text(question).strip())
+    if not path or answer == "b":
+        return ["backup", "--", path] if path else []
+    profile = session.ask_text(f"Name of the profile to make [{session.paths.profile}]: ").strip()
+    return ["restore", *(["--profile", profile] if profile else []), "--", path]
 
 
 def main(words: list | None = None) -> int:

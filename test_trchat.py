@@ -24,6 +24,7 @@ import base64  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import copy  # noqa: E402
+import email.policy  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
@@ -36,6 +37,7 @@ import importlib.util  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import logging  # noqa: E402
 import marshal  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
@@ -65,6 +67,7 @@ import types  # noqa: E402
 import unicodedata  # noqa: E402
 import unittest  # noqa: E402
 import unittest.mock  # noqa: E402
+import urllib.parse  # noqa: E402
 import warnings  # noqa: E402
 import weakref  # noqa: E402
 import zlib  # noqa: E402
@@ -73,8 +76,9 @@ import zlib  # noqa: E402
 
 
 TEST_PACKAGES = [
-    trchat.REQUIREMENT, "asyncssh", "doubleratchet", "hypothesis", "paramiko", "pyngrok", "pyte"
-]
+    trchat.REQUIREMENT, "aiosmtpd", "asyncssh", "doubleratchet", "hypothesis", "paramiko",
+    "pyngrok", "pyte",
+]  # fmt: skip
 STAMP = "trchat-requirements.txt"
 
 
@@ -30575,6 +30579,1368 @@ class TwoHomesChatTest(EndToEnd):
         alice.type("BYE")
         self.assert_ends(alice, "BYE", 0)
         self.assertEqual(self.lab.rules(), [], "the mapping went with its host")
+
+
+# ==================================================================================================
+# Security log and alerts
+# ==================================================================================================
+
+ALERT_TIME = 1_800_000_000.0  # Unix seconds
+SECRET_WORD = "pa%ss: w/ör@d"
+
+
+class SecurityEventsTest(PureCase):
+    """Kinds, entries and their words, and which events are of which kind."""
+
+    def entry(self, kind="failed-login", **details):
+        return trchat.security_entry(kind, details, ALERT_TIME)
+
+    def test_every_kind_has_words_without_any_detail(self):
+        for kind, row in trchat.SECURITY_KINDS.items():
+            with self.subTest(kind=kind):
+                self.assertIn(row.severity, trchat.SEVERITIES)
+                sentence = trchat.security_sentence(self.entry(kind))
+                self.assertRegex(sentence, r"\A[A-Z].*\.\Z")
+                self.assertNotRegex(sentence, "[{}]")
+
+    def test_an_entry_and_its_sentence(self):
+        shown = trchat.fingerprint_text(SERVER)
+        entry = self.entry(name="bob", fingerprint=shown, address="192.0.2.7", text="denied.")
+        self.assertEqual(list(entry)[:3], ["time", "kind", "severity"])
+        self.assertEqual(entry["time"], "2027-01-15T08:00:00.000Z")
+        self.assertEqual(
+            trchat.security_sentence(entry),
+            "The login of bob (sha256:0001020304050607...) at 192.0.2.7 was refused: denied.",
+        )
+        self.assertEqual(
+            trchat.security_sentence({**entry, "more": 7}),
+            trchat.security_sentence(entry) + " (7 more of this kind before it)",
+        )
+        row = trchat.security_row(entry, lambda moment: moment[:10])
+        self.assertTrue(row.startswith("2027-01-15  warning  The login of bob"))
+
+    def test_details_cannot_pass_for_what_the_log_itself_says(self):
+        entry = self.entry("ban", time="x", severity="info", more=9, name="a\nb\x1b[31m", text=None)
+        self.assertEqual(
+            entry,
+            {"time": "2027-01-15T08:00:00.000Z", "kind": "ban", "severity": "warning", "name": "a b[31m"},
+        )
+
+    def test_an_unknown_kind_is_no_error(self):
+        entry = trchat.security_entry("no such", {"text": "x"}, ALERT_TIME)
+        self.assertEqual(trchat.security_sentence(entry), "Something happened: x.")
+
+    @EXAMPLES
+    @given(st.dictionaries(st.sampled_from(["name", "text", "old", "address", "x"]), HOSTILE_TEXT))
+    def test_hostile_details_are_one_clean_line(self, details):
+        for kind in ("failed-login", "key-changed", "server-start"):
+            entry = json.loads(json.dumps(self.entry(kind, **details)))
+            sentence = trchat.security_sentence(entry)
+            for text in (*entry.values(), sentence):
+                self.assertEqual(text, trchat.one_line(text))
+                self.assertNotIn("\n", text)
+                text.encode("utf-8")
+
+    def test_braces_of_others_are_no_fields(self):
+        sentence = trchat.security_sentence(self.entry(name="{kind}{0.__class__}", text="{who!r}"))
+        self.assertEqual(sentence, "The login of {kind}{0.__class__} was refused: {who!r}.")
+
+    def test_what_was_tampered_with_is_shown_all_the_same(self):
+        for entry in ({"time": 1, "kind": [], "text": {}}, {"kind": "ban", "name": 7}, {}):
+            self.assertIsInstance(trchat.security_sentence(entry), str)
+
+    EVENTS = (
+        ({"event": "key-changed", "name": "bob", "old": "o", "new": "n"}, "key-changed"),
+        ({"event": "notice", "what": "refused", "code": "not-invited", "text": "t"}, "unknown-key"),
+        ({"event": "notice", "what": "refused", "code": "denied", "text": "t"}, "failed-login"),
+        ({"event": "notice", "what": "refused", "code": "protocol", "text": "t"}, "failed-login"),
+        ({"event": "notice", "what": "refused", "code": "rate-limited", "text": "t"}, "rate-limit"),
+        ({"event": "notice", "what": "rate-limited", "text": "t"}, "rate-limit"),
+        ({"event": "notice", "what": "protocol", "text": "t"}, "bad-protocol"),
+        ({"event": "notice", "what": "banned", "text": "t"}, "ban"),
+        ({"event": "notice", "what": "let-go", "reason": "too many connections", "text": ""}, "rate-limit"),
+        ({"event": "notice", "what": "let-go", "reason": "its TLS is not ours (certificate verify failed)", "text": ""},
+         "unknown-key"),
+        ({"event": "notice", "what": "let-go", "reason": "it hung up", "text": ""}, None),
+        ({"event": "notice", "what": "joined", "text": "t"}, None),
+        ({"event": "notice", "text": "t"}, None),
+        ({"event": "message", "text": "Writing x failed: no."}, None),
+        ({"event": "error", "code": "pin-mismatch", "text": "t"}, "pin-mismatch"),
+        ({"event": "error", "code": "protocol", "text": "The server lied."}, "false-play"),
+        ({"event": "error", "code": "protocol", "text": "Internal error (KeyError: 1)."}, None),
+        ({"event": "error", "code": "locked", "text": "The passphrase is wrong, or ..."}, "wrong-passphrase"),
+        ({"event": "error", "code": "locked", "text": "The key is sealed."}, None),
+        ({"event": "error", "code": "storage", "text": "No such file: x."}, None),
+        ({"event": "error", "code": "storage", "text": "x is damaged."}, "storage"),
+        ({"event": "error", "code": "usage", "text": "t"}, None),
+        ({"event": "_vanished", "keys": []}, None),
+    )  # fmt: skip
+
+    def test_which_events_are_of_which_kind(self):
+        for event, kind in self.EVENTS:
+            with self.subTest(event=event):
+                found = trchat.security_of(event)
+                self.assertEqual(found and found[0], kind)
+                self.assertTrue(kind is None or kind in trchat.SECURITY_KINDS)
+
+    def test_a_full_disk_is_told_from_other_faults(self):
+        for number, kind in ((errno.ENOSPC, "disk-full"), (errno.EDQUOT, "disk-full"), (errno.EIO, "storage")):
+            error = trchat.storage_error("Writing", "/x", OSError(number, os.strerror(number)))
+            event = {"event": "error", "code": error.code, "text": str(error)}
+            self.assertEqual(trchat.security_of(event)[0], kind)
+
+    def test_what_opens_a_key_says_wrong_passphrase_as_the_table_knows_it(self):
+        with mock.patch.object(trchat, "SCRYPT_LOG_N", 10):
+            sealed = trchat.seal_key(b"der", "right")
+        error = self.refused(trchat.open_key, sealed, "wrong", "x", kind=trchat.ChatError)
+        event = {"event": "error", "code": error.code, "text": str(error)}
+        self.assertEqual(trchat.security_of(event), ("wrong-passphrase", {}))
+
+
+class EventThrottleTest(unittest.TestCase):
+    def entry(self, kind="failed-login", number=0):
+        return {**trchat.security_entry(kind, {}, ALERT_TIME), "number": number}
+
+    def test_a_flood_is_counted_and_other_kinds_go_on(self):
+        throttle, now = trchat.EventThrottle(), 50.0
+        taken = [throttle.take(self.entry(number=n), now) for n in range(1000)]
+        self.assertEqual(sum(e is not None for e in taken), trchat.LOG_BURST)
+        self.assertIsNotNone(throttle.take(self.entry("ban"), now))
+        self.assertEqual(throttle.take_late(now), [])
+        wait = throttle.wait(now)
+        self.assertAlmostEqual(wait, trchat.LOG_PAUSE)
+        (late,) = throttle.take_late(now + wait)
+        self.assertEqual((late["number"], late["more"]), (999, 1000 - trchat.LOG_BURST - 1))
+        self.assertIsNone(throttle.wait(now + wait))
+
+    def test_the_next_one_tells_how_many_were_left_out(self):
+        throttle = trchat.EventThrottle()
+        for _ in range(trchat.LOG_BURST + 3):
+            throttle.take(self.entry(), 0.0)
+        self.assertEqual(throttle.take(self.entry(), trchat.LOG_PAUSE)["more"], 3)
+        self.assertNotIn("more", throttle.take(self.entry(), 1e6))
+
+    @EXAMPLES
+    @given(st.lists(st.tuples(st.sampled_from(["ban", "storage"]), st.floats(0, 30)), max_size=400))
+    def test_none_is_lost(self, notes):
+        throttle, now, written = trchat.EventThrottle(), 0.0, []
+        for kind, pause in notes:
+            now += pause / 20
+            written += [throttle.take(self.entry(kind), now)]
+            written += throttle.take_late(now)
+        written += throttle.take_late(now, everything=True)
+        told = sum(1 + e.get("more", 0) for e in written if e is not None)
+        self.assertEqual(told, len(notes))
+        self.assertIsNone(throttle.wait(now))
+
+
+class MailUrlTest(PureCase):
+    GOOD = {
+        "smtps://me%40example.org@smtp.example.org": ("smtps", "me@example.org", "smtp.example.org", 465, ""),
+        "smtps://me@example.org@smtp.example.org:465": ("smtps", "me@example.org", "smtp.example.org", 465, ""),
+        "SMTP+TLS://me:p%3Aw%2Fd@Host.Example:2525/": ("smtp+tls", "me", "host.example", 2525, "p:w/d"),
+        "smtp+tls://me:a:b@c@host": ("smtp+tls", "me", "host", 587, "a:b@c"),
+        "smtp://localhost:2525": ("smtp", "", "localhost", 2525, ""),
+        "smtp://me:pw@127.0.0.1:25": ("smtp", "me", "127.0.0.1", 25, "pw"),
+        "smtp://me:pw@[::1]": ("smtp", "me", "::1", 25, "pw"),
+        "smtp://mail.example.org": ("smtp", "", "mail.example.org", 25, ""),
+        " smtps://[2001:db8::1]:1 ": ("smtps", "", "2001:db8::1", 1, ""),
+    }
+    BAD = (
+        "", "me@example.org", "smtp.example.org", "https://x", "smtps://", "smtps://@", "smtps://a b",
+        "smtps://host:0", "smtps://host:65536", "smtps://host:x", "smtps://host:123456",
+        "smtps://me%zz@host", "smtps://me%0d%0aX@host", "smtps://me@ho%0ast", "smtps://host/path",
+        "smtps://host?x=1", "smtps://:pw@host", "smtps://me%ff@host", "smtps://[::1", "smtps://[zz]",
+        "smtps://host\nX", "smtps://me\n@host", "smtp s://host",
+    )  # fmt: skip
+
+    def test_good_ones(self):
+        for url, (*fields, password) in self.GOOD.items():
+            with self.subTest(url=url):
+                server, found = trchat.parse_mail_url(url)
+                self.assertEqual((server, found), (trchat.MailServer(*fields), password))
+                self.assertEqual(trchat.parse_mail_url(server.url()), (server, ""))
+                self.assertNotIn(password or "nothing", server.url())
+
+    def test_bad_ones(self):
+        for url in self.BAD:
+            with self.subTest(url=url):
+                error = self.refused(trchat.parse_mail_url, url, kind=trchat.ChatError)
+                self.assertTrue(error.hint)
+
+    def test_no_password_leaves_this_computer_in_clear(self):
+        for host in ("mail.example.org", "192.0.2.1", "localhost.example.org", "128.0.0.1"):
+            error = self.refused(trchat.parse_mail_url, f"smtp://me@{host}", kind=trchat.ChatError)
+            self.assertIn("smtp+tls://", error.hint)
+        settings = trchat.AlertSettings(trchat.MailServer("smtp", "me", "192.0.2.1", 25), "p", "a@b", [], "")
+        self.refused(trchat.send_mail, settings, None, kind=trchat.ChatError)
+
+    @EXAMPLES
+    @given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Cf", "Zl", "Zp"]), min_size=1))
+    def test_any_login_can_be_written(self, text):
+        quoted = urllib.parse.quote(text, safe="")
+        if trchat.one_line(text) == text:
+            server, password = trchat.parse_mail_url(f"smtps://{quoted}:{quoted}@host")
+            self.assertEqual((server.user, password), (text, text))
+            self.assertEqual(trchat.parse_mail_url(server.url())[0], server)
+
+    def test_addresses(self):
+        good = trchat.check_mail_addresses(" a@example.org,b.c+d@x.example ,e@localhost")
+        self.assertEqual(good, ["a@example.org", "b.c+d@x.example", "e@localhost"])
+        for bad in ("", ",", "a", "a@", "@b", "a@b\r\nBcc: c@d", "a@b>", "<a@b>", "ü@b", "a@b@c",
+                    "a" * 65 + "@b", "a@" + "b" * 200, ",".join(["a@b"] * 21)):  # fmt: skip
+            with self.subTest(bad=bad):
+                self.refused(trchat.check_mail_addresses, bad, kind=trchat.ChatError)
+
+    def test_kinds(self):
+        self.assertEqual(trchat.chosen_kinds(trchat.parse_kinds("ALL")), list(trchat.SECURITY_KINDS))
+        usual = trchat.chosen_kinds(["usual"])
+        self.assertTrue({"failed-login", "usb-pulled", "disk-full"} <= set(usual))
+        self.assertFalse({"server-start", "server-stop"} & set(usual))
+        chosen = trchat.chosen_kinds(trchat.parse_kinds("server-stop, ban ,ban"))
+        self.assertEqual(chosen, ["ban", "server-stop"])
+        self.assertEqual(trchat.chosen_kinds(["of a later version", "ban"]), ["ban"])
+        for bad in ("", " , ", "bann", "usual,x"):
+            self.refused(trchat.parse_kinds, bad, kind=trchat.ChatError)
+        error = self.refused(trchat.parse_kinds, "failed-logins", kind=trchat.ChatError)
+        self.assertIn("the nearest is failed-login", error.text)
+
+
+class AlertQueueTest(PureCase):
+    """When a mail is due, and what it tells, by a clock that the test turns."""
+
+    def setUp(self):
+        self.now = ALERT_TIME
+        self.alerts = trchat.AlertQueue()
+
+    def note(self, kind="failed-login", **details):
+        self.alerts.add(trchat.security_entry(kind, details, self.now), self.now)
+
+    def claim(self):
+        """A mail that is due, waited for."""
+        due = self.alerts.due(self.now)
+        self.now = max(self.now, due)
+        return self.alerts.claim(self.now)
+
+    def reopened(self):
+        return trchat.AlertQueue(json.loads(json.dumps(self.alerts.state)))
+
+    def test_what_follows_each_other_shares_a_mail(self):
+        self.note()
+        self.assertIsNone(self.alerts.claim(self.now))
+        self.now += 1
+        self.note("ban")
+        self.assertEqual(self.alerts.due(self.now), self.now - 1 + trchat.GATHER_SECONDS)
+        mail = self.claim()
+        self.assertEqual(list(mail["groups"]), ["failed-login", "ban"])
+        self.assertIsNone(self.alerts.claim(self.now), "one process at a time")
+        self.alerts.sent(mail, self.now)
+        self.assertIsNone(self.alerts.due(self.now))
+
+    def test_a_flood_makes_few_mails_and_a_digest(self):
+        mails = []
+        for _ in range(3600):  # one hour, ten failed logins a second
+            self.note(more=None)
+            self.alerts.add({**trchat.security_entry("failed-login", {}, self.now), "more": 8}, self.now)
+            self.now += 1
+            mail = self.alerts.claim(self.now)
+            if mail:
+                mails.append(mail)
+                self.alerts.sent(mail, self.now)
+        self.assertLessEqual(len(mails), trchat.MAIL_BURST + 7)
+        self.assertGreater(len(mails), trchat.MAIL_BURST)
+        waiting = sum(map(trchat.mail_count, self.alerts.mails))
+        self.assertEqual(sum(map(trchat.mail_count, mails)) + waiting, 36_000)
+        digest = trchat.alert_body(mails[-1], "default")
+        self.assertRegex(digest, r"(?m)^failed-login: \d{4}$")
+        self.assertRegex(digest, r"(?m)^  and \d{4} more since 2027-01-15 \d\d:\d\d:\d\d UTC\.$")
+        self.assertLess(len(digest), 2000)
+        self.assertIn("more)", trchat.alert_subject(mails[-1]))
+
+    def test_a_mail_server_that_is_away_is_tried_less_and_less_often(self):
+        self.note()
+        self.claim()
+        waits, failures = [], 0
+        self.alerts.failed(self.alerts.mails[0], self.now, "away")
+        while failures < 6:
+            waits.append(self.alerts.due(self.now) - self.now)
+            self.assertIsNone(self.alerts.claim(self.now + waits[-1] - 1))
+            self.note()  # it joins the one that waits
+            mail = self.claim()
+            self.assertEqual(len(self.alerts.mails), 1)
+            self.alerts.failed(mail, self.now, "away")
+            failures += 1
+        self.assertEqual(waits, [60, 300, 900, 3600, 3600, 3600])
+        self.assertEqual(self.alerts.state["error"], "away")
+        mail = self.claim()
+        self.assertEqual(trchat.mail_count(mail), 7)
+        self.alerts.sent(mail, self.now)
+        self.assertEqual((self.alerts.mails, self.alerts.state["error"]), ([], ""))
+
+    def test_it_survives_a_restart(self):
+        self.note(name="bob")
+        self.alerts = self.reopened()
+        mail = self.claim()
+        self.alerts = self.reopened()  # killed while it was on its way
+        self.assertIsNone(self.alerts.claim(self.now))
+        self.now += trchat.CLAIM_SECONDS
+        again = self.alerts.claim(self.now)
+        self.assertEqual(again["groups"], mail["groups"])
+
+    def test_what_comes_while_one_is_on_its_way_makes_another(self):
+        self.note()
+        mail = self.claim()
+        self.note("ban")
+        self.alerts.sent(mail, self.now)
+        self.assertEqual([list(m["groups"]) for m in self.alerts.mails], [["ban"]])
+
+    def test_nobody_is_told_of_what_is_days_old(self):
+        self.note()
+        self.note("ban")
+        self.alerts.failed(self.claim(), self.now, "away")
+        self.now += trchat.KEEP_SECONDS - 60
+        self.note("ban")
+        self.now += 120
+        mail = self.claim()
+        self.assertEqual((list(mail["groups"]), mail["dropped"]), (["ban"], 1))
+        self.assertIn("1 older events could not be mailed", trchat.alert_body(mail, "x"))
+        self.alerts.sent(mail, self.now)
+        self.assertEqual(self.alerts.state["dropped"], 0)
+
+    def test_the_end_of_the_program_does_not_wait_for_more(self):
+        self.note()
+        self.alerts.hurry(self.now)
+        self.assertIsNotNone(self.alerts.claim(self.now))
+
+    def test_a_clock_that_jumps_holds_nothing_up(self):
+        self.note()
+        self.alerts.failed(self.claim(), self.now, "away")
+        self.now -= 30 * 86400
+        self.assertLessEqual(self.alerts.due(self.now), self.now + 3600)
+        self.assertIsNotNone(self.alerts.claim(self.now))
+        self.alerts = trchat.AlertQueue()
+        for _ in range(3):
+            self.note()
+            self.now -= 86400
+        self.assertIsNotNone(self.alerts.claim(self.now))
+
+    def test_a_damaged_file_is_forgotten(self):
+        self.note(text="x")
+        good = json.loads(json.dumps(self.alerts.state))
+        states = [{name: bad} for name in good for bad in (None, "x", [1], {"a": 1})]
+        mail = good["mails"][0]
+        states += [{"mails": [{**mail, name: bad}]} for name in mail for bad in (None, [], "", {})]
+        group = {"count": 1, "samples": [{"time": "t", "kind": "k"}]}
+        for bad in ({**group, "count": "1"}, {**group, "samples": []}, {**group, "samples": [{}]},
+                    {**group, "samples": [{"time": 1, "kind": "k"}]}, [], 1,
+                    {**group, "samples": [{"time": "t", "kind": "k", "more": "9"}]}):  # fmt: skip
+            states.append({"mails": [{**mail, "groups": {"k": bad}}]})
+        for state in states:
+            with self.subTest(state=state):
+                alerts = trchat.AlertQueue({**good, **state})
+                alerts.add(trchat.security_entry("ban", {}, ALERT_TIME), ALERT_TIME)
+                alerts.hurry(ALERT_TIME + 5000)
+                mail_now = alerts.claim(ALERT_TIME + 5000)
+                trchat.alert_body(mail_now, "x") + trchat.alert_subject(mail_now)
+
+    @EXAMPLES
+    @given(st.lists(st.tuples(st.sampled_from("nnnbsfr"), st.floats(0, 4000)), max_size=80))
+    def test_every_event_is_mailed_waits_or_counts_as_dropped(self, steps):
+        self.setUp()
+        noted = sent = 0
+        mail = None
+        for step, pause in steps:
+            self.now += pause
+            if step in "nb":
+                self.note("failed-login" if step == "n" else "ban")
+                noted += 1
+            elif step == "r":
+                self.alerts, mail = self.reopened(), None
+            else:
+                mail = self.alerts.claim(self.now)
+                if mail and step == "s":
+                    sent += trchat.mail_count(mail) + mail["dropped"]
+                    self.alerts.sent(mail, self.now)
+                elif mail:
+                    self.alerts.failed(mail, self.now, "x")
+            waiting = sum(map(trchat.mail_count, self.alerts.mails))
+            self.assertEqual(sent + waiting + self.alerts.state["dropped"], noted)
+            self.assertLessEqual(len(self.alerts.mails), trchat.MAILS_MOST)
+            for group in (g for m in self.alerts.mails for g in m["groups"].values()):
+                self.assertLessEqual(len(group["samples"]), trchat.SAMPLES)
+
+
+class AlertMailTest(PureCase):
+    """What a mail looks like, whatever names others gave themselves."""
+
+    SETTINGS = trchat.AlertSettings(None, "", "me@example.org", ["a@example.org", "b@example.org"], "")
+
+    def mail(self, *entries):
+        alerts = trchat.AlertQueue()
+        for entry in entries:
+            alerts.add(entry, ALERT_TIME)
+        return alerts.claim(ALERT_TIME + 1000)
+
+    def written(self, *entries):
+        """(headers and body as a mail program reads them, the bytes)."""
+        mail = self.mail(*entries)
+        texts = trchat.alert_subject(mail), trchat.alert_body(mail, "default")
+        message = trchat.make_mail(self.SETTINGS, *texts, "0123.4", ALERT_TIME)
+        data = message.as_bytes(policy=email.policy.SMTP)
+        return email.message_from_bytes(data, policy=email.policy.default), data
+
+    def entry(self, kind="failed-login", **details):
+        return trchat.security_entry(kind, details, ALERT_TIME)
+
+    def test_headers(self):
+        message, _ = self.written(self.entry(name="bob"))
+        expected = {
+            "From": "me@example.org", "To": "a@example.org, b@example.org",
+            "Subject": "trchat: The login of bob was refused.",
+            "Date": "Fri, 15 Jan 2027 08:00:00 +0000", "Message-ID": "<0123.4@example.org>",
+            "Auto-Submitted": "auto-generated",
+        }  # fmt: skip
+        self.assertEqual({name: message[name] for name in expected}, expected)
+        body = message.get_content().replace("\r\n", "\n")
+        self.assertIn("  2027-01-15 08:00:00 UTC  The login of bob was refused.\n", body)
+        self.assertIn("profile 'default'", body)
+        self.assertIn("alerts off", body)
+
+    def test_the_gravest_stands_in_the_subject(self):
+        mail = self.mail(self.entry(), self.entry("server-stop"), self.entry("usb-pulled"))
+        subject = "The USB key was pulled out: all is locked. (and 2 more)"
+        self.assertEqual(trchat.alert_subject(mail), subject)
+
+    @EXAMPLES
+    @given(HOSTILE_TEXT | st.sampled_from(["a\r\nBcc: x@y", "a\nSubject: b", "=?utf-8?q?=0aBcc:x?=",
+                                           "x" * 5000, ".\r\n.", "\u2028Bcc: x", "ü" * 200]))  # fmt: skip
+    def test_no_name_makes_a_header(self, name):
+        message, data = self.written(self.entry(name=name, text=name), self.entry("ban", name=name))
+        names = ["From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted", "Content-Type",
+                 "Content-Transfer-Encoding", "MIME-Version"]  # fmt: skip
+        self.assertEqual(message.keys(), names)
+        self.assertEqual(message["To"], "a@example.org, b@example.org")
+        self.assertFalse(message.defects)
+        self.assertTrue(all(len(line) < 998 for line in data.split(b"\r\n")))
+        subject = str(message["Subject"])
+        self.assertEqual(subject, trchat.one_line(subject))
+        self.assertLess(len(subject), 200)
+        body = message.get_content().replace("\r\n", "\n")
+        self.assertNotRegex(body, "[\x00-\x08\x0b-\x1f\x7f\x9b\u202e]")
+
+
+@functools.cache
+def mail_authority():
+    """(CA PEM, PEM of key and certificate of `localhost` signed by it)."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def certificate(name, key, issuer, issuer_key, *extensions):
+        subject, by = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (name, issuer))
+        builder = x509.CertificateBuilder(by, subject, key.public_key(), x509.random_serial_number(),
+                                          *moments)  # fmt: skip
+        mine = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        other = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
+        for extension in (*extensions, mine, other):
+            critical = isinstance(extension, (x509.BasicConstraints, x509.KeyUsage))
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(issuer_key, hashes.SHA256())
+
+    import datetime
+
+    moments = datetime.datetime(2020, 1, 1), datetime.datetime(2100, 1, 1)
+    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    usage = x509.KeyUsage(False, *[False] * 4, True, True, False, False)
+    ca = certificate("Test CA", ca_key, "Test CA", ca_key, x509.BasicConstraints(True, None), usage)
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    leaf = certificate("localhost", key, "Test CA", ca_key, x509.BasicConstraints(False, None), names)
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return ca.public_bytes(pem).decode(), secret + leaf.public_bytes(pem)
+
+
+def mail_tls():
+    """TLS of a mail server."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(mail_authority()[1])
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context
+
+
+class Mailbox:
+    """A mail server (aiosmtpd) in this process; `mails` holds (sender, recipients, EmailMessage)."""
+
+    def __init__(self, port=0, user="me@example.org", password=SECRET_WORD, **options):
+        from aiosmtpd.controller import Controller
+        from aiosmtpd.smtp import AuthResult
+
+        class AnyPort(Controller):
+            def _trigger_server(self):
+                self.port = self.server.sockets[0].getsockname()[1]
+                super()._trigger_server()
+
+        def check(server, session, envelope, mechanism, login):
+            fits = (login.login, login.password) == (user.encode(), password.encode())
+            self.logins.append(login.login)
+            return AuthResult(success=fits, handled=False)
+
+        self.mails, self.logins, self.unwanted = [], [], set()
+        self._news = threading.Condition()
+        options.setdefault("authenticator", check)
+        self._quiet = mock.patch("aiosmtpd.smtp.warn")  # its advice on how to run a mail server
+        self._quiet.start()
+        for name in ("mail", "mail.log"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        self._controller = AnyPort(self, "127.0.0.1", port, **options)
+        self._controller.start()
+        self.port = self._controller.port
+
+    async def handle_RCPT(self, server, session, envelope, address, options):  # noqa: N802
+        if address in self.unwanted:
+            return "550 5.1.1 No such user here"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server, session, envelope):  # noqa: N802
+        message = email.message_from_bytes(envelope.content, policy=email.policy.default)
+        with self._news:
+            self.mails.append((envelope.mail_from, envelope.rcpt_tos, message))
+            self._news.notify_all()
+        return "250 OK"
+
+    def wait(self, count=1):
+        """The text of that many mails."""
+        with self._news:
+            if not self._news.wait_for(lambda: len(self.mails) >= count, PATIENCE):
+                raise AssertionError(f"{len(self.mails)} mails, not {count}")
+        return [str(message) for *_, message in self.mails]
+
+    def stop(self):
+        if self._controller is not None:
+            self._controller.stop()
+            self._quiet.stop()
+            self._controller = None
+
+
+class ScriptedMailServer:
+    """Says what a test wants: `answers` maps a command to its answer, as bytes or a function."""
+
+    def __init__(self, answers: dict, greeting=b"220 hello\r\n"):
+        self._answers, self._greeting = answers, greeting
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.ended = threading.Event()  # the client has hung up, or was hung up on
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        sock, _ = self._listener.accept()
+        with contextlib.suppress(OSError), sock, sock.makefile("rb") as lines:
+            self._say(sock, self._greeting)
+            for line in lines:
+                word = line.decode("latin-1").partition(" ")[0].strip().upper()
+                self._say(sock, self._answers.get(word, b"250 fine\r\n"))
+        self.ended.set()
+
+    def _say(self, sock, answer):
+        answer(sock) if callable(answer) else sock.sendall(answer)
+
+    def stop(self):
+        self._listener.close()
+
+
+class MailCase(FileTest):
+    def mailbox(self, **options) -> Mailbox:
+        box = Mailbox(**options)
+        self.addCleanup(box.stop)
+        return box
+
+    def tls_mailbox(self, **options) -> Mailbox:
+        return self.mailbox(ssl_context=mail_tls(), auth_require_tls=False, auth_required=True, **options)
+
+    def scripted(self, answers, **more):
+        server = ScriptedMailServer(answers, **more)
+        self.addCleanup(server.stop)
+        return server
+
+    def settings(self, port, mode="smtps", user="me@example.org", **more):
+        host = more.get("host", "localhost")
+        server = trchat.MailServer(mode, user, host, port)
+        to = more.get("to", ["you@example.org"])
+        ca = more.get("ca", mail_authority()[0])
+        return trchat.AlertSettings(server, more.get("password", SECRET_WORD), "me@example.org", to, ca)
+
+    def message(self, settings):
+        return trchat.make_mail(settings, "subject", "body\n.\n.dots\n", "1", ALERT_TIME)
+
+    def send(self, settings, **more):
+        return trchat.send_mail(settings, self.message(settings), **more)
+
+    def send_error(self, settings, *parts, code=None, **more):
+        error = self.error_of(lambda: self.send(settings, **more), code=code)
+        self.assertTrue(error.hint, error.text)
+        for part in parts:
+            self.assertIn(part, str(error))
+        self.assertNotIn(SECRET_WORD, str(error))
+        return error
+
+
+class SendMailTest(MailCase):
+    """Real mail servers (aiosmtpd), and hostile ones."""
+
+    PLAIN = {"AUTH": b"235 fine\r\n", "EHLO": b"250-x\r\n250 AUTH PLAIN LOGIN\r\n", "DATA": b"354 go\r\n"}
+
+    def test_over_tls_with_a_login(self):
+        box = self.tls_mailbox(password="plain word")
+        settings = self.settings(box.port, password="plain word", to=["a@example.org", "b@example.org"])
+        self.assertEqual(self.send(settings), [])
+        ((sender, to, message),) = box.mails
+        self.assertEqual((sender, to), ("me@example.org", ["a@example.org", "b@example.org"]))
+        self.assertEqual(message["Auto-Submitted"], "auto-generated")
+        self.assertEqual(message.get_content().split(), ["body", ".", ".dots"])
+
+    def test_over_starttls_with_a_login(self):
+        box = self.mailbox(tls_context=mail_tls(), require_starttls=True, auth_required=True, password="pw")
+        self.send(self.settings(box.port, "smtp+tls", password="pw"))
+        self.assertEqual((len(box.mails), box.logins), (1, [b"me@example.org"]))
+
+    def test_in_clear_on_this_computer(self):
+        box = self.mailbox()
+        self.send(self.settings(box.port, "smtp", "", host="127.0.0.1", ca=""))
+        self.assertEqual(len(box.mails), 1)
+
+    def test_a_wrong_password(self):
+        box = self.tls_mailbox()
+        settings = self.settings(box.port, password="wrong")
+        self.send_error(settings, "user name or password", "app password", code="denied")
+
+    def test_a_login_that_smtp_cannot_carry(self):
+        box = self.tls_mailbox()
+        self.send_error(self.settings(box.port), "letters that SMTP cannot take")
+
+    def test_a_password_is_needed(self):
+        box = self.tls_mailbox()
+        error = self.send_error(self.settings(box.port, user=""), "wants a login")
+        self.assertIn("smtps://me@", error.hint)
+
+    def test_encryption_is_wanted_first(self):
+        box = self.mailbox(tls_context=mail_tls(), require_starttls=True)
+        error = self.send_error(self.settings(box.port, "smtp", ""), "encrypted connection first")
+        self.assertIn("smtp+tls://", error.hint)
+
+    def test_nothing_is_sent_where_starttls_is_not_offered(self):
+        server = self.scripted({**self.PLAIN, "AUTH": self.fail})
+        settings = self.settings(server.port, "smtp+tls", password="pw")
+        self.send_error(settings, "no encryption (STARTTLS)", "smtps://")
+        self.assertTrue(server.ended.wait(PATIENCE))
+
+    def test_starttls_that_is_refused(self):
+        answers = {**self.PLAIN, "EHLO": b"250-x\r\n250 STARTTLS\r\n", "STARTTLS": b"454 not now\r\n",
+                   "AUTH": self.fail, "MAIL": self.fail}  # fmt: skip
+        self.send_error(self.settings(self.scripted(answers).port, "smtp+tls"), "454 not now")
+
+    def test_certificates_are_verified(self):
+        box = self.tls_mailbox()
+        for more in ({"ca": ""}, {"host": "127.0.0.1"}):  # nobody we trust; another name
+            error = self.send_error(self.settings(box.port, **more), "cannot be trusted")
+            self.assertIn("--ca", error.hint)
+        box = self.mailbox(tls_context=mail_tls(), require_starttls=True)
+        self.send_error(self.settings(box.port, "smtp+tls", ca=""), "cannot be trusted")
+        self.assertEqual((box.mails, box.logins), ([], []))
+
+    def test_a_false_authority_file(self):
+        error = self.error_of(trchat.mail_context, "no certificate")
+        self.assertIn("PEM", error.hint)
+
+    def test_a_port_that_does_not_begin_with_tls(self):
+        box = self.mailbox()
+        self.send_error(self.settings(box.port), "does not begin with TLS", "smtp+tls://")
+
+    def test_nobody_there_and_no_such_name(self):
+        self.send_error(self.settings(closed_port()), "Nothing listens", code="unreachable")
+        with mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(-2, "unknown")):
+            self.send_error(self.settings(25, host="mail.invalid"), "is not known")
+
+    def test_recipients_that_are_refused(self):
+        box = self.tls_mailbox(password="pw")
+        box.unwanted = {"gone@example.org"}
+        to = ["gone@example.org", "you@example.org"]
+        self.assertEqual(self.send(self.settings(box.port, password="pw", to=to)), ["gone@example.org"])
+        self.assertEqual(box.mails[0][1], ["you@example.org"])
+        settings = self.settings(box.port, password="pw", to=to[:1])
+        self.send_error(settings, "takes no mail for gone@example.org", "550 5.1.1 No such user here")
+
+    REFUSALS = (
+        (b"535 5.7.8 Username and Password not accepted. - gsmtp\r\n", "myaccount.google.com"),
+        (b"534 5.7.9 Application-specific password required.\r\n", "wants an app password"),
+        (b"535 5.7.139 Authentication unsuccessful, basic authentication is disabled.\r\n", "Microsoft"),
+        (b"535 no\r\n", "many providers want an app password"),
+        (b"421 too busy\r\n", "cannot take the mail at present: 421 too busy"),
+        (b"554 \x1b[31mgo\xff away\r\n", "refuses the mail: 554 [31mgo\ufffd away"),
+        (b"gibberish\r\n", "localhost:"),
+        (b"", "hung up"),
+    )  # fmt: skip
+
+    def test_what_servers_say_becomes_advice(self):
+        for answer, part in self.REFUSALS:
+            with self.subTest(answer=answer):
+                hang_up = lambda sock: sock.shutdown(socket.SHUT_RDWR)  # noqa: E731
+                server = self.scripted({**self.PLAIN, "AUTH": answer or hang_up})
+                self.send_error(self.settings(server.port, "smtp", password="pw"), part)
+
+    def test_a_mail_that_was_taken_is_sent_whatever_comes_after(self):
+        hang_up = lambda sock: sock.shutdown(socket.SHUT_RDWR)  # noqa: E731
+        server = self.scripted({**self.PLAIN, "QUIT": hang_up})
+        self.assertEqual(self.send(self.settings(server.port, "smtp", password="pw")), [])
+
+    def test_a_server_that_drips_is_given_up(self):
+        enough = threading.Event()
+        self.addCleanup(enough.set)
+
+        def drip(sock):
+            while not enough.wait(0.02):
+                sock.sendall(b"2")
+
+        for greeting, answers in ((drip, {}), (b"220 x\r\n", {"EHLO": drip})):
+            server = self.scripted(answers, greeting=greeting)
+            self.send_error(self.settings(server.port, "smtp", ""), "does not answer in time", seconds=0.2)
+            self.assertTrue(server.ended.wait(PATIENCE), "its connection is ended, too")
+
+    def test_a_mute_server_is_given_up(self):
+        def mute(sock):
+            while sock.recv(4096):
+                pass
+
+        server = self.scripted({}, greeting=mute)
+        self.send_error(self.settings(server.port), "does not answer in time", seconds=0.1)
+        self.assertTrue(server.ended.wait(PATIENCE))
+        with mock.patch.object(trchat, "MAIL_STEP_SECONDS", 0.1):
+            server = self.scripted({}, greeting=mute)
+            self.send_error(self.settings(server.port, "smtp", ""), "does not answer")
+
+    def test_nothing_of_this_computer_is_told(self):
+        names = []
+        answers = {**self.PLAIN, "EHLO": lambda sock: names.append(sock) or sock.sendall(b"250 x\r\n")}
+        server = self.scripted(answers)
+        with mock.patch("socket.getfqdn", self.fail):
+            self.send(self.settings(server.port, "smtp", ""))
+        self.assertTrue(names)
+
+
+class AlertsCase(MailCase):
+    """A profile with its keys, and a clock that the test turns."""
+
+    def setUp(self):
+        super().setUp()
+        self.now = ALERT_TIME
+        self.told = []
+        furnish(self.paths, 0)
+        self.pairs = [trchat.KeyPair(self.paths, role) for role in trchat.ALERT_ROLES]
+        self.keys = [pair.load(None)[0] for pair in self.pairs]
+        self.openers = {
+            "client": trchat.opener_for_client(trchat.Identity(self.keys[0])),
+            "server": trchat.opener_for_server(self.keys[1]),
+        }
+
+    def log(self, *roles) -> trchat.SecurityLog:
+        """The security log as another start of a program has it, with these keys open."""
+        log = trchat.SecurityLog(self.paths, clock=lambda: self.now)
+        log.tell(self.told.append)
+        for role in roles:
+            log.unlock(role, self.openers[role])
+        self.addCleanup(log.close)
+        return log
+
+    def save(self, settings, words="usual"):
+        trchat.AlertFile(self.paths).save(settings, trchat.parse_kinds(words), self.pairs)
+
+    def read(self, *names) -> bytes:
+        with open(self.paths.file(*names), "rb") as file:
+            return file.read()
+
+    def lines(self, name="security.log") -> list:
+        return [json.loads(line) for line in self.read("logs", name).splitlines()]
+
+    def spool(self) -> trchat.AlertQueue:
+        return trchat.AlertSpool(self.paths).look()
+
+
+class AlertsTest(AlertsCase):
+    def test_either_key_opens_the_settings_and_no_other(self):
+        settings = self.settings(465, to=["a@example.org"])
+        self.save(settings, "ban,usb-pulled")
+        file = trchat.AlertFile(self.paths)
+        for role in trchat.ALERT_ROLES:
+            self.assertEqual(file.open(role, self.openers[role]), settings)
+        data = self.read("alerts", "settings.json")
+        for secret in (SECRET_WORD, "example.org", "CERTIFICATE"):
+            self.assertNotIn(secret.encode(), data)
+        self.assertEqual(file.kinds(), ["ban", "usb-pulled"])
+        self.assertEqual(stat.S_IMODE(os.stat(file.path).st_mode), 0o600)
+        self.assertEqual(stat.S_IMODE(os.stat(os.path.dirname(file.path)).st_mode), 0o700)
+        stranger = trchat.opener_for_client(identity(3))
+        self.error_of(file.open, "client", stranger, code="storage")
+        other = trchat._ec.generate_private_key(trchat._ec.SECP256R1())
+        self.error_of(file.open, "server", trchat.opener_for_server(other), code="storage")
+        file.remove()
+        self.assertEqual((file.exists(), file.kinds(), file.roles()), (False, [], []))
+        file.remove()
+
+    def test_damaged_settings_are_named(self):
+        self.save(self.settings(465))
+        file = trchat.AlertFile(self.paths)
+        good = json.loads(self.read("alerts", "settings.json"))
+        for bad in ([], {**good, "keys": 1}, {**good, "box": 1}, {**good, "events": [1]}, {**good, "box": "!"},
+                    {**good, "box": "AAAA"}, {**good, "keys": {"client": "AAAA", "server": "!"}},
+                    {**good, "keys": {"client": base64.b64encode(bytes(384)).decode()}}):  # fmt: skip
+            with self.subTest(bad=str(bad)[:60]):
+                trchat.write_json(file.path, bad)
+                for role in trchat.ALERT_ROLES:
+                    self.error_of(file.open, role, self.openers[role], code="storage")
+
+    def test_what_happens_is_mailed_by_whichever_key_is_open(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        for number, role in enumerate(trchat.ALERT_ROLES, 1):
+            log = self.log(role)
+            log.note("failed-login", name="bob", address="192.0.2.7", text=f"denied {role}")
+            log.note("server-start", address="x")
+            log.close(PATIENCE)
+            text = box.wait(number)[-1]
+            self.assertIn(f"The login of bob at 192.0.2.7 was refused: denied {role}.", text.replace("=\n", ""))
+            self.assertNotIn("has started", text, "that was not chosen")
+        self.assertEqual([e["kind"] for e in self.lines()], ["failed-login", "server-start"] * 2)
+        self.assertEqual((self.told, self.spool().mails), ([], []))
+
+    def test_a_program_that_could_not_open_the_keys_leaves_it_to_the_next(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        log = self.log()
+        log.note("wrong-passphrase")
+        log.close(PATIENCE)
+        self.assertEqual(trchat.mail_count(self.spool().mails[0]), 1)
+        self.log("client").close(PATIENCE)
+        self.assertIn("A wrong passphrase was given", box.wait()[0])
+
+    def test_a_program_that_runs_finds_what_another_left(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        with mock.patch.multiple(trchat, LOOK_SECONDS=0.05, GATHER_SECONDS=0.0):
+            self.log("server")
+            other = self.log()
+            other.note("usb-missing")
+            other.close(PATIENCE)
+            self.assertIn("the stick is missing", box.wait()[0])
+
+    def test_a_profile_that_is_destroyed_stays_so(self):
+        self.paths.security = log = self.log("client")
+        self.save(self.settings(465))
+        log.note("server-stop")
+        trchat.destroy_profile(self.paths)
+        log.note("ban")
+        log.close(PATIENCE)
+        self.assertEqual(os.listdir(self.base), [])
+
+    def test_keys_that_are_dropped_let_the_last_alert_go(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        log = self.log("client")
+        with mock.patch.object(trchat, "GATHER_SECONDS", 0.0):
+            log.note("ban")  # the first mail opens the settings
+            box.wait()
+        log.lock()
+        log.note("usb-pulled")
+        log.close(PATIENCE)
+        self.assertIn("USB key was pulled out", "".join(box.wait(2)))
+
+    def test_a_server_that_is_down_and_comes_back(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        box.stop()
+        for minute, name in enumerate(("bob", "eve")):
+            log = self.log("server")
+            log.note("failed-login", name=name)
+            log.close(PATIENCE)
+            self.now += 1 + minute
+        self.assertEqual(len(self.told), 1, "said once, and not tried again at once")
+        self.assertIn("An e-mail alert could not be sent. Nothing listens at", self.told[0].text)
+        self.assertIn("Nothing listens", self.spool().state["error"])
+        self.assertEqual(self.log().alerts.deliver(), self.spool().due(self.now))
+        again = self.tls_mailbox(password="pw", port=box.port)
+        self.now += 60
+        self.log("server").close(PATIENCE)
+        (text,) = again.wait()
+        self.assertIn("failed-login: 2", text)
+        self.assertEqual((self.spool().mails, self.spool().state["error"]), ([], ""))
+
+    def test_a_thousand_failed_logins_are_few_mails(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        log = self.log("server")
+        for number in range(1000):
+            log.note("failed-login", address=f"192.0.2.{number % 256}")
+        log.close(PATIENCE)
+        (text,) = box.wait()
+        self.assertIn("failed-login: 1000\n", text)
+        self.assertEqual(len(box.mails), 1)
+        entries = self.lines()
+        self.assertLessEqual(len(entries), trchat.LOG_BURST + 1)
+        self.assertEqual(sum(1 + e.get("more", 0) for e in entries), 1000)
+
+    def test_two_programs_of_a_profile_send_each_mail_once(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        one, other = self.log("client"), self.log("server")
+        for number in range(20):
+            (one if number % 2 else other).note("ban", fingerprint=f"f{number}")
+        one.close(PATIENCE)
+        other.close(PATIENCE)
+        self.now += 3600
+        self.log("client").close(PATIENCE)
+        text = "".join(str(m) for *_, m in box.mails)
+        told = sum(int(n or 1) for n in re.findall(r"(?m)^ban(?:: (\d+))?$", text))
+        self.assertEqual(told, 20)
+        self.assertEqual(self.spool().mails, [])
+
+    def test_where_the_spool_cannot_be_written_mails_go_all_the_same(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        full = trchat.storage_error("Writing", "x", OSError(errno.ENOSPC, "full"))
+        log = self.log("client")
+        with mock.patch.object(trchat, "write_file", side_effect=full):
+            log.note("disk-full")
+            log.close(PATIENCE)
+            self.assertIn("The disk is full", box.wait()[0])
+
+    def test_settings_that_this_key_cannot_open_are_told_once(self):
+        self.save(self.settings(465))
+        trchat.AlertFile(self.paths).save(self.settings(465), ["ban"], self.pairs[1:])
+        log = self.log("client")
+        log.note("ban")
+        log.close(PATIENCE)
+        self.assertEqual(len(self.told), 1)
+        self.assertIn("alerts set", self.told[0].hint)
+        self.assertEqual(len(self.spool().mails), 1)
+
+    def test_alerts_that_are_off_leave_no_file(self):
+        log = self.log("client", "server")
+        log.note("ban")
+        log.close(PATIENCE)
+        self.assertFalse(os.path.exists(self.paths.file("alerts")))
+
+    def test_the_clock_passes_the_due_time_by_itself(self):
+        """No event wakes the mailing thread: its own wait ends."""
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw"))
+        with mock.patch.object(trchat, "GATHER_SECONDS", 0.05):
+            log = trchat.SecurityLog(self.paths)
+            self.addCleanup(log.close)
+            log.unlock("client", self.openers["client"])
+            log.note("ban")
+            box.wait()
+
+
+class SecurityLogTest(AlertsCase):
+    """The file, by threads, by processes, on a full disk."""
+
+    def test_lines_of_json_that_only_their_owner_reads(self):
+        log = self.log()
+        log.note("ban", name="b\u202e\x1b[31mob\n", fingerprint="sha256:00")
+        log.close(PATIENCE)
+        (entry,) = self.lines()
+        self.assertEqual(entry["name"], "b[31mob ")
+        for path, mode in ((("logs",), 0o700), (("logs", "security.log"), 0o600)):
+            self.assertEqual(stat.S_IMODE(os.stat(self.paths.file(*path)).st_mode), mode)
+
+    def newest(self, log, count):
+        answer = queue.Queue()
+        log.newest(count, answer.put, answer.put)
+        return answer.get(timeout=PATIENCE)
+
+    def test_the_newest_come_in_order_also_what_is_just_being_noted(self):
+        log = self.log()
+        self.assertEqual(self.newest(log, 5), [])
+        for number in range(30):
+            log.note("ban", number=number)
+        self.assertEqual([e["number"] for e in self.newest(log, 3)], [27, 28, 29])
+        self.assertEqual(len(self.newest(log, 100)), 30)
+
+    def test_old_files_are_kept_within_bounds(self):
+        log = trchat.LogFile(self.paths)
+        with mock.patch.object(trchat, "LOG_FILE_MOST", 1000):
+            for number in range(100):
+                log.append([trchat.security_entry("ban", {"number": number}, ALERT_TIME)])
+            names = sorted(os.listdir(self.paths.file("logs")))
+            kept = ["security.log", *(f"security.log.{n}" for n in range(1, 5))]
+            self.assertEqual(names, sorted([*kept, "security.log.lock"]))
+            for name in kept:
+                self.assertLessEqual(os.path.getsize(self.paths.file("logs", name)), 1000)
+            numbers = [e["number"] for e in log.newest(1000)]
+            self.assertEqual(numbers, list(range(100 - len(numbers), 100)))
+            self.assertGreater(len(numbers), 30)
+            self.assertEqual([e["number"] for e in log.newest(15)], list(range(85, 100)))
+
+    def test_a_line_that_was_cut_short_costs_only_itself(self):
+        log = trchat.LogFile(self.paths)
+        entry = trchat.security_entry("ban", {}, ALERT_TIME)
+        for junk in (b'{"time": "x", "ki', b"\xff\xfe", b"[1]", b"null", b'{"time": 1, "kind": "a"}', b"[" * 9999):
+            log.append([entry])
+            with open(log.path, "ab") as file:
+                file.write(junk)
+        log.append([entry])
+        self.assertEqual(log.newest(100), [entry] * 7)
+
+    def test_a_link_is_not_followed(self):
+        target = os.path.join(self.base, "elsewhere")
+        os.mkdir(self.paths.file("logs"))
+        os.symlink(target, self.paths.file("logs", "security.log"))
+        log = self.log()
+        log.note("ban")
+        log.close(PATIENCE)
+        self.assertFalse(os.path.exists(target))
+        self.assertIn("is a link", self.told[0].text)
+
+    def test_a_full_disk_is_told_once_and_nothing_is_lost(self):
+        log = self.log()
+        log.note("ban", number=0)
+        self.newest(log, 1)
+        written = []
+
+        def torn(handle, data):
+            written.append(os.write(handle, data[:7]))
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with mock.patch.object(trchat, "_write_all", torn):
+            for number in (1, 2):
+                log.note("ban", number=number)
+                self.assertEqual([e["number"] for e in self.newest(log, 9)], list(range(number + 1)))
+        self.assertTrue(written)
+        self.assertEqual(len(self.lines()), 1, "no torn line stays")
+        self.assertEqual(len(self.told), 1)
+        self.assertIn(trchat.FULL_DISK_HINT, str(self.told[0]))
+        log.note("ban", number=3)
+        log.close(PATIENCE)
+        self.assertEqual([e["number"] for e in self.lines()], [0, 1, 2, 3])
+
+    def test_what_could_not_be_written_is_tried_again_by_itself(self):
+        log, refuse, real = self.log(), [True], trchat._write_all
+
+        def maybe(handle, data):
+            if refuse.pop() if refuse else False:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(handle, data)
+            done.set()
+
+        done = threading.Event()
+        with mock.patch.multiple(trchat, _write_all=maybe, LOG_AGAIN_SECONDS=0.01):
+            log.note("ban")
+            self.assertTrue(done.wait(PATIENCE))
+        log.close(PATIENCE)
+        self.assertEqual(len(self.lines()), 1)
+
+    def test_whoever_notes_does_not_wait_for_the_disk(self):
+        trchat.make_private_folder(self.paths.file("logs"))
+        log = self.log()
+        with trchat.LockedFile(self.paths.file("logs", "security.log.lock")):
+            for _ in range(50):
+                log.note("ban")
+            self.assertFalse(os.path.exists(self.paths.file("logs", "security.log")))
+        log.close(PATIENCE)
+        self.assertEqual(len(self.lines()), 50)
+
+    def test_noting_never_fails(self):
+        class Odd:
+            def __str__(self):
+                raise ValueError("odd")
+
+        log = self.log()
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            log.note("ban", x=Odd())
+            with mock.patch.object(trchat, "spawn", side_effect=RuntimeError("no more threads")):
+                log.note("ban")
+        self.assertEqual(errors.getvalue().count("Internal error"), 2)
+        log.note("ban")
+        log.close(PATIENCE)
+        self.assertEqual(len(self.lines()), 2)
+        log.note("ban")  # after the end: nothing happens
+        trchat.Paths(self.base).security.note("ban")
+
+    def test_from_many_threads(self):
+        log = self.log()
+        threads = [
+            threading.Thread(target=lambda n=n: [log.note(kind, n=n) for kind in list(trchat.SECURITY_KINDS)])
+            for n in range(20)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        log.close(PATIENCE)
+        self.assertEqual(len(self.lines()), 20 * len(trchat.SECURITY_KINDS))
+
+    def test_two_processes_write_one_log(self):
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
+            "import trchat; trchat.LOG_FILE_MOST = 20_000\n"
+            "log = trchat.LogFile(trchat.Paths(sys.argv[2]))\n"
+            "for n in range(300):\n"
+            "    log.append([trchat.security_entry('ban', {'who': sys.argv[3], 'number': n}, 1e9)])\n"
+        )
+        words = [sys.executable, "-c", program, os.path.dirname(SOURCE_PATH), self.base]
+        children = [subprocess.Popen([*words, name]) for name in ("host", "server")]
+        self.assertEqual([child.wait(PATIENCE) for child in children], [0, 0])
+        with mock.patch.object(trchat, "LOG_FILE_MOST", 20_000):
+            entries = trchat.LogFile(self.paths).newest(1000)
+        self.assertGreater(len(entries), 500)
+        for name in ("host", "server"):
+            numbers = [e["number"] for e in entries if e["who"] == name]
+            self.assertEqual(numbers, list(range(300 - len(numbers), 300)), "none is torn or lost")
+
+
+class SecurityOfAServerTest(NetTest):
+    """What a running server notes, from logins as they really are."""
+
+    def test_strangers_bans_and_start_and_stop(self):
+        with tempfile.TemporaryDirectory() as home:
+            paths, log = trchat.Paths(home), EventLog()
+            paths.security = trchat.SecurityLog(paths)
+            options = trchat.ServerOptions("127.0.0.1", 0, "keys", [], None, False)
+            running = trchat.RunningServer(paths, options, None, log.publish)
+            running.server.start()
+            try:
+                running.listening(1, 60.0)
+                with contextlib.closing(WireClient(running.port)) as stranger:
+                    stranger.send(stranger.login_frame(0, "mallory"))
+                    stranger.expect(trchat.REFUSED)
+                console = trchat.ServerConsole(running.server, running.publish, None, None, paths.security)
+                shown = trchat.fingerprint_text(net_identity(0).fingerprint)
+                for line in (f"/ban {shown}", "/log 2"):
+                    running.server.call(trchat.run_line, "console", console, line)
+                answer = log.wait(lambda event: "log" in event)
+                with contextlib.closing(WireClient(running.port)) as banned:
+                    banned.send(banned.login_frame(0, "mallory"))
+                    banned.expect(trchat.REFUSED)
+                running.set_public(["4.tcp.example:1"])
+                log.wait(lambda event: event.get("code") == "denied")
+            finally:
+                running.stop()
+                paths.security.close(NET_PATIENCE)
+            entries = trchat.LogFile(paths).newest(100)
+        kinds = ["server-start", "unknown-key", "ban", "failed-login", "new-address", "server-stop"]
+        self.assertEqual(sorted(e["kind"] for e in entries), sorted(kinds))
+        by_kind = {e["kind"]: e for e in entries}
+        stranger = by_kind["unknown-key"]
+        self.assertEqual((stranger["name"], stranger["fingerprint"]), ("mallory", shown))
+        self.assertEqual(stranger["address"], "127.0.0.1")
+        self.assertEqual(by_kind["ban"]["fingerprint"], shown)
+        self.assertEqual([e["kind"] for e in answer["log"]], ["unknown-key", "ban"])
+        self.assertRegex(answer["text"], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  warning  An unknown key")
+
+
+class SomeList:
+    """Equal to any list."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return isinstance(other, list)
+
+
+class AlertsCommandTest(EndToEnd):
+    """`alerts` and /log as people and scripts use them, with real processes and a real mail server."""
+
+    PASSWORD = {"TRCHAT_SMTP_PASSWORD": "secret word"}
+
+    def setUp(self):
+        super().setUp()
+        self.box = Mailbox(ssl_context=mail_tls(), auth_require_tls=False, auth_required=True,
+                           password="secret word")  # fmt: skip
+        self.addCleanup(self.box.stop)
+        self.ca = os.path.join(self.base, "ca.pem")
+        write_bytes(self.ca, mail_authority()[0].encode())
+        self.url = f"smtps://me@example.org@localhost:{self.box.port}"
+        self.profile = trchat.Paths(os.path.join(self.home, ".trchat"))
+
+    def run_alerts(self, *words, **env):
+        """`alerts ...` in this process: (exit code, stdout, stderr)."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TRCHAT")}
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        output, errors = io.StringIO(), io.StringIO()
+        try:
+            with mock.patch.dict(os.environ, {**environment, **env}, clear=True):
+                with mock.patch("sys.stdin", io.StringIO()), contextlib.redirect_stdout(output):
+                    with contextlib.redirect_stderr(errors):
+                        code = trchat.main(["--home", self.profile.home, "alerts", *words])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return code, output.getvalue(), errors.getvalue()
+
+    def set_alerts(self, *words, **env):
+        """Sets them up for a profile whose key need not be made, and returns the answer."""
+        if not env:
+            self.profile.make_folders()
+            furnish(self.profile, 0)
+        words = ("set", self.url, "--ca", self.ca, "--json", *words)
+        code, output, errors = self.run_alerts(*words, **self.PASSWORD, **env)
+        self.assertEqual((code, errors), (0, ""))
+        return json.loads(output)
+
+    def test_off_set_test_show_and_off(self):
+        self.assertEqual(json.loads(self.run_alerts("--json")[1]), {"event": "alerts", "set": False})
+        answer = self.set_alerts("--to", "a@example.org,b@example.org", "--events", "ban,server-stop")
+        shown = {
+            "event": "alerts", "set": True, "server": f"smtps://me%40example.org@localhost:{self.box.port}",
+            "from": "me@example.org", "to": ["a@example.org", "b@example.org"],
+            "events": ["ban", "server-stop"], "own_ca": True, "keys": ["client", "server"],
+            "mailed": None, "waiting": 0, "error": None,
+        }  # fmt: skip
+        self.assertEqual(answer, shown)
+        code, output, _ = self.run_alerts("test", "--json")
+        self.assertEqual((code, json.loads(output)), (0, {**shown, "sent": shown["to"]}))
+        self.assertIn("default", self.box.wait()[0])
+        code, output, _ = self.run_alerts()
+        self.assertIn("Mailed:       ban, server-stop\n", output)
+        self.assertNotIn("secret", output)
+        self.assertEqual(self.run_alerts("off")[:2], (0, "E-mail alerts are off.\n"))
+        self.assertIn("are off", self.run_alerts("test")[2])
+        self.assertFalse(os.path.exists(self.profile.file("alerts", "settings.json")))
+
+    def test_what_is_refused_before_anything_is_written(self):
+        cases = (
+            (["set", "smtps://me:pw@localhost"], "command line", "TRCHAT_SMTP_PASSWORD"),
+            (["set", "smtp://me@example.org@mail.example.org"], "without encryption", "smtp+tls://"),
+            (["set", self.url], "password is missing", "--password-file"),
+            (["set"], "mail server is missing", "alerts set smtps://"),
+            (["set", self.url, "--password-file", "/nowhere/pw"], "There is no file"),
+            (["set", "smtps://localhost", "--from", "x"], "no e-mail address"),
+            (["set", "smtps://localhost"], "1 to 20 e-mail addresses"),
+            (["set", "smtps://localhost", "--from", "a@b", "--events", "bam"], "the nearest is ban"),
+            (["set", "smtps://localhost", "--from", "a@b", "--ca", "/nowhere"], "There is no file"),
+            (["test"], "are off"),
+        )
+        for words, *parts in cases:
+            with self.subTest(words=words), mock.patch("sys.stdin", io.StringIO()):
+                self.assert_refused_here(["alerts", *words], *parts)
+        self.assertEqual(self.run_here("alerts", "show", "smtps://x")[0], 2)
+        self.assertFalse(os.path.exists(self.profile.file("alerts")))
+
+    def test_the_password_may_stand_in_the_environment_or_a_file(self):
+        password = os.path.join(self.base, "password")
+        write_bytes(password, b"secret word\n")
+        address = f"smtps://me%40example.org:secret%20word@localhost:{self.box.port}"
+        self.set_alerts()
+        for words, env in (([self.url, "--password-file", password], {}), ([], {"TRCHAT_ALERTS": address})):
+            self.assertEqual(self.run_alerts("set", "--ca", self.ca, *words, **env)[0], 0)
+            self.assertEqual(self.run_alerts("test")[0], 0)
+        self.assertEqual(len(self.box.mails), 2)
+
+    def test_a_failed_login_is_mailed_and_logged(self):
+        self.set_alerts("--events", "all")
+        server = self.server(profile="default")
+        stranger = self.start("connect", "--json", "--profile", "eve", "--name", "eve", "--trust-new",
+                              server.address)  # fmt: skip
+        self.assertEqual(stranger.wait_for("error")["code"], "not-invited")
+        alice = self.client("alice", server.token)
+        alice.say("nobody mails this")
+        alice.type("/log")
+        self.assertEqual(alice.wait_for("notice", log=[])["text"], "Nothing was noted yet.")
+        server.type("/log 1")
+        entry = server.wait_for("notice", log=SomeList())["log"][0]
+        self.assertEqual((entry["kind"], entry["name"]), ("unknown-key", "eve"))
+        server.type("/log 0")
+        self.assertEqual(server.wait_for("error")["code"], "usage")
+        alice.type("BYE")
+        alice.exit_code()
+        server.signal(signal.SIGTERM)
+        self.assert_ends(server, "interrupted", 130)
+        text = "".join(self.box.wait()).replace("=\n", "")
+        self.assertRegex(text, r"An unknown key wanted to come in: eve \(sha256:[0-9a-f]{16}\.\.\.\) at 127")
+        entries = trchat.LogFile(self.profile).newest(100)
+        kinds = ["alerts-changed", "server-start", "unknown-key", "server-stop"]
+        self.assertEqual([e["kind"] for e in entries], kinds)
+        everything = b"".join(read_bytes(p) for p in everything_below(self.profile.folder) if os.path.isfile(p))
+        for secret in (b"nobody mails this", b"secret word", server.token.encode()):
+            self.assertNotIn(secret, everything)
+            self.assertNotIn(secret.decode(), text)
+
+    def test_a_wrong_passphrase_is_mailed_at_the_next_start(self):
+        sealed = {"TRCHAT_PASSPHRASE": "right"}
+        with mock.patch.object(trchat, "SCRYPT_LOG_N", 10):
+            self.set_alerts(**sealed)
+        code, _, errors = self.run_alerts("test", TRCHAT_PASSPHRASE="wrong")
+        self.assertEqual((code, "passphrase is wrong" in errors), (1, True))
+        self.assertIn("TRCHAT_PASSPHRASE", self.run_alerts("test")[2])
+        self.assertEqual(self.box.mails, [])
+        self.assertEqual(self.run_alerts("test", **sealed)[0], 0)
+        self.assertIn("A wrong passphrase was given.", "".join(self.box.wait(2)))
+
+    def test_a_key_is_not_made_without_the_passphrase_that_guards_the_other(self):
+        self.profile.make_folders()
+        with mock.patch.object(trchat, "SCRYPT_LOG_N", 10):
+            with mock.patch.dict(os.environ, {"TRCHAT_PASSPHRASE": "right"}):
+                furnish(self.profile, 0)
+        self.assertEqual(self.set_alerts()["keys"], ["client"])
+        self.assertFalse(os.path.exists(self.profile.file("cert", "server_key.pem")))
+
+    def test_a_false_server_is_noted_whoever_asks(self):
+        server = StartedServer()
+        self.addCleanup(server.stop)
+        self.profile.make_folders()
+        furnish(self.profile, 0)
+        for words in ([], ["--json"]):
+            pin = ["--pin", "sha256:" + "0" * 64, server.address]
+            with contextlib.redirect_stdout(io.StringIO()):
+                code, errors = self.run_here("connect", *words, *pin)
+            self.assertEqual((code, "not the one expected" in errors), (1, True))
+        entries = trchat.LogFile(self.profile).newest(9)
+        self.assertEqual([e["kind"] for e in entries], ["pin-mismatch"] * 2)
+
+    def test_a_host_notes_its_server_and_its_chat_once_each(self):
+        host = self.start("host", "--json", "--name", "alice")
+        host.wait_for("ready")
+        host.type("/log")
+        (entry,) = host.wait_for("notice", log=SomeList())["log"]
+        self.assertEqual(entry["kind"], "server-start")
+        host.type("BYE")
+        self.assert_ends(host, "BYE", 0)
+        entries = trchat.LogFile(self.profile).newest(9)
+        self.assertEqual([e["kind"] for e in entries], ["server-start", "server-stop"])
+
+
+@unittest.skipIf(os.name == "nt", "needs a pseudo-terminal")
+class AlertsMenuTest(EndToEnd):
+    """A newcomer sets alerts up by the menu."""
+
+    def test_menu(self):
+        box = Mailbox(password="secret word")
+        self.addCleanup(box.stop)
+        window = Window(self.command(), self.home, self.environment())
+        self.addCleanup(window.end)
+        window.see("Your choice [2]:")
+        window.line("8")
+        window.see("a  alerts")
+        window.line("a")
+        window.see("Set them up? [Y/n]")
+        window.line("")
+        window.see("Mail server, such as smtps://me@example.org@smtp.example.org:")
+        window.line(f"smtp://localhost:{box.port}")
+        window.see("Sender:")
+        window.line("me@example.org")
+        window.see("Recipients, with commas between [me@example.org]:")
+        window.line("")
+        window.see("[usual]:")
+        window.line("")
+        window.see("Send a test mail now? [Y/n]")
+        window.line("")
+        window.see("has taken a test mail for me@example.org.")
+        self.assertEqual(len(box.wait()), 1)
+        window.see("Your choice [2]:", 2)
+        window.line("0")
+        self.assertEqual(window.exit_code(), 0)
 
 
 # ==================================================================================================

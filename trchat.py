@@ -51,62 +51,68 @@ or thread: bytes in, events out) and each uses only parts above itself:
  35. Line editor *
  36. Screen *
  37. Settings *
- 38. Settings and paths
- 39. Events and threads
- 40. Dependencies
- 41. Vault
- 42. Rooted folders
- 43. SFTP client
- 44. Files through SFTP
- 45. Mounts and disks
- 46. What to shred
- 47. Shredding
- 48. History and outbox
- 49. Contacts
- 50. Transfers on record
- 51. Backing up and restoring
- 52. SOCKS5
- 53. Network
- 54. Port mapping
- 55. A mapped port, and addresses
- 56. Tunnels
- 57. Tunnels through ngrok
- 58. Tunnels through ssh and tor
- 59. Runs of sftp
- 60. Files on SFTP servers
- 61. Connections of a server
- 62. Relay server
- 63. Where to connect
- 64. Channels
- 65. Connections
- 66. Records of a chat
- 67. Files on their way
- 68. Shared folders
- 69. Files by way of a server
- 70. Offers of others
- 71. File desk
- 72. Locking
- 73. Chat client
- 74. Commands
- 75. Chat commands: talking and rooms
- 76. Chat commands: people and servers
- 77. Chat commands: files
- 78. Chat commands: records
- 79. Console commands
- 80. Terminal input
- 81. Terminal
- 82. Words for events
- 83. Faces: terminal and JSON lines
- 84. Activities
- 85. Chatting directly
- 86. SFTP for other programs
- 87. Demonstration
- 88. Session
- 89. Shell commands
- 90. Hidden messages in the shell
- 91. Backups in the shell
- 92. Command line
- 93. Menu and door
+ 38. Security events *
+ 39. Alert mails *
+ 40. Settings and paths
+ 41. Events and threads
+ 42. Dependencies
+ 43. Vault
+ 44. Rooted folders
+ 45. SFTP client
+ 46. Files through SFTP
+ 47. Mounts and disks
+ 48. What to shred
+ 49. Shredding
+ 50. History and outbox
+ 51. Contacts
+ 52. Transfers on record
+ 53. Backing up and restoring
+ 54. SOCKS5
+ 55. Network
+ 56. Port mapping
+ 57. A mapped port, and addresses
+ 58. Tunnels
+ 59. Tunnels through ngrok
+ 60. Tunnels through ssh and tor
+ 61. Runs of sftp
+ 62. Files on SFTP servers
+ 63. Sending mail
+ 64. Alerts
+ 65. Security log
+ 66. Connections of a server
+ 67. Relay server
+ 68. Where to connect
+ 69. Channels
+ 70. Connections
+ 71. Records of a chat
+ 72. Files on their way
+ 73. Shared folders
+ 74. Files by way of a server
+ 75. Offers of others
+ 76. File desk
+ 77. Locking
+ 78. Chat client
+ 79. Commands
+ 80. Chat commands: talking and rooms
+ 81. Chat commands: people and servers
+ 82. Chat commands: files
+ 83. Chat commands: records
+ 84. Console commands
+ 85. Terminal input
+ 86. Terminal
+ 87. Words for events
+ 88. Faces: terminal and JSON lines
+ 89. Activities
+ 90. Chatting directly
+ 91. SFTP for other programs
+ 92. Demonstration
+ 93. Session
+ 94. Shell commands
+ 95. Hidden messages in the shell
+ 96. Backups in the shell
+ 97. Alerts in the shell
+ 98. Command line
+ 99. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -438,6 +444,27 @@ def rfc3339(seconds: float) -> str:
     milliseconds = min(max(int(seconds * 1000), 0), 253402300799999)
     moment = datetime.datetime.fromtimestamp(milliseconds // 1000, datetime.timezone.utc)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{milliseconds % 1000:03d}Z"
+
+
+def local_clock(moment: str) -> str:
+    """The hour and minute here of an RFC 3339 time."""
+    return _local_time(moment).strftime("%H:%M")
+
+
+def local_moment(moment: str) -> str:
+    """Day and time here, to the second, of an RFC 3339 time."""
+    try:
+        return _local_time(moment).strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return one_line(moment)[:19]
+
+
+def _local_time(moment: str):
+    there = datetime.datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    try:
+        return there.astimezone()
+    except (OverflowError, OSError, ValueError):
+        return there  # somebody's clock says so, at the end of what a calendar holds
 
 
 NAME_MOST = 32
@@ -2806,12 +2833,13 @@ class RelayClient:
         "id", "address", "nonce", "tls_fingerprint", "bundle", "encoded", "buffer", "wanted",
         "outbox", "queued", "routes", "rooms", "watches", "closing", "tokens", "refilled",
         "throttled_until", "throttled_since", "waiting_for", "holding", "held_since", "holds",
-        "knock",
+        "knock", "claim",
     )  # fmt: skip
 
     def __init__(self, number: int, address: str, nonce: bytes, now: float):
         self.id, self.address, self.nonce = number, address, nonce
         self.bundle: Bundle | None = None
+        self.claim: Bundle | None = None  # of a login, before it was let in
         self.tls_fingerprint = b""
         self.encoded = b""
         self.buffer: bytearray | None = None  # the beginning of a frame
@@ -3081,7 +3109,7 @@ class RelayMachine:
 
     def login(self, client, now, encoded: bytes, invitation: bytes, mac: bytes) -> None:
         try:
-            bundle = consume_bundle(encoded, self.fingerprint)
+            bundle = client.claim = consume_bundle(encoded, self.fingerprint)
             if client.knock or client.bundle or bundle.nonce != client.nonce:
                 raise RemoteProtocolError("The login was made for another connection.")
             if self.gatekeeper.mode == "certs" and client.tls_fingerprint != bundle.fingerprint:
@@ -9215,7 +9243,535 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 38. Settings and paths | uses 1, 2, 4, 37
+# Part 38. Security events | pure | uses 2
+#
+# What concerns somebody's safety: the kinds there are, their words, and which events of servers and
+# chats are of which kind. An entry is a dict of `time` (RFC 3339), `kind`, `severity` and details;
+# no message text and no secret goes into one, and what others wrote is cleaned.
+# ==================================================================================================
+
+
+class SecurityKind(Record):
+    """One row. `severity` is info, warning or alarm; `mailed` unless somebody chose otherwise.
+
+    In `sentence`, {who} and {why} stand for what the details tell of that, others for a detail.
+    """
+
+    kind: str
+    severity: str
+    mailed: bool
+    sentence: str
+
+
+SECURITY_KINDS = {
+    row[0]: SecurityKind(*row)
+    for row in (
+        ("failed-login", "warning", True, "The login of {who} was refused{why}."),
+        ("unknown-key", "warning", True, "An unknown key wanted to come in: {who}{why}."),
+        ("ban", "warning", True, "Banned from the server: {who}."),
+        ("rate-limit", "warning", True, "More than is allowed came from {who}{why}."),
+        ("bad-protocol", "warning", False, "The protocol was broken by {who}{why}."),
+        ("key-changed", "alarm", True, "The key of {name} has changed from {old} to {new}."),
+        ("pin-mismatch", "alarm", True, "A server showed another key than it must{why}."),
+        ("false-play", "alarm", True, "Something that honest programs never do{why}."),
+        ("wrong-passphrase", "warning", True, "A wrong passphrase was given{why}."),
+        ("locked-out", "alarm", True, "Unlocking is barred after too many attempts{why}."),
+        ("usb-missing", "alarm", True, "USB authentication failed: the stick is missing{why}."),
+        ("usb-refused", "alarm", True, "USB authentication failed: the stick does not fit{why}."),
+        ("usb-copied", "alarm", True, "A copy of the USB key was used elsewhere{why}."),
+        ("usb-pulled", "alarm", True, "The USB key was pulled out: all is locked{why}."),
+        ("usb-changed", "warning", True, "The USB key of this profile was changed{why}."),
+        ("server-start", "info", False, "The server has started on {address}{public}."),
+        ("server-stop", "info", False, "The server has stopped."),
+        ("new-address", "info", True, "The server has another public address: {public}."),
+        ("disk-full", "alarm", True, "The disk is full{why}."),
+        ("storage", "warning", False, "A file could not be used{why}."),
+        ("alerts-changed", "warning", False, "The e-mail alerts were changed{why}."),
+    )
+}  # fmt: skip
+MAILED_KINDS = [kind for kind, row in SECURITY_KINDS.items() if row.mailed]
+SEVERITIES = ("alarm", "warning", "info")
+OTHER_KIND = SecurityKind("", "warning", True, "Something happened{why}.")
+DETAIL_MOST = 300  # characters of one detail
+ENTRY_FIXED = ("time", "kind", "severity", "more")
+
+
+def security_entry(kind: str, details: dict, now: float) -> dict:
+    """What the log keeps of one event; `now` in Unix seconds. It never fails."""
+    row = SECURITY_KINDS.get(kind, OTHER_KIND)
+    entry: dict = {"time": rfc3339(now), "kind": one_line(str(kind))[:40], "severity": row.severity}
+    for name, value in details.items():
+        if name not in ENTRY_FIXED and value not in (None, ""):
+            entry[name] = value if type(value) is int else one_line(str(value))[:DETAIL_MOST]
+    return entry
+
+
+def security_sentence(entry: dict) -> str:
+    """An entry's words for people, in one line; one that was tampered with harms nothing."""
+    row = _kind_row(entry)
+    details = collections.defaultdict(str)
+    details.update((name, _shown_detail(name, value)) for name, value in entry.items())
+    details["who"], details["why"] = _who(entry), ""
+    if entry.get("text"):
+        details["why"] = ": " + _shown_detail("text", entry["text"]).rstrip(".")
+    if row.kind == "server-start" and details["public"]:
+        details["public"] = ", from outside " + details["public"]
+    more = entry.get("more")
+    more_words = f" ({more} more of this kind before it)" if type(more) is int else ""
+    return row.sentence.format_map(details) + more_words
+
+
+def _kind_row(entry: dict) -> SecurityKind:
+    return SECURITY_KINDS.get(str(entry.get("kind")), OTHER_KIND)
+
+
+def _shown_detail(name: str, value) -> str:
+    text = one_line(str(value))[:DETAIL_MOST]
+    return text[:23] + "..." if text.startswith("sha256:") and name != "text" else text
+
+
+def _who(entry: dict) -> str:
+    """`bob (sha256:...) at 192.0.2.7`, as far as it is known."""
+    name, key, place = (
+        _shown_detail(n, entry.get(n, "")) for n in ("name", "fingerprint", "address")
+    )
+    who = f"{name} ({key})" if name and key else name or key or "somebody"
+    return f"{who} at {place}" if place else who
+
+
+def security_row(entry: dict, clock) -> str:
+    """A line of /log; `clock(time)` gives a time for people."""
+    return f"{clock(entry['time'])}  {entry['severity']:<7}  {security_sentence(entry)}"
+
+
+SECURITY_DETAILS = ("name", "fingerprint", "address", "old", "new", "server")
+INTERNAL_ERROR = "Internal error"
+WRONG_PASSPHRASE = "The passphrase is wrong"
+FULL_DISK_HINT = "Free some space on that disk."
+
+
+def _refused_kind(event: dict) -> str:
+    kinds = {"not-invited": "unknown-key", "rate-limited": "rate-limit"}
+    return kinds.get(event.get("code", ""), "failed-login")
+
+
+def _let_go_kind(event: dict) -> str:
+    """Of connections without a login only those count that no honest client makes."""
+    if event["reason"].startswith("too many connections"):
+        return "rate-limit"
+    foreign = ("certificate verify failed", "peer did not return a certificate")
+    return "unknown-key" if any(words in event["reason"] for words in foreign) else ""
+
+
+def _protocol_kind(event: dict) -> str:
+    """Of a chat's errors these are alarms, but for bugs of our own."""
+    return "" if event["text"].startswith(INTERNAL_ERROR) else "false-play"
+
+
+def _locked_kind(event: dict) -> str:
+    """A passphrase that was not given at all is none."""
+    return "wrong-passphrase" if event["text"].startswith(WRONG_PASSPHRASE) else ""
+
+
+def _storage_kind(event: dict) -> str:
+    """What a person mistyped is none: only what the disk refuses, or has damaged."""
+    text = event["text"]
+    if FULL_DISK_HINT in text:
+        return "disk-full"
+    return "storage" if " failed: " in text or " is damaged" in text else ""
+
+
+# (event, its `what` or `code`) -> the kind, or a function of the event that gives it, or "".
+SECURITY_EVENTS: dict = {
+    ("key-changed", ""): "key-changed",
+    ("notice", "refused"): _refused_kind,
+    ("notice", "let-go"): _let_go_kind,
+    ("notice", "rate-limited"): "rate-limit",
+    ("notice", "protocol"): "bad-protocol",
+    ("notice", "banned"): "ban",
+    ("error", "pin-mismatch"): "pin-mismatch",
+    ("error", "protocol"): _protocol_kind,
+    ("error", "locked"): _locked_kind,
+    ("error", "storage"): _storage_kind,
+}
+
+
+def security_of(event: dict) -> tuple | None:
+    """(kind, details) of an event of a server or a chat, None if it concerns nobody's safety."""
+    found = SECURITY_EVENTS.get((event["event"], event.get("what") or event.get("code", "")))
+    kind = found(event) if callable(found) else found
+    if not kind:
+        return None
+    details = {name: event[name] for name in SECURITY_DETAILS if name in event}
+    if event["event"] in ("error", "notice") and kind != "wrong-passphrase":
+        details["text"] = event.get("reason") or event["text"]
+    return kind, details
+
+
+LOG_BURST, LOG_PAUSE = 100, 10.0  # entries of one kind at once, then one in so many seconds
+
+
+class EventThrottle:
+    """Keeps a flood of one kind from filling the log: what is left out is counted.
+
+    An entry that stands for others, too, tells how many in `more`. `now` is monotonic.
+    """
+
+    def __init__(self):
+        self._tokens: dict = {}  # kind -> (tokens, when)
+        self._late: dict = {}  # kind -> [the newest entry that was left out, how many were]
+
+    def take(self, entry: dict, now: float) -> dict | None:
+        """The entry to be written, or None if it is only counted."""
+        if not self._spend(entry["kind"], now):
+            self._late[entry["kind"]] = [entry, self._late.get(entry["kind"], (None, 0))[1] + 1]
+            return None
+        _, count = self._late.pop(entry["kind"], (None, 0))
+        return {**entry, "more": count} if count else entry
+
+    def _spend(self, kind: str, now: float) -> bool:
+        tokens, since = self._tokens.get(kind, (LOG_BURST, now))
+        tokens = min(LOG_BURST, tokens + (now - since) / LOG_PAUSE)
+        self._tokens[kind] = (tokens - (tokens >= 1), now)
+        return tokens >= 1
+
+    def take_late(self, now: float, everything: bool = False) -> list:
+        """Of what was left out, what may be written by now, each with its count."""
+        kinds = [kind for kind in list(self._late) if everything or self._spend(kind, now)]
+        return [_with_more(*self._late.pop(kind)) for kind in kinds]
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until take_late may have something, None if nothing was left out."""
+        waits = [
+            (1 - self._tokens[k][0]) * LOG_PAUSE - (now - self._tokens[k][1]) for k in self._late
+        ]
+        return max(0.0, min(waits)) if waits else None
+
+
+def _with_more(entry: dict, count: int) -> dict:
+    return {**entry, "more": count - 1} if count > 1 else entry
+
+
+# ==================================================================================================
+# Part 39. Alert mails | pure | uses 1-3, 9, 29, 38
+#
+# E-mail alerts without their sending: the mail server's address, which kinds are mailed, when, and
+# what a mail says. Mails come few: events that follow each other share one, and a queue holds what
+# the mail server did not take yet.
+# ==================================================================================================
+
+email_message = Lazy("email.message")
+email_utils = Lazy("email.utils")
+
+MAIL_URL = LazyPattern(
+    r"(?i:(smtps|smtp\+tls|smtp))://(?:(.*)@)?(\[[^\]@]*\]|[^\[\]:/@?#]+)(?::([0-9]{1,5}))?/?\Z"
+)
+MAIL_ADDRESS = LazyPattern(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@(?=.{1,190}\Z)[A-Za-z0-9.-]+\Z")
+MAIL_PORTS = {"smtps": 465, "smtp+tls": 587, "smtp": 25}
+MAIL_URL_HINT = "Write smtps://me@example.org@smtp.example.org:465, or smtp+tls://...:587."
+RECIPIENTS_MOST = 20
+
+
+class MailServer(Record):
+    """Where alerts go out: TLS at once (smtps), by STARTTLS (smtp+tls), or not at all (smtp)."""
+
+    mode: str
+    user: str  # "": nobody logs in
+    host: str
+    port: int
+
+    def url(self) -> str:
+        """In its usual form, without a password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        user = url_parse.quote(self.user, safe="") + "@" if self.user else ""
+        return f"{self.mode}://{user}{host}:{self.port}"
+
+    def place(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def check(self) -> None:
+        """ChatError if a password would travel in clear to another computer."""
+        if self.mode == "smtp" and self.user and not is_loopback(self.host):
+            text = "smtp:// would send your password without encryption."
+            raise ChatError(text, "Write smtp+tls:// (mostly port 587) or smtps:// (465).")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as written, is this computer."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_mail_url(url: str) -> tuple:
+    """(MailServer, password or "") of smtps://user:password@host:465 and its like; ChatError else.
+
+    User and password may be percent-encoded; an @ in the user is also taken as it is.
+    """
+    found = MAIL_URL.match(url.strip())
+    if not found:
+        raise ChatError("This is no address of a mail server.", MAIL_URL_HINT)
+    mode, login, host, port = found.groups()
+    user, _, password = (login or "").partition(":")
+    try:
+        host = _sftp_host(host)
+        user, password = _url_text(user), _url_text(password)
+    except (ValueError, ChatError):
+        raise ChatError("This is no address of a mail server.", MAIL_URL_HINT) from None
+    number = int(port) if port else MAIL_PORTS[mode.lower()]
+    if not 0 < number < 65536:
+        raise ChatError("The port of a mail server is 1 to 65535.", MAIL_URL_HINT)
+    if password and not user:
+        raise ChatError("There is a password without a user.", MAIL_URL_HINT)
+    server = MailServer(mode.lower(), user, host, number)
+    server.check()
+    return server, password
+
+
+def _url_text(text: str) -> str:
+    """Percent-decoded; ValueError for what is not UTF-8, or holds control characters."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise ValueError("a bare percent sign")
+    plain = url_parse.unquote(text, errors="strict")
+    if one_line(plain) != plain:
+        raise ValueError("control characters")
+    return plain
+
+
+def check_mail_addresses(text: str) -> list:
+    """The addresses of `a@example.org, b@example.org`; ChatError unless each can be one."""
+    found = [word for word in text.replace(",", " ").split() if word]
+    wrong = [word for word in found if not MAIL_ADDRESS.match(word)]
+    if wrong or not 0 < len(found) <= RECIPIENTS_MOST:
+        shown = f"{one_line(wrong[0])[:60]!r} is no e-mail address." if wrong else (
+            f"It takes 1 to {RECIPIENTS_MOST} e-mail addresses."
+        )  # fmt: skip
+        raise ChatError(shown, "Write me@example.org, several with commas between.")
+    return found
+
+
+def parse_kinds(text: str) -> list:
+    """The words of `all`, `usual` or `failed-login,ban`; ChatError names a wrong one."""
+    words = [word for word in text.lower().replace(",", " ").split() if word]
+    for word in words:
+        if word not in SECURITY_KINDS and word not in KIND_GROUPS:
+            close = difflib.get_close_matches(word, SECURITY_KINDS, 1)
+            nearby = f"; the nearest is {close[0]}" if close else ""
+            problem = f"There is no kind {one_line(word)[:40]!r}{nearby}."
+            raise ChatError(problem, f"There are all, usual, {', '.join(SECURITY_KINDS)}.")
+    if not words:
+        raise ChatError("No kind of event is named.", "Write all, usual, or some of them.")
+    return words
+
+
+KIND_GROUPS = {"all": list(SECURITY_KINDS), "usual": MAILED_KINDS}
+
+
+def chosen_kinds(words: list) -> list:
+    """The kinds that such words stand for; those that no longer exist are left out."""
+    chosen = {kind for word in words for kind in KIND_GROUPS.get(word, [word])}
+    return [kind for kind in SECURITY_KINDS if kind in chosen]
+
+
+class AlertSettings(Record):
+    """Everything needed for a mail; `ca` is the PEM of an own certificate authority, or ""."""
+
+    server: MailServer
+    password: str
+    sender: str
+    recipients: list
+    ca: str
+
+
+GATHER_SECONDS = 5.0  # events this close together share a mail
+MAIL_BURST, MAIL_PAUSE = 4, 600.0  # mails at once, then one in so many seconds
+MAILS_MOST = 30  # that wait
+SAMPLES = 5  # entries of one kind that a mail tells in full
+MAIL_RETRIES = (60.0, 300.0, 900.0, 3600.0)
+KEEP_SECONDS = 5 * 86400.0  # then a mail that could not go is dropped
+CLAIM_SECONDS = 180.0  # how long one process has for a mail, before another may try
+
+
+def _fresh_queue() -> dict:
+    return {"tokens": float(MAIL_BURST), "refilled": 0.0, "mails": [], "not_before": 0.0,
+            "failures": 0, "error": "", "dropped": 0, "sent": 0.0}  # fmt: skip
+
+
+def _check_mail(mail: dict) -> None:
+    """ValueError, KeyError, TypeError or AttributeError for what is no mail of an AlertQueue."""
+    fit = all(type(mail[name]) in (int, float) for name in ("due", "claimed"))
+    fit = fit and type(mail["id"]) is str and bool(mail["groups"])
+    for group in mail["groups"].values():
+        fit = fit and type(group["count"]) is int and bool(group["samples"])
+        for entry in group["samples"]:
+            fit = fit and type(entry["time"]) is type(entry["kind"]) is str
+            fit = fit and type(entry.get("more", 0)) is int
+    if not fit:
+        raise ValueError
+
+
+def mail_count(mail: dict) -> int:
+    """How many events a mail tells of."""
+    return sum(group["count"] for group in mail["groups"].values())
+
+
+class AlertQueue:
+    """Which alerts wait, and when a mail is due. `state` is plain data, to be kept as JSON.
+
+    Times are Unix seconds, as they outlive the process; a clock that jumps delays a mail by an
+    hour at most. A mail gathers events of all kinds as long as it waits, so that there are few.
+    """
+
+    def __init__(self, state: dict | None = None):
+        self.state = {**_fresh_queue(), **(state or {})}
+        self._check()
+
+    def _check(self) -> None:
+        """What another program or a bug may have left in the file is forgotten."""
+        try:
+            for name, value in _fresh_queue().items():
+                if not isinstance(self.state[name], (type(value), int)):
+                    raise ValueError
+            for mail in self.state["mails"]:
+                _check_mail(mail)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.state = _fresh_queue()
+
+    @property
+    def mails(self) -> list:
+        return self.state["mails"]
+
+    def add(self, entry: dict, now: float) -> None:
+        """One more event to be mailed."""
+        mail = next((m for m in self.mails if not m["claimed"]), None)
+        if mail is None:
+            due = now + self._pause(now)
+            mail = {"id": random_bytes(8).hex(), "due": due, "claimed": 0.0, "groups": {}}
+            self.mails.append(mail)
+        group = mail["groups"].setdefault(entry["kind"], {"count": 0, "samples": []})
+        group["count"] += 1 + entry.get("more", 0)
+        group["samples"] = [*group["samples"], entry]
+        if len(group["samples"]) > SAMPLES:  # the first ones and the newest
+            del group["samples"][SAMPLES - 1]
+        self._drop(len(self.mails) - MAILS_MOST)
+
+    def _pause(self, now: float) -> float:
+        """Takes a token: how long a mail begun now has to wait."""
+        state = self.state
+        passed = min(max(0.0, now - state["refilled"]), MAIL_BURST * MAIL_PAUSE)
+        state["tokens"] = min(MAIL_BURST, state["tokens"] + passed / MAIL_PAUSE) - 1
+        state["refilled"] = now
+        return max(GATHER_SECONDS, -state["tokens"] * MAIL_PAUSE)
+
+    def _drop(self, count: int) -> None:
+        """Forgets the oldest mails, and how many events they told of."""
+        for mail in self.mails[: max(0, count)]:
+            self.state["dropped"] += mail_count(mail)
+            self.mails.remove(mail)
+
+    def _expire(self, now: float) -> None:
+        """Forgets what nobody took for days."""
+        limit = rfc3339(now - KEEP_SECONDS)
+        for mail in list(self.mails):
+            for kind, group in list(mail["groups"].items()):
+                if group["samples"][-1]["time"] < limit:
+                    self.state["dropped"] += mail["groups"].pop(kind)["count"]
+            if not mail["groups"]:
+                self.mails.remove(mail)
+
+    def due(self, now: float) -> float | None:
+        """When to look again, or None if nothing waits."""
+        times = [max(m["due"], m["claimed"]) for m in self.mails]
+        soonest = max(min(times), self.state["not_before"]) if times else None
+        return None if soonest is None else min(soonest, now + MAIL_RETRIES[-1])
+
+    def hurry(self, now: float) -> None:
+        """The process ends: nothing more is gathered for a mail that could go now."""
+        for mail in self.mails:
+            if mail["due"] <= now + GATHER_SECONDS:
+                mail["due"] = now
+
+    def claim(self, now: float) -> dict | None:
+        """A mail that is to be tried now, and by nobody else for a while."""
+        self._expire(now)
+        far = now + MAIL_RETRIES[-1] + CLAIM_SECONDS  # the clock was set back since
+        if now < self.state["not_before"] < far:
+            return None
+        for mail in self.mails:
+            waits = [t for t in (mail["due"], mail["claimed"]) if now < t < far]
+            if not waits:
+                mail["claimed"] = now + CLAIM_SECONDS
+                return {**mail, "dropped": self.state["dropped"]}
+        return None
+
+    def sent(self, mail: dict, now: float) -> None:
+        """The mail server has taken it."""
+        self.state["mails"] = [m for m in self.mails if m["id"] != mail["id"]]
+        self.state["dropped"] = max(0, self.state["dropped"] - mail["dropped"])
+        self.state.update(failures=0, not_before=0.0, error="", sent=now)
+
+    def failed(self, mail: dict, now: float, problem: str) -> None:
+        """It was not taken: the next attempt is put off, longer each time."""
+        for waiting in self.mails:
+            if waiting["id"] == mail["id"]:
+                waiting["claimed"] = 0.0
+        pause = MAIL_RETRIES[min(self.state["failures"], len(MAIL_RETRIES) - 1)]
+        self.state["failures"] += 1
+        self.state.update(not_before=now + pause, error=problem)
+
+    def retry(self) -> None:
+        """Something has changed, so that the next attempt need not wait."""
+        self.state.update(failures=0, not_before=0.0, error="")
+
+
+def alert_subject(mail: dict) -> str:
+    """One line: the gravest kind's newest event, and how many more there are."""
+    newest = [group["samples"][-1] for group in mail["groups"].values()]
+    gravest = min(newest, key=lambda entry: SEVERITIES.index(_kind_row(entry).severity))
+    more = mail_count(mail) - 1
+    shown = security_sentence({**gravest, "more": None})[:100]
+    return shown + (f" (and {more} more)" if more else "")
+
+
+def alert_body(mail: dict, profile: str) -> str:
+    """What a mail tells, kind by kind: no message of anybody, no secret."""
+    lines = [f"This happened to the trchat profile '{profile}':", ""]
+    for kind, group in mail["groups"].items():
+        count, samples = group["count"], group["samples"]
+        lines.append(f"{kind}: {count}" if count > 1 else kind)
+        lines += [f"  {_utc(s['time'])}  {security_sentence(s)}" for s in samples]
+        left = count - len(samples) - sum(s.get("more", 0) for s in samples)
+        if left > 0:
+            lines.append(f"  and {left} more since {_utc(samples[0]['time'])}.")
+        lines.append("")
+    if mail["dropped"]:
+        lines += [f"{mail['dropped']} older events could not be mailed in time.", ""]
+    lines += ["The profile's logs/security.log has all of it, and /log shows the newest.",
+              "'python3 trchat.py alerts off' ends these mails."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _utc(moment: str) -> str:
+    return one_line(str(moment))[:19].replace("T", " ") + " UTC"
+
+
+def make_mail(settings: AlertSettings, subject: str, body: str, number: str, now: float):
+    """An EmailMessage (RFC 5322), marked as made by a program (RFC 3834); `number` is its own."""
+    message = email_message.EmailMessage()
+    moment = datetime.datetime.fromtimestamp(int(now), datetime.timezone.utc)
+    message["From"] = settings.sender
+    message["To"] = ", ".join(settings.recipients)
+    message["Subject"] = "trchat: " + one_line(subject).replace("=?", "= ?")  # no encoded words
+    message["Date"] = email_utils.format_datetime(moment)
+    message["Message-ID"] = f"<{number}@{settings.sender.rpartition('@')[2]}>"
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(body)
+    return message
+
+
+# ==================================================================================================
+# Part 40. Settings and paths | uses 1, 2, 4, 37, 38
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -9255,8 +9811,35 @@ def home_folder(given: str | None = None) -> str:
     return os.path.abspath(chosen)
 
 
+class NoSecurityLog:
+    """Where nothing is noted of what happens: in tests, say. SecurityLog takes its place."""
+
+    def note(self, kind: str, **details) -> None:
+        """Notes that something of a SECURITY_KINDS happened; from any thread, at once, never
+        failing. Details that are texts are cleaned; no message text, no secret belongs there."""
+
+    def put(self, event) -> None:
+        """Notes an event of a server or a chat, if it is of such a kind."""
+
+    def newest(self, count: int, then, failed) -> None:
+        """Has `then` called with the last entries, or `failed` with a ChatError, in any thread."""
+        then([])
+
+    def unlock(self, role: str, open_key) -> None:
+        """Lets alerts go out: `open_key(sealed)` opens what was sealed for the key of a role."""
+
+    def lock(self) -> None:
+        """Forgets what opens keys."""
+
+    def tell(self, function) -> None:
+        """Has `function` called with a ChatError when log or alerts fail."""
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Writes what was noted, and mails it if that is quickly done."""
+
+
 class Paths:
-    """The files of one profile."""
+    """The files of one profile, and `security`, where is noted what happens to it."""
 
     def __init__(self, home: str, profile: str = "default"):
         if check_name(profile) != profile:
@@ -9264,6 +9847,7 @@ class Paths:
             raise ChatError("The profile's name cannot be used.", hint, "name-invalid")
         self.home, self.profile = home, profile
         self.folder = os.path.join(home, self.profile)
+        self.security = NoSecurityLog()
 
     def file(self, *names: str) -> str:
         return os.path.join(self.folder, *names)
@@ -9276,7 +9860,8 @@ class Paths:
 def storage_error(action: str, path: str, error: OSError) -> ChatError:
     """One sentence for a file that could not be used."""
     hints = {
-        errno.ENOSPC: "Free some space on that disk.",
+        errno.ENOSPC: FULL_DISK_HINT,
+        errno.EDQUOT: FULL_DISK_HINT,
         errno.EACCES: "Check who owns it, or choose another folder with --home.",
         errno.EROFS: "Choose another folder with --home.",
     }
@@ -9419,12 +10004,34 @@ class ProfileLock:
         self._file.close()
 
 
-def _lock_file(file) -> None:
+def _lock_file(file, wait: bool = False) -> None:
     if os.name == "nt":
         file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+class LockedFile:
+    """A file that one thread of one process at a time has entered; the others wait."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._file: Any = None
+
+    def __enter__(self):
+        try:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = os.fdopen(handle, "r+b")
+            _lock_file(self._file, wait=True)
+        except OSError as error:
+            self.__exit__()
+            raise storage_error("Locking", self._path, error) from None
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 SERVER_FIELDS = {"name": str, "address": str, "fingerprint": str, "room": str, "nickname": str}
@@ -9496,7 +10103,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 39. Events and threads | uses 2, 38
+# Part 41. Events and threads | uses 2, 38, 40
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -9527,7 +10134,7 @@ def internal_error(error: Exception) -> str:
     if os.environ.get("TRCHAT_DEBUG"):
         traceback.print_exception(type(error), error, error.__traceback__)
     kind = type(error).__name__
-    return f"Internal error ({kind}: {one_line(str(error))}). TRCHAT_DEBUG=1 shows more."
+    return f"{INTERNAL_ERROR} ({kind}: {one_line(str(error))}). TRCHAT_DEBUG=1 shows more."
 
 
 class Inbox:
@@ -9607,13 +10214,17 @@ class Publisher:
         self._subscriptions.append(subscription)
         return subscription
 
+    def watch(self, watcher) -> None:
+        """Has `watcher.put` called with every event where it is published: it must not wait."""
+        self._subscriptions.append(watcher)
+
     def publish(self, event) -> None:
         for subscription in self._subscriptions:
             subscription.put(event)
 
 
 # ==================================================================================================
-# Part 40. Dependencies | uses 1, 38
+# Part 42. Dependencies | uses 1, 40
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -9974,7 +10585,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 41. Vault | uses 1-4, 30, 38
+# Part 43. Vault | uses 1-4, 30, 38, 40
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -10019,9 +10630,8 @@ def open_key(pem: bytes, passphrase: str, path: str) -> bytes:
         return open_sealed(key, head[17:], ciphertext, SEAL_LABEL + head)
     except RemoteProtocolError:
         hint = "Try again; it cannot be recovered without it."
-        raise ChatError(
-            "The passphrase is wrong, or the key file is damaged.", hint, "locked"
-        ) from None
+        text = f"{WRONG_PASSPHRASE}, or the key file is damaged."
+        raise ChatError(text, hint, "locked") from None
 
 
 class KeyPair:
@@ -10158,11 +10768,58 @@ def certificate_fingerprint(der: bytes) -> bytes:
         raise RemoteProtocolError("A certificate cannot be read.") from None
 
 
+ROLE_LABEL = PROTOCOL + b" secret of a role"
+
+
+def seal_for_role(pair: KeyPair, secret: bytes) -> bytes:
+    """A secret that only the private key of a pair opens; its certificate is enough to seal.
+
+    RSA-OAEP for an identity; for a server's P-256 key, a fresh key's public half (65 bytes) and the
+    secret under AES-256-GCM, with HKDF of their exchange, as in ECIES.
+    """
+    certificate = _x509.load_pem_x509_certificate(pair.certificate_pem().encode("ascii"))
+    public = certificate.public_key()
+    if pair.role == "client":
+        return RSAPublic(spki_of(public)).encrypt(secret, ROLE_LABEL)
+    fresh = _ec.generate_private_key(_ec.SECP256R1())
+    point = _ec_point(fresh.public_key())
+    key = hkdf(fresh.exchange(_ec.ECDH(), public), point + _ec_point(public), ROLE_LABEL)
+    return point + seal(key, SINGLE_USE_NONCE, secret, ROLE_LABEL)
+
+
+def open_for_server(private, sealed: bytes) -> bytes:
+    """What seal_for_role sealed for a server; RemoteProtocolError if it was for another."""
+    point, ciphertext = sealed[:65], sealed[65:]
+    try:
+        public = _ec.EllipticCurvePublicKey.from_encoded_point(_ec.SECP256R1(), point)
+    except ValueError:
+        raise RemoteProtocolError("A sealed secret is damaged.") from None
+    own = _ec_point(private.public_key())
+    key = hkdf(private.exchange(_ec.ECDH(), public), point + own, ROLE_LABEL)
+    return open_sealed(key, SINGLE_USE_NONCE, ciphertext, ROLE_LABEL)
+
+
+def _ec_point(public) -> bytes:
+    form = _serialization.PublicFormat.UncompressedPoint
+    return public.public_bytes(_serialization.Encoding.X962, form)
+
+
+def opener_for_client(identity: Identity):
+    """What opens a secret that seal_for_role sealed for an identity."""
+    return functools.partial(identity.decrypt, label=ROLE_LABEL)
+
+
+def opener_for_server(private):
+    """The same for the private key of a server."""
+    return functools.partial(open_for_server, private)
+
+
 WIPED_ENDING = ".wiped"  # of a profile's folder whose destruction has begun
 
 
 def destroy_profile(paths: Paths) -> None:
     """Overwrites the keys of a profile, then deletes all its files; nothing may be using it."""
+    paths.security.close()  # else its last lines would make the folder anew
     for lock in [ProfileLock(paths, role) for role in ("client", "server")]:
         lock.release()  # Windows renames no folder with an open file
     try:
@@ -10312,7 +10969,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 42. Rooted folders | uses 1, 2, 24-26, 38
+# Part 44. Rooted folders | uses 1, 2, 24-26, 40
 #
 # A folder of this computer as an SFTP server shows it, with no way out. A path is walked name by
 # name, each opened in the folder before it and never through a link, so that it does not help to
@@ -10764,7 +11421,7 @@ def free_name(folder_path: str, name: str) -> str:
 
 
 # ==================================================================================================
-# Part 43. SFTP client | uses 1, 2, 24, 27, 38
+# Part 45. SFTP client | uses 1, 2, 24, 27, 40
 #
 # Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
 # than a window of a file is in memory, and its hash is made in the same pass.
@@ -11018,7 +11675,7 @@ def changed_meanwhile(path: str, done: str) -> ChatError:
 
 
 # ==================================================================================================
-# Part 44. Files through SFTP | uses 1, 2, 24, 26, 27, 38, 43
+# Part 46. Files through SFTP | uses 1, 2, 24, 26, 27, 40, 45
 #
 # Whole files and folders. A file grows under a name ending in .part and gets its own when it is
 # whole and on the disk; what an interruption left there is compared with the original before the
@@ -11411,7 +12068,7 @@ def _received_before(client, remote: str, path: str, size) -> Transferred | None
 
 
 # ==================================================================================================
-# Part 45. Mounts and disks | uses 2, 38
+# Part 47. Mounts and disks | uses 2, 40
 #
 # On what a path lies, and whether overwriting a file there reaches the place where it was. What is
 # not known for sure is called unknown: that is the honest answer for most disks of today.
@@ -11614,7 +12271,7 @@ def _windows_medium(path: str) -> Medium:
 
 
 # ==================================================================================================
-# Part 46. What to shred | uses 1, 2, 16, 38, 42, 45
+# Part 48. What to shred | uses 1, 2, 16, 40, 44, 47
 #
 # First a survey that changes nothing: what there is under some names, what of it is refused and
 # why. What it found is known again by device and inode: a link or another file that is swapped in
@@ -12054,7 +12711,7 @@ def _names(paths: list) -> str:
 
 
 # ==================================================================================================
-# Part 47. Shredding | uses 2, 3, 16, 38, 39, 46
+# Part 49. Shredding | uses 2, 3, 16, 40, 41, 48
 #
 # What a survey found is overwritten with the keystream of AES-256 in counter mode, whose key is
 # drawn for each file and forgotten, then emptied, renamed at random and removed; the disk is synced
@@ -12377,7 +13034,7 @@ def shred_words(done: int, total: int) -> str:
 
 
 # ==================================================================================================
-# Part 48. History and outbox | uses 1-3, 28, 38, 39
+# Part 50. History and outbox | uses 1-3, 28, 40, 41
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -12857,7 +13514,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 49. Contacts | uses 1-4, 6, 38
+# Part 51. Contacts | uses 1-4, 6, 40
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -13298,7 +13955,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 50. Transfers on record | uses 1, 2, 28, 38
+# Part 52. Transfers on record | uses 1, 2, 28, 40
 #
 # What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
 # a transfer by a number, `f3`, programs by the id of the message that offered it.
@@ -13423,7 +14080,7 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 51. Backing up and restoring | uses 1, 2, 26, 29, 30, 38, 41, 42, 48
+# Part 53. Backing up and restoring | uses 1, 2, 26, 29, 30, 40, 43, 44, 50
 #
 # Reads and writes backups block by block, so that memory stays small. A backup appears under its
 # name when it is whole; a profile is unpacked beside the others and gets its name at the end.
@@ -13778,7 +14435,7 @@ def _remove_unpacked(home: str) -> None:
 
 
 # ==================================================================================================
-# Part 52. SOCKS5 | uses 1, 2, 4, 38
+# Part 54. SOCKS5 | uses 1, 2, 4, 40
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -13862,7 +14519,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 53. Network | uses 1-4, 38, 41, 52
+# Part 55. Network | uses 1-4, 40, 43, 54
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -14131,7 +14788,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 54. Port mapping | uses 1-3, 9, 10, 38, 39, 53
+# Part 56. Port mapping | uses 1-3, 9, 10, 40, 41, 55
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -14597,7 +15254,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 55. A mapped port, and addresses | uses 1-4, 9, 10, 38, 39, 53, 54
+# Part 57. A mapped port, and addresses | uses 1-4, 9, 10, 40, 41, 55, 56
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -14956,7 +15613,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 56. Tunnels | uses 1, 2, 38, 39
+# Part 58. Tunnels | uses 1, 2, 40, 41
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -15351,7 +16008,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 57. Tunnels through ngrok | uses 2, 3, 38, 56
+# Part 59. Tunnels through ngrok | uses 2, 3, 40, 58
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -15598,7 +16255,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 58. Tunnels through ssh and tor | uses 1-4, 38, 39, 56, 57
+# Part 60. Tunnels through ssh and tor | uses 1-4, 40, 41, 58, 59
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -15954,7 +16611,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 59. Runs of sftp | uses 1-3, 29, 38, 56, 58
+# Part 61. Runs of sftp | uses 1-3, 29, 40, 58, 60
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -16225,7 +16882,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 60. Files on SFTP servers | uses 1, 2, 26, 29, 38, 44, 48, 59
+# Part 62. Files on SFTP servers | uses 1, 2, 26, 29, 40, 46, 50, 61
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -16537,7 +17194,684 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 61. Connections of a server | uses 1
+# Part 63. Sending mail | uses 1, 2, 40, 41
+#
+# One mail to one server (SMTP, RFC 5321), with a deadline over all of it, and what its refusals
+# mean for people. Certificates are always verified, and nothing falls back to a connection without
+# encryption.
+# ==================================================================================================
+
+smtplib = Lazy("smtplib")
+
+MAIL_SECONDS = 60.0  # for a whole mail, from the first packet on
+MAIL_STEP_SECONDS = 30.0  # for each answer
+
+APP_PASSWORD = "Take an app password, which needs 2-step verification there: "
+# (SMTP code, 0 for any; what the server says) -> what is wrong, what to do. The first that fits.
+MAIL_ADVICE = (
+    (
+        535,
+        r"(?i)5\.7\.139|5\.7\.3\b|basic auth|outlook|office365",
+        "{place} takes no passwords: Microsoft has ended them for mail programs.",
+        "Take another mail provider for the alerts.",
+    ),
+    (
+        534,
+        r"",
+        "{place} wants an app password.",
+        APP_PASSWORD + "https://myaccount.google.com/apppasswords.",
+    ),
+    (
+        535,
+        r"(?i)gsmtp|google",
+        "{place} refuses the user name or password.",
+        APP_PASSWORD + "https://myaccount.google.com/apppasswords.",
+    ),
+    (
+        535,
+        r"",
+        "{place} refuses the user name or password.",
+        "Try again with 'alerts set'; many providers want an app password, made in their settings.",
+    ),
+    (
+        530,
+        r"(?i)starttls|tls",
+        "{place} wants an encrypted connection first.",
+        "Write smtp+tls:// in place of smtp://.",
+    ),
+    (
+        530,
+        r"",
+        "{place} wants a login.",
+        "Put your user name into the address: smtps://me@example.org@smtp.example.org.",
+    ),
+    (
+        552,
+        r"",
+        "A mailbox is full, or the mail too large for it: {words}.",
+        "Make room in the mailbox of the recipient.",
+    ),
+    (
+        0,
+        r"(?i)\A4",
+        "{place} cannot take the mail at present: {words}.",
+        "It is tried again by itself.",
+    ),
+    (
+        0,
+        r"",
+        "{place} refuses the mail: {words}.",
+        "Check sender and recipients with 'alerts show'.",
+    ),
+)
+
+
+def send_mail(settings: AlertSettings, message, seconds: float = MAIL_SECONDS) -> list:
+    """Hands a mail to its server; the recipients that were refused. ChatError if it is not taken.
+
+    Another thread does it, so that a server that drips its answers cannot hold the caller.
+    """
+    settings.server.check()
+    call = SmtpCall(settings, message)
+    spawn("smtp", call._routine_send)
+    try:
+        refused, error = call.outcome.get(timeout=seconds)
+    except queue.Empty:
+        call.abort()
+        refused, error = [], socket.timeout("deadline")
+    if error is not None:
+        raise mail_error(settings.server, error) from None
+    return refused
+
+
+class SmtpCall:
+    """One conversation with a mail server; `outcome` gets (refused recipients, error or None)."""
+
+    def __init__(self, settings: AlertSettings, message):
+        self._settings, self._message = settings, message
+        self.outcome = queue.SimpleQueue()
+        self._context: Any = None
+        self._held: Any = None  # the connection's socket once more, for `abort`
+        self._aborted = False
+
+    def _routine_send(self) -> None:
+        try:
+            self.outcome.put((self._send(), None))
+        except Exception as error:  # mail_error says what it means
+            self.outcome.put(([], error))
+        finally:
+            if self._held is not None:
+                self._held.close()
+
+    def abort(self) -> None:
+        """From another thread: ends the conversation, wherever it stands."""
+        self._aborted = True
+        try:
+            if self._held is not None:
+                self._held.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended meanwhile
+
+    def _send(self) -> list:
+        """It says nothing of this computer's name (local_hostname is what EHLO says)."""
+        settings, server = self._settings, self._settings.server
+        self._context = mail_context(settings.ca)
+        smtp = smtplib.SMTP(local_hostname="[127.0.0.1]", timeout=MAIL_STEP_SECONDS)
+        smtp._host = server.host  # STARTTLS compares the certificate with it
+        smtp._get_socket = self._connect
+        try:
+            code, words = smtp.connect(server.host, server.port)
+            if code != 220:
+                raise smtplib.SMTPConnectError(code, words)
+            self._log_in(smtp)
+            refused = smtp.send_message(self._message, settings.sender, settings.recipients)
+            self._say_goodbye(smtp)
+        finally:
+            smtp.close()
+        return list(refused)
+
+    def _connect(self, host: str, port: int, timeout: float):
+        """The socket for smtplib, which would keep it to itself until TLS stands."""
+        sock = socket.create_connection((host, port), timeout)
+        self._held = sock.dup()
+        if self._aborted:
+            sock.close()
+            raise socket.timeout("deadline")
+        if self._settings.server.mode == "smtps":
+            sock = self._context.wrap_socket(sock, server_hostname=host)
+        return sock
+
+    def _log_in(self, smtp) -> None:
+        server = self._settings.server
+        if server.mode == "smtp+tls":
+            smtp.starttls(context=self._context)  # SMTPException if that is not offered
+        if server.user:
+            smtp.login(server.user, self._settings.password)
+
+    def _say_goodbye(self, smtp) -> None:
+        try:
+            smtp.quit()
+        except (smtplib.SMTPException, OSError):
+            pass  # the mail is with its server already
+
+
+def mail_context(ca: str = ""):
+    """TLS that verifies certificate and name; with `ca` (PEM), against that authority alone."""
+    try:
+        return ssl.create_default_context(cadata=ca or None)
+    except (ssl.SSLError, ValueError):
+        hint = "It must be a PEM file that begins with -----BEGIN CERTIFICATE-----."
+        raise ChatError("The file of the certificate authority cannot be used.", hint) from None
+
+
+def mail_error(server: MailServer, error: Exception) -> ChatError:
+    """One sentence for a mail that was not taken."""
+    if isinstance(error, ChatError):
+        return error
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        return _refused_recipients(server, error)
+    if isinstance(error, smtplib.SMTPResponseException):
+        return _smtp_refusal(server, error.smtp_code, error.smtp_error)
+    if isinstance(error, (OSError, UnicodeError)) and not isinstance(error, smtplib.SMTPException):
+        return _mail_network_error(server, error)
+    place, hint = server.place(), "Check the address with 'alerts show', and try again."
+    if isinstance(error, smtplib.SMTPNotSupportedError):
+        what = "no encryption (STARTTLS)" if "STARTTLS" in str(error) else "no login"
+        text = f"{place} offers {what}."
+        hint = "Try smtps:// with port 465; a password is never sent without encryption."
+    elif isinstance(error, smtplib.SMTPServerDisconnected):
+        text = f"{place} hung up, or does not answer."
+    else:
+        text = f"{place} does not talk as a mail server does ({type(error).__name__})."
+    return ChatError(text, hint, "unreachable")
+
+
+def _smtp_refusal(server: MailServer, code: int, words) -> ChatError:
+    words = words.decode("utf-8", "replace") if isinstance(words, bytes) else str(words)
+    shown = f"{code} {one_line(words)[:160].rstrip('.')}"
+    for number, pattern, text, hint in MAIL_ADVICE:
+        if number in (0, code) and re.search(pattern, shown):
+            filled = text.format(place=server.place(), words=shown)
+            return ChatError(filled, hint, "denied" if code in (530, 534, 535) else "unreachable")
+    raise LocalProtocolError("the last row fits all")
+
+
+def _refused_recipients(server: MailServer, error) -> ChatError:
+    address, (code, words) = next(iter(error.recipients.items()))
+    said = _smtp_refusal(server, code, words)
+    if said.code == "denied":
+        return said
+    text = f"{server.place()} takes no mail for {one_line(address)[:80]}: {said.text}"
+    return ChatError(text, "Check the recipients, or whether a login is needed.", "unreachable")
+
+
+def _mail_network_error(server: MailServer, error: Exception) -> ChatError:
+    place = server.place()
+    if isinstance(error, ssl.SSLCertVerificationError):
+        text = f"The certificate of {place} cannot be trusted: {one_line(error.verify_message)}"
+        hint = "Check the name; an authority of your own goes in with --ca FILE."
+    elif isinstance(error, ssl.SSLError):
+        text = f"{place} does not begin with TLS"
+        hint = "smtps:// is mostly for port 465; for port 587 write smtp+tls://."
+    elif isinstance(error, socket.timeout):
+        text, hint = f"{place} does not answer in time", "Check the address, port and firewalls."
+    elif isinstance(error, (socket.gaierror, UnicodeError)) and not _is_login_text(error):
+        text, hint = f"The name in {place} is not known", "Check its spelling and your network."
+    elif isinstance(error, UnicodeError):
+        text = "The mail server's user name or password has letters that SMTP cannot take"
+        hint = "Choose an app password of plain letters and digits."
+    elif isinstance(error, ConnectionRefusedError):
+        text = f"Nothing listens at {place}"
+        hint = "Check the port: smtps:// mostly has 465, smtp+tls:// 587."
+    else:
+        text = f"Mailing through {place} failed: {one_line(str(error))[:120]}"
+        hint = "Check your network."
+    return ChatError(f"{text.rstrip('.')}.", hint, "unreachable")
+
+
+def _is_login_text(error: Exception) -> bool:
+    """smtplib encodes logins as ASCII, and names of hosts as IDNA."""
+    return isinstance(error, UnicodeEncodeError) and error.encoding == "ascii"
+
+
+# ==================================================================================================
+# Part 64. Alerts | uses 1-3, 28, 39-41, 43, 63
+#
+# E-mail alerts of a profile. `alerts/settings.json` holds which kinds are mailed, and a box with
+# the rest, whose key is sealed twice: for one's identity and for the key of the server, so that
+# whichever of them runs can send, and whoever lacks both (and their passphrase) reads nothing. What
+# waits stands in `alerts/spool.json`, shared by all processes of the profile: one that could not
+# open the keys (the passphrase was wrong, say) leaves its alert there for the next that can.
+# ==================================================================================================
+
+ALERT_ROLES = ("client", "server")
+LOOK_SECONDS = 60.0  # how often the spool is looked at for what other processes left there
+
+
+class AlertFile:
+    """alerts/settings.json of a profile."""
+
+    def __init__(self, paths: Paths):
+        self._paths, self.path = paths, paths.file("alerts", "settings.json")
+
+    def kinds(self) -> list:
+        """What is to be mailed; nothing if alerts are off."""
+        return chosen_kinds(self._read().get("events", []))
+
+    def exists(self) -> bool:
+        return os.path.exists(self.path)
+
+    def roles(self) -> list:
+        """Whose keys open it."""
+        return list(self._read().get("keys", {}))
+
+    def _read(self) -> dict:
+        found = read_json(self.path, {})
+        keys, box, kinds = (found.get(n, d) for n, d in (("keys", {}), ("box", ""), ("events", [])))
+        texts = [*keys.values(), box, *kinds] if type(keys) is dict and type(kinds) is list else [0]
+        if not all(type(text) is str for text in texts):
+            raise damaged_file(self.path)
+        return found
+
+    def save(self, settings: AlertSettings, words: list, pairs: list) -> None:
+        """Writes it anew, for the keys of these pairs; `words` as parse_kinds gives them."""
+        secret = random_bytes(32)
+        values = {"url": settings.server.url(), "password": settings.password, "ca": settings.ca,
+                  "from": settings.sender, "to": settings.recipients}  # fmt: skip
+        keys = {pair.role: base64url(seal_for_role(pair, secret)) for pair in pairs}
+        box = base64url(seal_box(secret, b"alerts", json_bytes(values)))
+        make_private_folder(self._paths.file("alerts"))
+        write_json(self.path, {"events": words, "keys": keys, "box": box})
+
+    def open(self, role: str, open_key) -> AlertSettings:
+        """The settings; `open_key(sealed)` opens what was sealed for the role. ChatError else."""
+        found = self._read()
+        try:
+            secret = open_key(from_base64url(found["keys"][role]))
+            box = open_box(secret, b"alerts", from_base64url(found["box"]))
+        except (KeyError, ValueError, RemoteProtocolError):
+            text = f"The e-mail alerts were not set up for the {role} key of this profile."
+            raise ChatError(text, "Run 'python3 trchat.py alerts set' again.", "storage") from None
+        values = parse_json(box, self.path, dict)
+        server = parse_mail_url(values["url"])[0]
+        return AlertSettings(server, values["password"], values["from"], values["to"], values["ca"])
+
+    def remove(self) -> None:
+        for name in ("settings.json", "spool.json"):
+            try:
+                os.unlink(self._paths.file("alerts", name))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise storage_error("Removing", self.path, error) from None
+
+
+class AlertSpool:
+    """alerts/spool.json: an AlertQueue that all processes of a profile share.
+
+    Where it cannot be written, this process goes on with what it has in memory.
+    """
+
+    def __init__(self, paths: Paths):
+        self._paths, self._path = paths, paths.file("alerts", "spool.json")
+        self._unsaved: dict | None = None
+        self._lock = threading.Lock()
+
+    def change(self, function, *args):
+        """What `function(AlertQueue, *args)` returns; what it changes is kept."""
+        with self._lock:
+            try:
+                make_private_folder(self._paths.file("alerts"))
+                with LockedFile(self._paths.file("alerts", "spool.lock")):
+                    return self._change(function, args)
+            except ChatError:
+                return self._change(function, args)
+
+    def _change(self, function, args: tuple):
+        alerts = self.look()
+        before = json_bytes(alerts.state)
+        answer = function(alerts, *args)
+        after = json_bytes(alerts.state)
+        if after != before or self._unsaved is not None:
+            self._unsaved = alerts.state
+            try:
+                write_file(self._path, after)
+                self._unsaved = None
+            except ChatError:
+                pass  # the next change tries again
+        return answer
+
+    def look(self) -> AlertQueue:
+        """As it is at present; a damaged one counts as empty, as the log has all of it."""
+        if self._unsaved is not None:
+            return AlertQueue(self._unsaved)
+        try:
+            return AlertQueue(read_json(self._path, {}))
+        except ChatError:
+            return AlertQueue()
+
+
+class Alerts:
+    """Mails what happens, from a thread of its own, once somebody's keys are open.
+
+    `tell` is called with a ChatError when mails do not get through, and not again for the same.
+    """
+
+    def __init__(self, paths: Paths, clock):
+        self.file, self.spool = AlertFile(paths), AlertSpool(paths)
+        self._profile, self._clock = paths.profile, clock
+        self._openers: dict = {}  # role -> what opens a key sealed for it
+        self._settings: AlertSettings | None = None
+        self.tell: Any = None
+        self._told = ""
+        self._news = threading.Condition()
+        self._thread: Any = None
+        self._woken, self._closing = False, False
+
+    def add(self, entries: list) -> None:
+        """Takes those entries of the log that are to be mailed."""
+        try:
+            kinds = self.file.kinds()
+        except ChatError as error:
+            self._report(error)
+            return
+        wanted = [entry for entry in entries if entry["kind"] in kinds]
+        if wanted:
+            self.spool.change(_add_all, wanted, self._clock())
+            self._wake()
+
+    def unlock(self, role: str, open_key) -> None:
+        """From now on mails can go out, also those that had to wait for that."""
+        self._openers[role] = open_key
+        if self.file.exists():
+            self._wake()
+
+    def lock(self) -> None:
+        """Forgets what opens keys; settings that are open are needed for the last alert."""
+        self._openers.clear()
+
+    def _wake(self) -> None:
+        with self._news:
+            self._woken = True
+            can_send = self._openers or self._settings
+            if can_send and self._thread is None and not self._closing:
+                self._thread = spawn("alerts", self._routine_alerts)
+            self._news.notify_all()
+
+    def close(self, seconds: float) -> None:
+        """Sends what is due, if that is quickly done; the rest waits for the next start."""
+        with self._news:
+            self._closing, thread = True, self._thread
+            self._news.notify_all()
+        if thread is not None:
+            thread.join(seconds)
+
+    def _routine_alerts(self) -> None:
+        due: float | None = 0.0
+        while True:
+            with self._news:
+                wait = LOOK_SECONDS  # another process may have left something
+                if due is not None:
+                    wait = min(wait, max(0.0, due - self._clock()))
+                self._news.wait_for(lambda: self._woken or self._closing, wait)
+                self._woken, closing = False, self._closing
+            if closing and self.file.exists():
+                self.spool.change(AlertQueue.hurry, self._clock())
+            due = self.deliver()
+            if closing:
+                return
+
+    def deliver(self) -> float | None:
+        """Sends what is due by now; when to come again, or None if nothing waits."""
+        while self.file.exists():
+            mail = self.spool.change(AlertQueue.claim, self._clock())
+            if mail is None:
+                return self.spool.look().due(self._clock())
+            self._try(mail)
+        return None
+
+    def _try(self, mail: dict) -> None:
+        try:
+            self.mail(mail)
+        except ChatError as error:
+            self.spool.change(AlertQueue.failed, mail, self._clock(), str(error))
+            self._report(error)
+        else:
+            self._told = ""
+            self.spool.change(AlertQueue.sent, mail, self._clock())
+
+    def mail(self, mail: dict) -> AlertSettings:
+        """Sends one mail at once, under the settings of now, which are returned."""
+        settings = self._open()
+        texts = (alert_subject(mail), alert_body(mail, self._profile))
+        number = f"{mail['id']}.{mail_count(mail)}"
+        refused = send_mail(settings, make_mail(settings, *texts, number, self._clock()))
+        if refused:
+            text = f"The mail server took no alert for {', '.join(map(one_line, refused))[:200]}."
+            self._report(ChatError(text, "Change that with 'alerts set'.", "unreachable"))
+        return settings
+
+    def _open(self) -> AlertSettings:
+        """The settings as they are by now; once opened, they serve while the keys are locked."""
+        for role, open_key in list(self._openers.items()):
+            if role in self.file.roles():
+                self._settings = self.file.open(role, open_key)
+                break
+        if self._settings is None:
+            text = "The e-mail alerts were not set up for the key that is open."
+            raise ChatError(text, "Run 'python3 trchat.py alerts set' again.", "storage")
+        return self._settings
+
+    def _report(self, error: ChatError) -> None:
+        if self.tell is not None and error.text != self._told:
+            self._told = error.text
+            self.tell(
+                ChatError(
+                    f"An e-mail alert could not be sent. {error.text}", error.hint, error.code
+                )
+            )
+
+
+def _add_all(alerts: AlertQueue, entries: list, now: float) -> None:
+    for entry in entries:
+        alerts.add(entry, now)
+
+
+# ==================================================================================================
+# Part 65. Security log | uses 1, 2, 38, 40, 41, 50, 64
+#
+# logs/security.log of a profile, one JSON object a line, and the way to note what belongs there:
+# `paths.security.note(kind, ...)`, from any thread. Whoever notes never waits and never fails.
+# ==================================================================================================
+
+LOG_FILE_MOST = 1 << 20  # bytes of one file
+OLD_LOGS = 4  # files that are kept beside the newest
+UNWRITTEN_MOST = 1000  # entries that wait for a disk
+LOG_AGAIN_SECONDS = 30.0  # after which it is tried again
+LOG_SHOWN_MOST = 1000  # entries that /log shows
+CLOSE_ALERTS_SECONDS = 6.0  # how long the end of a program waits for a mail server
+
+
+class LogFile:
+    """The file and those before it, `security.log.1` the newest. Any number of processes."""
+
+    def __init__(self, paths: Paths):
+        self._folder, self.path = paths.file("logs"), paths.file("logs", "security.log")
+
+    def append(self, entries: list) -> None:
+        """Adds lines, all or none of them; ChatError `storage` if the disk does not take them."""
+        data = b"".join(map(json_bytes, entries))
+        make_private_folder(self._folder)
+        with LockedFile(self.path + ".lock"):
+            try:
+                self._rotate(len(data))
+                handle = _plain_open(self.path, os.O_RDWR | os.O_CREAT)
+                try:
+                    self._append(handle, data)
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                raise _log_error("Writing", self.path, error) from None
+
+    def _append(self, handle: int, data: bytes) -> None:
+        end = os.lseek(handle, 0, os.SEEK_END)
+        if end and os.lseek(handle, end - 1, os.SEEK_SET) >= 0 and os.read(handle, 1) != b"\n":
+            data = b"\n" + data  # after a line that was cut short
+        try:
+            _write_all(handle, data)
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
+
+    def _rotate(self, more: int) -> None:
+        if not os.path.exists(self.path) or os.path.getsize(self.path) + more <= LOG_FILE_MOST:
+            return
+        for number in range(OLD_LOGS - 1, -1, -1):
+            older = self._file(number)
+            if os.path.lexists(older):
+                os.replace(older, self._file(number + 1))
+
+    def _file(self, number: int) -> str:
+        return f"{self.path}.{number}" if number else self.path
+
+    def newest(self, count: int) -> list:
+        """The last entries, the oldest of them first; a damaged line is passed over."""
+        found: list = []
+        for number in range(OLD_LOGS + 1):
+            data = read_file(self._file(number), 2 * LOG_FILE_MOST) or b""
+            entries = map(_log_entry, data.split(b"\n"))
+            found = [entry for entry in entries if entry is not None] + found
+            if len(found) >= count:
+                break
+        return found[-count:]
+
+
+def _log_entry(line: bytes) -> dict | None:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+        usual = all(type(entry[name]) is str for name in ("time", "kind", "severity"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return entry if usual else None
+
+
+class SecurityLog(NoSecurityLog):
+    """Notes what happens to a profile: in its log, and for the alerts.
+
+    A thread of its own writes; it begins with the first note. What cannot be written is kept,
+    within bounds, until it can be. `clock` is the wall clock, `now` the monotonic one.
+    """
+
+    def __init__(self, paths: Paths, clock=time.time, now=time.monotonic):
+        self._file, self.alerts = LogFile(paths), Alerts(paths, clock)
+        self._clock, self._now = clock, now
+        self._throttle = EventThrottle()
+        self._noted: list = []  # entries that the thread has not seen yet
+        self._questions: list = []  # (count, then, failed) of what is to be read
+        self._unwritten: list = []  # in the thread: what the disk did not take
+        self._news = threading.Condition()
+        self._thread: Any = None
+        self._closing = False
+
+    def note(self, kind: str, **details) -> None:
+        try:
+            entry = security_entry(kind, details, self._clock())
+            with self._news:
+                taken = self._throttle.take(entry, self._now())
+                if taken is not None:
+                    self._noted.append(taken)
+                self._wake_locked()
+        except Exception as error:  # no thread any more, say: what was to be done goes on
+            sys.stderr.write(f"trchat: {internal_error(error)}\n")
+
+    def put(self, event) -> None:
+        found = security_of(event) if event is not None else None
+        if found is not None:
+            self.note(found[0], **found[1])
+
+    def newest(self, count: int, then, failed) -> None:
+        with self._news:
+            self._questions.append((count, then, failed))
+            self._wake_locked()
+
+    def unlock(self, role: str, open_key) -> None:
+        self.alerts.unlock(role, open_key)
+
+    def lock(self) -> None:
+        self.alerts.lock()
+
+    def tell(self, function) -> None:
+        self.alerts.tell = function
+
+    def close(self, seconds: float = CLOSE_ALERTS_SECONDS) -> None:
+        limit = self._now() + seconds
+        with self._news:
+            self._closing, thread = True, self._thread
+            self._news.notify_all()
+        if thread is not None:
+            thread.join(seconds)
+        self.alerts.close(max(0.1, limit - self._now()))
+
+    def _wake_locked(self) -> None:
+        if self._thread is None and not self._closing:
+            self._thread = spawn("security", self._routine_security)
+        self._news.notify_all()
+
+    def _routine_security(self) -> None:
+        closing = False
+        while not closing:
+            with self._news:
+                self._news.wait_for(self._has_work_locked, self._wait_locked())
+                closing = self._closing
+                entries = [*self._noted, *self._throttle.take_late(self._now(), closing)]
+                questions, self._noted, self._questions = self._questions, [], []
+            self._write(entries)
+            for count, then, failed in questions:
+                _store(self._read, (count,), then, failed)
+
+    def _has_work_locked(self) -> bool:
+        return bool(self._noted or self._questions or self._closing)
+
+    def _wait_locked(self) -> float | None:
+        """Until what was left out, or could not be written, is due."""
+        late = self._throttle.wait(self._now())
+        waits = [late] if late is not None else []
+        waits += [LOG_AGAIN_SECONDS] if self._unwritten else []
+        return min(waits) if waits else None
+
+    def _write(self, entries: list) -> None:
+        failed_before = bool(self._unwritten)
+        self._unwritten = [*self._unwritten, *entries][-UNWRITTEN_MOST:]
+        try:
+            if self._unwritten:
+                self._file.append(self._unwritten)
+                self._unwritten = []
+        except ChatError as error:
+            if not failed_before and self.alerts.tell is not None:
+                self.alerts.tell(error)
+        if entries:
+            self.alerts.add(entries)
+
+    def _read(self, count: int) -> list:
+        return [*self._file.newest(count), *self._unwritten][-count:]
+
+
+def log_report(entries: list) -> tuple:
+    """(text, fields) of what /log answers."""
+    rows = [security_row(entry, local_moment) for entry in entries]
+    return "\n".join(rows) or "Nothing was noted yet.", {"log": entries}
+
+
+def log_count(rest: str) -> int:
+    """What stands behind /log: how many entries are wanted."""
+    if rest and not (rest.isascii() and rest.isdigit() and 0 < int(rest[:6]) <= LOG_SHOWN_MOST):
+        text = f"It shows 1 to {LOG_SHOWN_MOST} entries."
+        raise ChatError(text, "Write /log, or /log 50.")
+    return int(rest or 20)
+
+
+# ==================================================================================================
+# Part 66. Connections of a server | uses 1, 40
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -16555,6 +17889,23 @@ class RelaySocket:
         self.pending: bytes | memoryview = b""  # ciphertext that the socket did not take yet
         self.mask = 0
         self.dead = False
+
+
+def prepare_socket(sock) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def raise_file_limit() -> None:
+    """Lets this process have as many sockets as the system grants it."""
+    if os.name == "posix":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if hard == resource.RLIM_INFINITY else hard
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 65536)), hard))
+        except (ValueError, OSError):
+            pass  # macOS names a limit that it does not grant
 
 
 class AddressLimits:
@@ -16624,7 +17975,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 62. Relay server | uses 1, 2, 8, 38, 39, 41, 53, 61
+# Part 67. Relay server | uses 1, 2, 8, 40, 41, 43, 55, 66
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -16932,7 +18283,9 @@ class RelayServer:
             self._limits.release(conn, now)
         client = conn.client
         if client is None:
-            self._publish(notice(f"{conn.address} was let go before its login: {reason}."))
+            text = f"{conn.address} was let go before its login: {reason}."
+            fields = {"what": "let-go", "address": conn.address, "reason": reason}
+            self._publish(notice(text, **fields))
             return
         del self._by_client[client]
         waiting = list(client.holding)
@@ -17083,9 +18436,9 @@ def notice(text: str, **fields) -> dict:
 def relay_event(kind: str, client: RelayClient, text: str) -> dict:
     """What the server's console says of one thing that happened."""
     fields = {"what": kind, "address": client.address}
-    if client.bundle is not None:
-        shown = fingerprint_text(client.bundle.fingerprint)
-        fields.update(name=client.name, fingerprint=shown)
+    known = client.bundle or client.claim
+    if known is not None:
+        fields.update(name=known.name, fingerprint=fingerprint_text(known.fingerprint))
     who = client.name or client.address
     if kind in ("knocked", "withdrawn"):
         return _request_event(kind, text)
@@ -17094,7 +18447,10 @@ def relay_event(kind: str, client: RelayClient, text: str) -> dict:
     if kind == "left":
         why = "" if text in ("", "BYE") else f" ({text})"
         return notice(f"{who} left{why}.", **fields)
-    return notice(f"{who}: {one_line(text)}", **fields)
+    reason = one_line(text)
+    if kind == "refused":
+        fields["code"], _, reason = reason.partition(": ")
+    return notice(f"{who}: {one_line(text)}", **fields, reason=reason)
 
 
 def _request_event(kind: str, bundle: Any) -> dict:
@@ -17106,25 +18462,8 @@ def _request_event(kind: str, bundle: Any) -> dict:
     return {"event": "request", "from": bundle.name, "fingerprint": shown}
 
 
-def prepare_socket(sock) -> None:
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def raise_file_limit() -> None:
-    """Lets this process have as many sockets as the system grants it."""
-    if os.name == "posix":
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 65536 if hard == resource.RLIM_INFINITY else hard
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 65536)), hard))
-        except (ValueError, OSError):
-            pass  # macOS names a limit that it does not grant
-
-
 # ==================================================================================================
-# Part 63. Where to connect | uses 1, 2, 4, 9, 38, 39, 53
+# Part 68. Where to connect | uses 1, 2, 4, 9, 40, 41, 55
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -17264,7 +18603,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 64. Channels | uses 1, 2, 38
+# Part 69. Channels | uses 1, 2, 40
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -17378,7 +18717,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 65. Connections | uses 1, 3, 38, 39, 53, 62-64
+# Part 70. Connections | uses 1, 3, 40, 41, 55, 67-69
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -17636,7 +18975,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 66. Records of a chat | uses 1, 2, 8, 16, 17, 28, 33, 38, 41, 48-50
+# Part 71. Records of a chat | uses 1, 2, 8, 16, 17, 28, 33, 40, 43, 50-52
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -17701,6 +19040,7 @@ def open_profile(paths: Paths, settings: Settings, ask_passphrase) -> tuple:
     """(Profile, Identity, (private key, certificate)) of a person."""
     remove_leftovers(paths)
     identity, *chain = load_identity(paths, ask_passphrase)
+    paths.security.unlock("client", opener_for_client(identity))
     return Profile(paths, settings, ServerList(paths), identity), identity, tuple(chain)
 
 
@@ -17782,6 +19122,8 @@ class ChatRecords(NoRecords):
     def attach(self, chat) -> None:
         self._chat = chat
         self.profile.failed = lambda error: chat.inbox.post(self._report, error)
+        self.profile.paths.security.tell(self.profile.failed)
+        chat.events.watch(self.profile.paths.security)
         self.refresh_trust()
         self.waiting = {entry["id"]: entry for entry in self.profile.outbox.entries()}
         if self.profile.outbox.damaged:
@@ -18035,7 +19377,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 67. Files on their way | uses 1-3, 24-26, 38, 42-44
+# Part 72. Files on their way | uses 1-3, 24-26, 40, 44-46
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -18444,7 +19786,7 @@ def remove_part(part: str) -> None:
 
 
 # ==================================================================================================
-# Part 68. Shared folders | uses 1-3, 8, 16, 24, 26, 38, 39, 42-44, 50, 67
+# Part 73. Shared folders | uses 1-3, 8, 16, 24, 26, 40, 41, 44-46, 52, 72
 #
 # Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
 # look is a stream and a thread of its own.
@@ -18703,7 +20045,7 @@ class Shares:
 
 
 # ==================================================================================================
-# Part 69. Files by way of a server | uses 1-3, 26, 29, 38, 39, 44, 50, 60, 67
+# Part 74. Files by way of a server | uses 1-3, 26, 29, 40, 41, 46, 52, 62, 72
 #
 # For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
 # offer carries what is needed to fetch and open it.
@@ -18789,7 +20131,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 70. Offers of others | uses 1, 8, 26, 29, 38, 39, 42, 44, 50, 64, 67, 68
+# Part 75. Offers of others | uses 1, 8, 26, 29, 40, 41, 44, 46, 52, 69, 72, 73
 #
 # What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
@@ -18967,7 +20309,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 71. File desk | uses 1, 2, 8, 16, 26, 29, 39, 50, 64, 67-70
+# Part 76. File desk | uses 1, 2, 8, 16, 26, 29, 41, 52, 69, 72-75
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -19305,7 +20647,7 @@ class FileDesk:
 
 
 # ==================================================================================================
-# Part 72. Locking | uses 1, 2, 4, 23, 38, 39, 41, 66
+# Part 77. Locking | uses 1, 2, 4, 23, 40, 41, 43, 71
 #
 # A chat that nobody is to look at for a while. One mechanism, two strengths: a locked screen keeps
 # the connections and only holds back what faces would show; with the keys dropped, the servers are
@@ -19665,7 +21007,7 @@ UNSEALED = (
 
 
 # ==================================================================================================
-# Part 73. Chat client | uses 1, 2, 17, 20, 33, 38, 39, 62, 65, 66, 71, 72
+# Part 78. Chat client | uses 1, 2, 17, 20, 33, 40, 41, 67, 70, 71, 76, 77
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -20122,7 +21464,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 74. Commands | uses 1, 2
+# Part 79. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -20282,7 +21624,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 75. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 74
+# Part 80. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 79
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -20620,7 +21962,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 76. Chat commands: people and servers | uses 1, 2, 4, 23, 38, 39, 55, 63, 74, 75
+# Part 81. Chat commands: people and servers | uses 1, 2, 4, 23, 40, 41, 57, 68, 79, 80
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -20925,7 +22267,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 77. Chat commands: files | uses 1, 2, 8, 16, 38, 46, 47, 50, 74, 75
+# Part 82. Chat commands: files | uses 1, 2, 8, 16, 40, 48, 49, 52, 79, 80
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -21172,7 +22514,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 78. Chat commands: records | uses 1, 2, 6, 8, 16, 37, 38, 48, 74, 75, 77
+# Part 83. Chat commands: records | uses 1, 2, 6, 8, 16, 37, 40, 50, 65, 79, 80, 82
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -21382,6 +22724,17 @@ def _chat_unlock(client, rest: str) -> None:
     raise ChatError("The chat is not locked.", "/lockscreen locks it.")
 
 
+def _chat_log(client, rest: str) -> None:
+    def show(entries: list) -> None:
+        text, fields = log_report(entries)
+        client.call(functools.partial(client.show_notice, text, **fields))
+
+    def failed(error: ChatError) -> None:
+        client.call(client.show_error, error)
+
+    client.records.require().paths.security.newest(log_count(rest), show, failed)
+
+
 chat_commands(
     ("outbox", "/outbox", "what waits for people who are away", (), _chat_outbox),
     ("cancel", "/cancel ID", "take back what waits", (), _chat_cancel),
@@ -21395,13 +22748,14 @@ chat_commands(
     ("lockscreen", "/lockscreen", "hide the chat until the passphrase is typed", (),
      _chat_lockscreen),
     ("unlock", "/unlock", "for programs: open it again with TRCHAT_PASSPHRASE", (), _chat_unlock),
+    ("log", "/log [N]", "what concerned your safety: logins, keys, the disk", (), _chat_log),
     ("wipe", "/wipe", "destroy this profile's keys and files", (), _chat_wipe),
     ("quit", "/quit", "leave, like BYE", ("exit", "q"), _chat_quit),
 )  # fmt: skip
 
 
 # ==================================================================================================
-# Part 79. Console commands | uses 1, 2, 8, 62, 74
+# Part 84. Console commands | uses 1, 2, 8, 65, 67, 79
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -21414,6 +22768,7 @@ class ServerConsole(Record):
     emit: Any
     make_token: Any
     quit: Any
+    security: NoSecurityLog
 
     @property
     def machine(self) -> RelayMachine:
@@ -21477,7 +22832,8 @@ def _console_ban(console, rest: str) -> None:
     fingerprint = _find_user(console, rest, "/ban NAME")
     console.machine.gatekeeper.ban(fingerprint)
     _put_out(console, fingerprint, "banned", "The server's operator banned you.")
-    console.emit(notice(f"{rest} is banned."))
+    fields = {"what": "banned", "fingerprint": fingerprint_text(fingerprint)}
+    console.emit(notice(f"{rest} is banned.", **fields))
 
 
 def _console_unban(console, rest: str) -> None:
@@ -21502,6 +22858,17 @@ def _console_stats(console, rest: str) -> None:
     console.emit(notice(", ".join(f"{value} {key}" for key, value in fields.items()), **fields))
 
 
+def _console_log(console, rest: str) -> None:
+    def show(entries: list) -> None:
+        text, fields = log_report(entries)
+        console.emit(notice(text, **fields))
+
+    def failed(error: ChatError) -> None:
+        console.emit({"event": "error", "code": error.code, "text": str(error)})
+
+    console.security.newest(log_count(rest), show, failed)
+
+
 def _console_quit(console, rest: str) -> None:
     console.quit()
 
@@ -21515,13 +22882,14 @@ for _line in (
     ("unban", "/unban NAME or FINGERPRINT", "take a ban back", (), _console_unban),
     ("allow", "/allow FINGERPRINT", "let a key in without an invitation", (), _console_allow),
     ("stats", "/stats", "what the server has carried", (), _console_stats),
+    ("log", "/log [N]", "refused logins and whatever else concerns safety", (), _console_log),
     ("quit", "/quit", "close the server", (), _console_quit),
 ):
     command("console", *_line[:3], _line[4], _line[3])
 
 
 # ==================================================================================================
-# Part 80. Terminal input | uses 38
+# Part 85. Terminal input | uses 40
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -21727,7 +23095,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 81. Terminal | uses 2, 34-36, 38, 80
+# Part 86. Terminal | uses 2, 34-36, 40, 85
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -22105,7 +23473,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 82. Words for events | uses 2, 8, 16, 34, 74, 75
+# Part 87. Words for events | uses 2, 8, 16, 34, 79, 80
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -22358,19 +23726,6 @@ def _other_windows(others: list) -> list:
     ]
 
 
-def local_clock(moment: str) -> str:
-    """The hour and minute here of an RFC 3339 time."""
-    return _local_time(moment).strftime("%H:%M")
-
-
-def _local_time(moment: str):
-    there = datetime.datetime.fromisoformat(moment.replace("Z", "+00:00"))
-    try:
-        return there.astimezone()
-    except (OverflowError, OSError, ValueError):
-        return there  # somebody's clock says so, at the end of what a calendar holds
-
-
 PATH_COMMANDS = ("/file", "/send", "/share", "/shred")
 
 
@@ -22444,7 +23799,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 83. Faces: terminal and JSON lines | uses 2, 34, 38, 39, 72, 74, 81, 82
+# Part 88. Faces: terminal and JSON lines | uses 2, 34, 40, 41, 77, 79, 86, 87
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -22889,7 +24244,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 84. Activities | uses 1-4, 11, 13, 23, 38, 39, 41, 53, 55, 56, 58, 62, 63, 66, 72-74, 79, 83
+# Part 89. Activities | uses 1-4, 11, 13, 23, 40, 41, 43, 55, 57, 58, 60, 67, 68, 71, 77-79, 84, 88
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -22963,6 +24318,9 @@ class RunningServer:
         paths.make_folders()
         self._users_path = paths.file("users.json")
         key, certificate = KeyPair(paths, "server").load(ask_passphrase)
+        self._security, self._tell = paths.security, publish
+        self._security.unlock("server", opener_for_server(key))
+        self._security.tell(self._tell_error)
         self.fingerprint = certificate_fingerprint(certificate)
         self._gatekeeper = self._load_gatekeeper(options)
         anchors = None
@@ -22975,7 +24333,15 @@ class RunningServer:
         machine = RelayMachine(self.fingerprint, self._gatekeeper, time.time, options.limits)
         self.door = machine.door
         self.door.host = host
-        self.server = RelayServer(listener, context, machine, self._save, publish)
+        self.server = RelayServer(listener, context, machine, self._save, self.publish)
+
+    def publish(self, event: dict) -> None:
+        """What happens here: noted where it concerns safety, and told."""
+        self._security.put(event)
+        self._tell(event)
+
+    def _tell_error(self, error: ChatError) -> None:
+        self.publish({"event": "error", "code": error.code, "text": str(error)})
 
     def _load_gatekeeper(self, options: ServerOptions) -> Gatekeeper:
         gatekeeper = Gatekeeper(options.auth)
@@ -23015,9 +24381,20 @@ class RunningServer:
     def set_public(self, addresses: list) -> None:
         """A tunnel has another address now."""
         self.public = addresses
+        self._security.note("new-address", public=", ".join(addresses))
+
+    def listening(self, *invitation) -> dict:
+        """The event that it is there, with a token of make_token(*invitation); any thread."""
+        token, public = self.server.call(self.make_token, *invitation), self.public[:1] or [None]
+        fields = {"host": self.host, "port": self.port, "public": public[0]}
+        here = join_address(self.host, self.port)
+        self._security.note("server-start", address=here, public=public[0])
+        shown = fingerprint_text(self.fingerprint)
+        return {"event": "listening", **fields, "fingerprint": shown, "token": token}
 
     def stop(self) -> None:
         self.server.stop()
+        self._security.note("server-stop")
 
 
 def run_server(
@@ -23034,10 +24411,9 @@ def run_server(
         running.server.start()
         running.public = reach.open(running.port)
         reach.moved = running.set_public
-        console = ServerConsole(
-            running.server, publisher.publish, running.make_token, quit_wanted.set
-        )
-        publisher.publish(_listening(running))
+        ways = (running.publish, running.make_token, quit_wanted.set, paths.security)
+        console = ServerConsole(running.server, *ways)
+        publisher.publish(running.listening(INVITATION_USES, float(INVITATION_SECONDS)))
         reason = _run_console(face, console, quit_wanted)
         running.stop()
         publisher.publish({"event": "closed", "reason": reason})
@@ -23047,18 +24423,6 @@ def run_server(
         publisher.publish(None)
         shower.join(2.0)
         lock.release()
-
-
-def _listening(running: RunningServer) -> dict:
-    token = running.server.call(running.make_token, INVITATION_USES, float(INVITATION_SECONDS))
-    return {
-        "event": "listening",
-        "host": running.host,
-        "port": running.port,
-        "fingerprint": fingerprint_text(running.fingerprint),
-        "token": token,
-        "public": running.public[0] if running.public else None,
-    }
 
 
 def _run_console(face, console: ServerConsole, quit_wanted) -> str:
@@ -23277,7 +24641,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 85. Chatting directly | uses 1, 2, 4, 23, 38, 41, 53, 62, 63, 66, 72, 73, 83, 84
+# Part 90. Chatting directly | uses 1, 2, 4, 23, 40, 43, 55, 67, 68, 71, 77, 78, 88, 89
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -23366,7 +24730,9 @@ class Hosting:
                 running = self._running = self._bind()
                 self._open_tunnel(running)
                 link = self._enter(running)
-                self._face.show(self._listening(running))
+                invitation = (self._options.uses, float(INVITATION_SECONDS))
+                shown = running.listening(*invitation, self._options.room, self._own)
+                self._face.show(shown)
             except BaseException:
                 self.client.abandon()
                 raise
@@ -23477,18 +24843,6 @@ class Hosting:
         mark = f"{name}~{fingerprint.hex()[:4]}"
         return f"{mark} is not the {like} whom you know, or has a new key." if like else ""
 
-    def _listening(self, running: RunningServer) -> dict:
-        invitation = (self._options.uses, float(INVITATION_SECONDS), self._options.room, self._own)
-        token = running.server.call(running.make_token, *invitation)
-        return {
-            "event": "listening",
-            "host": running.host,
-            "port": running.port,
-            "fingerprint": fingerprint_text(running.fingerprint),
-            "token": token,
-            "public": running.public[0] if running.public else None,
-        }
-
     def _say(self, text: str) -> None:
         """What a tunnel tells: before the chat has begun, the face alone is there to hear it."""
         if self.client.settled.is_set():
@@ -23515,7 +24869,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 86. SFTP for other programs | uses 1, 2, 8, 24, 38, 39, 66, 73, 84
+# Part 91. SFTP for other programs | uses 1, 2, 8, 24, 40, 41, 71, 78, 89
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -23627,7 +24981,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 87. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 41, 53, 62, 63, 73, 74
+# Part 92. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 43, 55, 67, 68, 78, 79
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -23809,7 +25163,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 88. Session | uses 1, 2, 34, 38, 40, 41, 51, 81, 83
+# Part 93. Session | uses 1, 2, 34, 40, 42, 43, 53, 65, 86, 88
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -23821,6 +25175,7 @@ class Session:
     def __init__(self, arguments):
         self.arguments = arguments
         self.paths = Paths(home_folder(arguments.home), arguments.profile)
+        self.paths.security = SecurityLog(self.paths)
         self._finish_what_was_interrupted()
         self.json = getattr(arguments, "json", False)
         self.interactive = not self.json and sys.stdin.isatty() and sys.stdout.isatty()
@@ -23868,8 +25223,7 @@ class Session:
         if not sys.stdin.isatty():
             hint = "Set TRCHAT_PASSPHRASE in the environment."
             raise ChatError("The key is sealed with a passphrase.", hint, "locked")
-        with Terminal(sys.stdin, sys.stdout) as terminal:
-            return terminal.read_secret(question)
+        return self.ask_secret(question)
 
     def ask_new_secret(self, question: str) -> str:
         """A passphrase that is typed twice."""
@@ -23878,6 +25232,15 @@ class Session:
             if new != terminal.read_secret("The same again: "):
                 raise ChatError("These were not the same.", "Nothing was changed; try again.")
         return new
+
+    def ask_secret(self, question: str) -> str:
+        with Terminal(sys.stdin, sys.stdout) as terminal:
+            return terminal.read_secret(question)
+
+    def note_error(self, error: ChatError) -> None:
+        """Notes what ended a command, if that concerns anybody's safety."""
+        event = {"event": "error", "code": error.code, "text": str(error)}
+        self.paths.security.put(event)
 
     def settings(self) -> Settings:
         return load_settings(self.paths, dict(os.environ), self.arguments.set or [])
@@ -23910,7 +25273,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 89. Shell commands | uses 1, 2, 4, 34, 37-39, 41, 46-49, 55, 58, 63, 66, 76, 83-88
+# Part 94. Shell commands | uses 1, 2, 4, 34, 37, 40, 41, 43, 48-51, 57, 60, 68, 71, 79, 81, 88-93
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -23939,6 +25302,7 @@ def _streaming(activity):
                 shown = error
             else:
                 shown = ChatError(internal_error(error), code="protocol")
+            session.note_error(shown)
             face = JSONFace(sys.stdin, sys.stdout)
             face.show({"event": "error", "code": shown.code, "text": str(shown)})
             face.show({"event": "closed", "reason": "error"})
@@ -24334,8 +25698,19 @@ class UsageError(Exception):
     """Wrong usage: exit code 2."""
 
 
+def run_command(session: Session, name: str) -> int:
+    """Runs a command of the table; what it noted is written, and mailed, before it ends."""
+    try:
+        return COMMANDS[name].shell.run(session)
+    except ChatError as error:
+        session.note_error(error)
+        raise
+    finally:
+        session.paths.security.close()
+
+
 # ==================================================================================================
-# Part 90. Hidden messages in the shell | uses 1, 2, 26, 31, 32, 38, 41, 88, 89
+# Part 95. Hidden messages in the shell | uses 1, 2, 26, 31, 32, 40, 43, 93, 94
 #
 # `hide` and `reveal`: what is asked of a person, which files are read, and where results go.
 # Nothing here ever overwrites a file.
@@ -24562,7 +25937,7 @@ def _reveal_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 91. Backups in the shell | uses 1, 2, 16, 41, 47, 51, 81, 88, 89
+# Part 96. Backups in the shell | uses 1, 2, 16, 43, 49, 53, 86, 93, 94
 #
 # `backup` and `restore`: what is asked of a person, and what they are told.
 # ==================================================================================================
@@ -24697,7 +26072,245 @@ def _restore_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 92. Command line | uses 1, 8, 38, 46, 74, 76, 89-91
+# Part 97. Alerts in the shell | uses 1-3, 38-40, 43, 63, 64, 94
+#
+# `alerts set`, `show`, `test` and `off`, with their questions. A password never comes from the
+# command line: it is asked for, or stands in the environment or in a file.
+# ==================================================================================================
+
+NO_ALERTS = "E-mail alerts are off; 'python3 trchat.py alerts set' turns them on."
+
+
+def _shell_alerts(session: Session) -> int:
+    action, *rest = session.arguments.words or ["show"]
+    run = ALERT_ACTIONS.get(action)
+    if run is None or len(rest) > (action == "set"):
+        raise UsageError("write: alerts, alerts set [URL], alerts test, or alerts off")
+    return run(session)
+
+
+def _alerts_options(parser) -> None:
+    text = "show (default); set [URL] (asks what is not given), as smtps://me@host:465 or "
+    text += "smtp+tls://me@host:587, without a password; test (sends a mail); or off"
+    parser.add_argument("words", nargs="*", metavar="ACTION", help=text)
+    parser.add_argument("--from", dest="sender", metavar="ADDRESS", help="the sender")
+    parser.add_argument("--to", metavar="ADDRESS,...", help="who gets them (the sender)")
+    parser.add_argument(
+        "--events", metavar="KIND,...", help=f"usual, all or some of: {', '.join(SECURITY_KINDS)}"
+    )
+    parser.add_argument("--ca", metavar="FILE", help="the certificate of an authority of your own")
+    text = "where the mail account's password stands; else TRCHAT_SMTP_PASSWORD, or it is asked for"
+    parser.add_argument("--password-file", metavar="FILE", help=text)
+
+
+def _alerts_set(session: Session) -> int:
+    session.prepare()
+    settings = _asked_settings(session)
+    words = parse_kinds(_alert_choice(session, session.arguments.events, KINDS_QUESTION, "usual"))
+    pairs = _alert_pairs(session)
+    file = AlertFile(session.paths)
+    file.save(settings, words, pairs)
+    AlertSpool(session.paths).change(AlertQueue.retry)
+    session.paths.security.note(
+        "alerts-changed", text=f"they go to {', '.join(settings.recipients)}"
+    )
+    fields = _alert_fields(session, settings, file)
+    text = f"Alerts go to {', '.join(settings.recipients)} by {settings.server.place()}."
+    if len(pairs) < len(ALERT_ROLES):
+        text += f" Only what has this profile's {pairs[0].role} key sends them."
+    if not session.interactive:
+        return session.answer("alerts", fields, f"{text} 'alerts test' tries it.")
+    sys.stdout.write(text + "\n")
+    return _alerts_test(session) if session.ask("Send a test mail now? [Y/n] ") else 0
+
+
+KINDS_QUESTION = "What shall be mailed: usual, all, or some (alerts --help lists them) [usual]: "
+
+
+def _asked_settings(session: Session) -> AlertSettings:
+    server, password = _alert_server(session)
+    if server.user and not password:
+        password = _mail_password(session)
+    own = server.user if MAIL_ADDRESS.match(server.user) else ""
+    question = f"Sender{f' [{own}]' if own else ''}: "
+    sender = check_mail_addresses(_alert_choice(session, session.arguments.sender, question, own))
+    question = f"Recipients, with commas between [{sender[0]}]: "
+    to = check_mail_addresses(_alert_choice(session, session.arguments.to, question, sender[0]))
+    return AlertSettings(server, password, sender[0], to, _own_authority(session.arguments.ca))
+
+
+def _alert_server(session: Session) -> tuple:
+    """(MailServer, password or "") as given, from the environment or asked for."""
+    given = "".join(session.arguments.words[1:])
+    if given:
+        server, password = parse_mail_url(given)
+        if password:
+            text = "A password on the command line can be seen by others."
+            hint = "Leave it out: it is asked for, or set TRCHAT_SMTP_PASSWORD or --password-file."
+            raise ChatError(text, f"Change it, too, if it was real. {hint}")
+        return server, password
+    given = os.environ.get("TRCHAT_ALERTS", "")
+    if not given and not session.interactive:
+        raise ChatError(
+            "A mail server is missing.", "Write alerts set smtps://me@example.org@smtp.example.org."
+        )
+    return parse_mail_url(given or session.ask_text(SERVER_QUESTION))
+
+
+SERVER_QUESTION = "Mail server, such as smtps://me@example.org@smtp.example.org: "
+
+
+def _mail_password(session: Session) -> str:
+    path = session.arguments.password_file
+    if path:
+        data = read_file(path, 4096)
+        if data is None:
+            raise ChatError(
+                f"There is no file {one_line(path)}.", "Check --password-file.", "storage"
+            )
+        return data.decode("utf-8", "replace").strip("\r\n")
+    password = os.environ.get("TRCHAT_SMTP_PASSWORD", "")
+    if not password and session.interactive:
+        password = session.ask_secret("Password of the mail account: ")
+    if not password:
+        text = "The mail account's password is missing."
+        raise ChatError(text, "Set TRCHAT_SMTP_PASSWORD, or give --password-file FILE.")
+    return password
+
+
+def _alert_choice(session: Session, given: str | None, question: str, default: str) -> str:
+    """What was given, else what is asked for; Enter, or nobody to ask, takes the default."""
+    if given is None and session.interactive:
+        given = session.ask_text(question).strip()
+    return given or default
+
+
+def _own_authority(path: str | None) -> str:
+    """The PEM of --ca, which must be one that TLS can use."""
+    if not path:
+        return ""
+    data = read_file(path, 1 << 20)
+    if data is None:
+        raise ChatError(f"There is no file {one_line(path)}.", "Check --ca.", "storage")
+    pem = data.decode("ascii", "replace")
+    mail_context(pem)
+    return pem
+
+
+def _alert_pairs(session: Session) -> list:
+    """The keys that shall open the settings; a missing one is made, unless the other is sealed.
+
+    It would be made without a passphrase, and then open what that one guards.
+    """
+    session.paths.make_folders()
+    pairs = [KeyPair(session.paths, role) for role in ALERT_ROLES]
+    guarded = any(pair.sealed() for pair in pairs) and not os.environ.get("TRCHAT_PASSPHRASE")
+    for pair in pairs:
+        if not pair.exists() and not guarded:
+            pair.load(session.ask_passphrase)
+    return [pair for pair in pairs if pair.exists()]
+
+
+def _open_alerts(session: Session) -> AlertSettings:
+    """The settings, and lets alerts go out that have waited for that."""
+    session.prepare()
+    file = AlertFile(session.paths)
+    roles = [role for role in ALERT_ROLES if role in file.roles()]
+    if not roles:
+        raise ChatError("E-mail alerts are off.", "'alerts set' turns them on.")
+    if roles[0] == "client":
+        identity = load_identity(session.paths, session.ask_passphrase)[0]
+        open_key = opener_for_client(identity)
+    else:
+        key = KeyPair(session.paths, "server").load(session.ask_passphrase)[0]
+        open_key = opener_for_server(key)
+    settings = file.open(roles[0], open_key)
+    session.paths.security.unlock(roles[0], open_key)
+    return settings
+
+
+def _alerts_test(session: Session) -> int:
+    settings, file = _open_alerts(session), AlertFile(session.paths)
+    subject, body = "a test", TEST_BODY.format(profile=session.paths.profile)
+    mail = make_mail(settings, subject, body, random_bytes(8).hex(), time.time())
+    refused = send_mail(settings, mail)
+    AlertSpool(session.paths).change(AlertQueue.retry)
+    taken = [address for address in settings.recipients if address not in refused]
+    text = f"{settings.server.place()} has taken a test mail for {', '.join(taken)}."
+    text += " Look into that mailbox, and its spam folder."
+    if refused:
+        text += f" It takes none for {one_line(', '.join(refused))}."
+    fields = {**_alert_fields(session, settings, file), "sent": taken}
+    return session.answer("alerts", fields, text)
+
+
+TEST_BODY = """This is a test of the e-mail alerts of the trchat profile '{profile}'.
+
+It has arrived, so the alerts will, too.
+"""
+
+
+def _alerts_show(session: Session) -> int:
+    file = AlertFile(session.paths)
+    if not file.exists():
+        return session.answer("alerts", {"set": False}, NO_ALERTS)
+    settings = _open_alerts(session)
+    fields = _alert_fields(session, settings, file)
+    lines = [
+        f"Mail server:  {fields['server']}",
+        f"Certificates: {'your own authority' if settings.ca else 'as this computer trusts them'}",
+        f"From, to:     {settings.sender}, {', '.join(settings.recipients)}",
+        f"Mailed:       {', '.join(fields['events'])}",
+        f"Opened by:    the {' and the '.join(fields['keys'])} key",
+        f"Waiting:      {fields['waiting']} events",
+    ]
+    if fields["mailed"]:
+        lines.append(f"Last mail:    {local_moment(fields['mailed'])}")
+    if fields["error"]:
+        lines.append(f"Last failure: {fields['error']}")
+    return session.answer("alerts", fields, "\n".join(lines))
+
+
+def _alert_fields(session: Session, settings: AlertSettings, file: AlertFile) -> dict:
+    waiting = AlertSpool(session.paths).look()
+    return {
+        "set": True,
+        "server": settings.server.url(),
+        "from": settings.sender,
+        "to": settings.recipients,
+        "events": file.kinds(),
+        "own_ca": bool(settings.ca),
+        "mailed": rfc3339(waiting.state["sent"]) if waiting.state["sent"] else None,
+        "keys": file.roles(),
+        "waiting": sum(map(mail_count, waiting.mails)),
+        "error": one_line(str(waiting.state["error"])) or None,
+    }
+
+
+def _alerts_off(session: Session) -> int:
+    AlertFile(session.paths).remove()
+    session.paths.security.note("alerts-changed", text="they are off")
+    return session.answer("alerts", {"set": False}, "E-mail alerts are off.")
+
+
+ALERT_ACTIONS = {"show": _alerts_show, "set": _alerts_set, "test": _alerts_test, "off": _alerts_off}
+
+
+def _menu_alerts(session: Session) -> list:
+    """What to do about e-mail alerts."""
+    if not AlertFile(session.paths).exists():
+        wanted = session.ask("E-mail alerts are off. Set them up? [Y/n] ")
+        return ["alerts", "set"] if wanted else []
+    choices = "show, test, set or off"
+    sys.stdout.write("E-mail alerts are on.\n")
+    answer = session.ask_text(f"Type {choices} (Enter goes back): ").strip().casefold()
+    if answer and answer not in ALERT_ACTIONS:
+        raise ChatError("It is none of these.", f"Type {choices}.")
+    return ["alerts", answer] if answer else []
+
+
+# ==================================================================================================
+# Part 98. Command line | uses 1, 8, 40, 48, 79, 81, 94-97
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -24848,7 +26461,9 @@ for _activity in (
     ("restore", "restore /media/stick/me.trchat", "make a profile of a backup",
      _shell_restore, _restore_options, None),
     ("settings", "settings bell all", "what you can choose",
-     _shell_settings, _settings_options, (8, "Settings")),
+     _shell_settings, _settings_options, (8, "Settings: alerts and more")),
+    ("alerts", "alerts set smtps://me@example.org@smtp.example.org",
+     "e-mail when something concerns your safety", _shell_alerts, _alerts_options, None),
 ):  # fmt: skip
     _added = command("shell", *_activity[:4])
     _added.options, _added.menu = _activity[4:]
@@ -24896,7 +26511,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 93. Menu and door | uses 1, 2, 4, 37-39, 53, 63, 74, 76, 77, 81-83, 88, 89, 92
+# Part 99. Menu and door | uses 1, 2, 4, 37, 40, 41, 55, 68, 79, 81, 82, 86-88, 93, 94, 97, 98
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -24908,6 +26523,7 @@ def run_menu(session: Session) -> int:
     while True:
         choice = _menu_choice()
         if choice == "exit":
+            session.paths.security.close()
             return 0
         try:
             _menu_activity(session, choice)
@@ -24961,13 +26577,22 @@ def _menu_activity(session: Session, choice: str) -> None:
         consume_token(choice)
         words = _connect_words(session, choice, "")
     else:
-        words = makers[choice](session)
+        words = _asked_words(session, makers[choice])
     if words:
         top = ["--home", session.paths.home, "--profile", session.paths.profile]
         arguments = make_parser().parse_args([*top, *words])
         for name in ("yes", "no_install", "set"):
             setattr(arguments, name, getattr(session.arguments, name))
-        COMMANDS[words[0]].shell.run(Session(arguments))
+        run_command(Session(arguments), words[0])
+
+
+def _asked_words(session: Session, maker) -> list:
+    """The words of a command, from the questions of a line of the menu."""
+    try:
+        return maker(session)
+    except ChatError as error:
+        session.note_error(error)
+        raise
 
 
 def _menu_server(session: Session) -> list:
@@ -25060,30 +26685,42 @@ def _menu_shred(session: Session) -> list:
     return ["shred", "--", *paths] if paths else []
 
 
+def _menu_backup(session: Session) -> list:
+    path = os.path.expanduser(session.ask_text("Name of the new file: ").strip())
+    return ["backup", "--", path] if path else []
+
+
+def _menu_restore(session: Session) -> list:
+    path = os.path.expanduser(session.ask_text("Backup: ").strip())
+    profile = session.ask_text(f"Name of the profile to make [{session.paths.profile}]: ").strip()
+    return ["restore", *(["--profile", profile] if profile else []), "--", path] if path else []
+
+
+# What has questions of its own: name -> (what it is, session -> the words of a command).
+SETTINGS_MENU = {
+    "alerts": ("e-mail when something concerns your safety", _menu_alerts),
+    "backup": ("this profile as one sealed file", _menu_backup),
+    "restore": ("a profile from such a file", _menu_restore),
+}
+
+
 def _menu_settings(session: Session) -> list:
     """Shows the settings and changes one."""
     rows = session.settings().rows()
     for number, row in enumerate(rows, 1):
         sys.stdout.write(f" {number}  {setting_row(row)}\n")
-    sys.stdout.write(" b  Back this profile up     r  Restore one from a backup\n")
+    for name, (help_text, _) in SETTINGS_MENU.items():
+        sys.stdout.write(f" {name[0]}  {name:<8} {help_text}\n")
     answer = session.ask_text("Change which (number or name; Enter goes back): ").strip()
-    if answer in ("b", "r"):
-        return _menu_backup(session, answer)
     if not answer:
         return []
+    for name, (_, maker) in SETTINGS_MENU.items():
+        if answer.casefold() in (name[0], name):
+            return maker(session)
     by_number = answer.isascii() and answer.isdigit() and 1 <= int(answer[:6]) <= len(rows)
     row = find_setting(rows[int(answer) - 1][0] if by_number else answer)
     value = session.ask_text(f"{row.key} ({row.help}): ").strip()
     return ["settings", "--", row.key, value]
-
-
-def _menu_backup(session: Session, answer: str) -> list:
-    question = "Name of the new file: " if answer == "b" else "Backup: "
-    path = os.path.expanduser(session.ask_text(question).strip())
-    if not path or answer == "b":
-        return ["backup", "--", path] if path else []
-    profile = session.ask_text(f"Name of the profile to make [{session.paths.profile}]: ").strip()
-    return ["restore", *(["--profile", profile] if profile else []), "--", path]
 
 
 def main(words: list | None = None) -> int:
@@ -25153,7 +26790,7 @@ def _run(words: list) -> int:
     arguments = _parse(words)
     session = Session(arguments)
     if arguments.command:
-        return COMMANDS[arguments.command].shell.run(session)
+        return run_command(session, arguments.command)
     if session.interactive:
         return run_menu(session)
     raise UsageError(

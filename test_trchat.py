@@ -149,6 +149,7 @@ import pyte  # noqa: E402
 # ==================================================================================================
 
 SOURCE_PATH = os.path.abspath(trchat.__file__)
+ASK = trchat.LOCK_NAMES.index("ask")
 
 
 def read_source() -> str:
@@ -1753,7 +1754,7 @@ ANNOUNCEMENTS = st.builds(
 class Part06Announcements(PureCase):
     def setUp(self):
         self.people = [person(n) for n in range(3)]
-        said = announced(*self.people, bans={bytes(32): 7}, mutes={NONCE: 0}, lock=trchat.ASK)
+        said = announced(*self.people, bans={bytes(32): 7}, mutes={NONCE: 0}, lock=ASK)
         self.encoded, self.signature, self.key = trchat.create_announcement(
             said, self.people[0].signer
         )
@@ -1776,7 +1777,7 @@ class Part06Announcements(PureCase):
         said = self.consume()
         self.assertEqual(said.roster, roster_of(*self.people))
         self.assertEqual(said.fingerprints(), [p.bundle.fingerprint for p in self.people])
-        self.assertEqual((said.room, said.number, said.rules.lock), ("lobby", 1, trchat.ASK))
+        self.assertEqual((said.room, said.number, said.rules.lock), ("lobby", 1, ASK))
         self.assertEqual((said.rules.bans, said.rules.mutes), ({bytes(32): 7}, {NONCE: 0}))
         self.assertEqual(said.key_hash, hashlib.sha256(self.key).digest())
 
@@ -1807,7 +1808,7 @@ class Part06Announcements(PureCase):
 
     def test_there_is_one_form_only(self):
         lock = len(self.encoded) - 64 - 8 - 1  # before topic, lifetime, successor and key hash
-        self.assertEqual(self.encoded[lock], trchat.ASK)
+        self.assertEqual(self.encoded[lock], ASK)
         other = self.encoded[:lock] + b"\x03" + self.encoded[lock + 1 :]
         self.refused(trchat.decode_announcement, other)
         for rules in (
@@ -3988,7 +3989,7 @@ class Part10RoomsTest(MachineTest):
             bob.rooms["lobby"].remove(carol.identity.fingerprint, False, network.now)
         self.assertEqual(caught.exception.code, "denied")
         with self.assertRaises(trchat.ChatError):
-            bob.rooms["lobby"].set_rule("lock", trchat.ASK, network.now)
+            bob.rooms["lobby"].set_rule("lock", ASK, network.now)
         network.wait(1)
         self.assertEqual(members(carol), ["alice", "bob", "carol"])
 
@@ -4050,7 +4051,7 @@ class Part10RoomsTest(MachineTest):
     def test_a_locked_room_asks_and_the_admin_admits_or_denies(self):
         network = Network()
         alice, bob = network.joins("alice bob")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         carol, dave = network.joins("carol dave")
         self.assertEqual([e["from"] for e in events(alice, "request")], ["carol", "dave"])
         self.assertEqual(events(bob, "request"), [])
@@ -4075,7 +4076,7 @@ class Part10RoomsTest(MachineTest):
     def test_who_was_denied_is_told(self):
         network = Network()
         alice = network.join("alice")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         dave = network.join("dave")
         clear(dave)
         alice.rooms["lobby"].admission.refuse("dave")
@@ -4085,7 +4086,7 @@ class Part10RoomsTest(MachineTest):
     def test_earlier_members_enter_a_locked_room_by_themselves(self):
         network = Network()
         alice, bob = network.joins("alice bob")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         network.drop(bob)
         network.wait(1)
         network.connect(bob)
@@ -4096,7 +4097,7 @@ class Part10RoomsTest(MachineTest):
     def test_verified_contacts_enter_a_locked_room_by_themselves(self):
         network = Network()
         alice = network.join("alice")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         alice.directory.trust.verified.add(pooled_identity(7).fingerprint)
         network.join("bob", number=7)
         network.join("carol", number=8)
@@ -4108,7 +4109,7 @@ class Part10RoomsTest(MachineTest):
         network.gatekeeper.allow(pooled_identity(0).fingerprint)
         network.gatekeeper.allow(pooled_identity(1).fingerprint)
         alice, bob = network.joins("alice bob")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         token = person_token(network, bob, uses=1)  # made by a member who is not the admin
         self.assertEqual(token.inviter, bob.identity.fingerprint)
         network.join("carol", token=token)
@@ -4122,7 +4123,7 @@ class Part10RoomsTest(MachineTest):
         """The server might let more people in than the token says; the room does not."""
         network = Network("open")
         alice = network.join("alice")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         token = person_token(network, alice, uses=1)
         network.join("bob", token=token)
         network.join("carol", token=token)
@@ -4132,7 +4133,7 @@ class Part10RoomsTest(MachineTest):
     def test_a_members_token_expires_in_the_room_too(self):
         network = Network("open")
         alice = network.join("alice")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         token = person_token(network, alice, uses=9, expires=int(network.wall()) + 100)
         network.join("bob", token=token)
         network.wait(120)
@@ -4142,7 +4143,7 @@ class Part10RoomsTest(MachineTest):
     def test_a_token_opens_the_locked_room_under_the_next_admin(self):
         network = Network("open")
         alice, bob, carol = network.joins("alice bob carol")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         token = person_token(network, alice)
         network.leave(alice)
         network.wait(1)
@@ -4153,7 +4154,7 @@ class Part10RoomsTest(MachineTest):
         """The proof belongs to one bundle: who overhears it gains nothing."""
         network = Network("open")
         alice = network.join("alice")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         token = person_token(network, alice, uses=9)
         bob = network.join("bob", token=token)
         stolen = trchat.proof_mac(
@@ -4180,7 +4181,7 @@ class Part10RoomsTest(MachineTest):
     def test_unlocking_lets_those_who_wait_in(self):
         network = Network()
         alice = network.join("alice")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         network.join("bob")
         network.admin("set_rule", alice, "lock", trchat.OPEN)
         self.assertEqual(members(alice), ["alice", "bob"])
@@ -4323,7 +4324,7 @@ class Part10RoomsTest(MachineTest):
         """A line typed before there was a key, reported after a minute; then /leave."""
         network = Network()
         alice = network.join("alice")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         bob = network.join("bob")
         network.say(bob, "let me in")
         network.wait(70)
@@ -4351,7 +4352,7 @@ class Part10RoomsTest(MachineTest):
         """After a tick nothing is due at once: a machine that says so would burn a processor."""
         network = Network()
         alice, bob, carol = network.joins("alice bob carol")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         dave = network.join("dave")
         network.say(dave, "waiting")
         network.tell(alice, "nobody", "hello?")
@@ -5450,7 +5451,7 @@ class HostileRelayTest(MachineTest):
 
     def test_a_stranger_who_is_let_in_by_the_server_gets_no_key_of_a_locked_room(self):
         network, alice, bob = self.people("alice bob")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         mallory = network.join("mallory")
         network.say(bob, "secret")
         network.wait(1)
@@ -5478,7 +5479,7 @@ class HostileRelayTest(MachineTest):
 
     def test_a_room_text_of_a_stranger_through_the_pairwise_session_is_refused(self):
         network, alice, bob = self.people("alice bob")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         mallory = network.join("mallory")
         clear(alice, bob)
         for person in mallory.directory.people.values():
@@ -5563,7 +5564,7 @@ class HostileRelayTest(MachineTest):
     def test_after_a_cut_a_stranger_does_not_become_admin_of_a_locked_room(self):
         """The server shows alice, after a reconnect, nobody but its own client."""
         network, alice, bob = self.people("alice bob")
-        network.admin("set_rule", alice, "lock", trchat.ASK)
+        network.admin("set_rule", alice, "lock", ASK)
         network.wait(2)
         network.restart_relay()
         clear(bob)
@@ -6215,7 +6216,7 @@ class Part13ClientMachineTest(MachineTest):
         for roster in ([own, other, *ghosts], [other, own], [own], [own, other]):
             for number in (1, 1 << 63, (1 << 64) - 1):
                 sanctions = {other.fingerprint: 0}
-                rules = trchat.RoomRules(sanctions, sanctions, trchat.ASK, "", 0)
+                rules = trchat.RoomRules(sanctions, sanctions, ASK, "", 0)
                 said = trchat.Announcement("lobby", number, bytes(32), roster, rules, trchat.NO_ONE)
                 values = trchat.create_announcement(said, mallory.keys.signer)
                 mallory.directory.send(mallory.directory.find("alice"), trchat.EPOCH, *values)
@@ -8773,7 +8774,7 @@ class RoomRulesTest(RulesCase):
         room, key = bob.rooms["lobby"], carol.identity.fingerprint
         acts = [
             lambda: room.set_rule("topic", "mine", network.now),
-            lambda: room.set_rule("lock", trchat.ASK, network.now),
+            lambda: room.set_rule("lock", ASK, network.now),
             lambda: room.set_rule("lifetime", 60, network.now),
             lambda: room.set_rule("mutes", {key: 0}, network.now),
             lambda: room.remove(key, True, network.now, until=int(network.wall()) + 60),
@@ -8859,7 +8860,7 @@ class RoomRulesTest(RulesCase):
         network, alice, bob = self.people("alice bob")
         before = alice.rooms["lobby"].last.number
         self.set_rule(network, alice, "topic", "zero")
-        for name, value in (("topic", "one"), ("lock", trchat.ASK), ("lifetime", 60)):
+        for name, value in (("topic", "one"), ("lock", ASK), ("lifetime", 60)):
             alice.rooms["lobby"].set_rule(name, value, network.now)
         network.wait(1)
         self.assertLessEqual(bob.rooms["lobby"].last.number, before + 2)
@@ -8870,7 +8871,7 @@ class RoomRulesTest(RulesCase):
 
     def test_lock_changes_are_told(self):
         network, alice, bob = self.people("alice bob")
-        for lock in (trchat.ASK, trchat.CONTACTS_ONLY, trchat.OPEN):
+        for lock in (ASK, trchat.CONTACTS_ONLY, trchat.OPEN):
             self.set_rule(network, alice, "lock", lock)
         for person in (alice, bob):
             self.assertEqual(news(person, "lock"), ["ask", "contacts", "off"])
@@ -8922,7 +8923,7 @@ class RoomRulesTest(RulesCase):
         for last in (trchat.OPEN, trchat.CONTACTS_ONLY):
             with self.subTest(last):
                 network, alice, bob = self.people("alice bob")
-                self.set_rule(network, alice, "lock", trchat.ASK)
+                self.set_rule(network, alice, "lock", ASK)
                 dave = network.join("dave")
                 self.assertEqual([e["from"] for e in events(alice, "request")], ["dave"])
                 if last == trchat.CONTACTS_ONLY:
@@ -8936,7 +8937,7 @@ class RoomRulesTest(RulesCase):
         for how in ("leave", "hand over"):
             with self.subTest(how):
                 network, alice, bob, carol = self.people()
-                self.set_rule(network, alice, "lock", trchat.ASK)
+                self.set_rule(network, alice, "lock", ASK)
                 dave = network.join("dave")
                 if how == "leave":
                     network.leave(alice)
@@ -8953,7 +8954,7 @@ class RoomRulesTest(RulesCase):
 
     def test_who_is_no_longer_admin_neither_admits_nor_denies(self):
         network, alice, bob, carol = self.people()
-        self.set_rule(network, alice, "lock", trchat.ASK)
+        self.set_rule(network, alice, "lock", ASK)
         dave = network.join("dave")
         self.hand_over(network, alice, bob)
         clear(dave)
@@ -9029,7 +9030,7 @@ class RoomRulesTest(RulesCase):
 
     def test_a_ban_that_ended_does_not_count_as_having_been_a_member(self):
         network, alice, bob, carol = self.people()
-        self.set_rule(network, alice, "lock", trchat.ASK)
+        self.set_rule(network, alice, "lock", ASK)
         self.put_out(network, alice, carol, int(network.wall()) + 60)
         network.wait(70)
         self.come_again(network, carol)
@@ -9176,7 +9177,7 @@ class HandOverTest(RulesCase):
     def test_the_former_admin_lets_nobody_in_and_the_heir_does(self):
         network, alice, bob, carol = self.people()
         self.hand_over(network, alice, carol)
-        self.set_rule(network, carol, "lock", trchat.ASK)
+        self.set_rule(network, carol, "lock", ASK)
         dave = network.join("dave")
         self.assertEqual([e["from"] for e in events(carol, "request")], ["dave"])
         self.assertEqual(events(alice, "request"), [])
@@ -9391,7 +9392,7 @@ class HandOverTest(RulesCase):
     def test_who_was_admitted_by_hand_stays_under_the_heir(self):
         """The heir has no session with the newcomer yet when it makes its first epoch."""
         network, alice, bob, carol = self.people()
-        self.set_rule(network, alice, "lock", trchat.ASK)
+        self.set_rule(network, alice, "lock", ASK)
         held = []
 
         def hold(person, kind, body, frame):
@@ -12347,6 +12348,72 @@ child.wait()
         child.wait_for_rows(["> ?? x"])
         child.send("\r")
         child.wait_for_text("got")
+
+
+ASIDE = """
+import trchat
+with Terminal(sys.stdin, sys.stdout) as face:
+    questions = []
+    def ask(prompt, hidden):
+        questions.append((prompt, hidden))
+        face.interrupt_read(trchat.READ_AGAIN)
+    def on_key(key):
+        ask("Secret: ", True) if key == "alt-1" else ask("Word: ", False)
+    while True:
+        try:
+            if questions:
+                prompt, hidden = questions.pop()
+                face.set_prompt("changed meanwhile> ")
+                face.print("answer " + repr(face.read_aside(prompt, hidden))[::-1])
+                continue
+            text = face.read_line("> ", keep=False, on_key=on_key)[0]
+            if text is not None:
+                face.print("got " + text)
+        except (EOFError, KeyboardInterrupt) as error:
+            face.print(type(error).__name__)
+            if isinstance(error, EOFError):
+                break
+"""
+
+
+class ReadAsideTest(unittest.TestCase):
+    """A line that is asked for while another is being typed."""
+
+    start = PtyTest.start
+
+    def test_the_line_comes_back(self):
+        child = self.start(ASIDE, columns=40)
+        child.wait_for_rows([">"])
+        child.send("half\x1b[D\x1b1")
+        child.wait_for_rows(["Secret:"])
+        child.send("geheim\r")
+        child.wait_for_rows(["answer 'mieheg'", "> half"])
+        child.send("X\x1b2")
+        child.wait_for_rows(["answer 'mieheg'", "Word:"])
+        child.send("seen")
+        child.wait_for_rows(["answer 'mieheg'", "Word: seen"])
+        child.send("\r")
+        child.wait_for_rows(["answer 'mieheg'", "answer 'nees'", "> halXf"])
+        child.send("\r")
+        child.wait_for_rows(["answer 'mieheg'", "answer 'nees'", "got halXf", ">"])
+        child.send("\x1b[A")
+        child.wait_for_rows(["answer 'mieheg'", "answer 'nees'", "got halXf", "> halXf"])
+        child.send("\x1b[A")  # nothing older is remembered
+        child.wait_for_rows(["answer 'mieheg'", "answer 'nees'", "got halXf", "> halXf"])
+        self.assertNotIn(b"geheim", child.raw)
+
+    def test_ctrl_c_and_ctrl_d(self):
+        child = self.start(ASIDE, columns=40)
+        child.wait_for_rows([">"])
+        child.send("half\x1b1")
+        child.wait_for_rows(["Secret:"])
+        child.send("\x03")
+        child.wait_for_rows(["KeyboardInterrupt", "> half"])
+        child.send("\x1b1")
+        child.wait_for_rows(["KeyboardInterrupt", "Secret:"])
+        child.send("\x04")
+        child.wait_for_rows(["KeyboardInterrupt", "EOFError"])
+        self.assertEqual(child.child.wait(DEADLINE), 0)
 
 
 # -- without a terminal ---------------------------------------------------------------
@@ -16071,6 +16138,17 @@ class TerminalFaceTest(EndToEnd):
             window.press(keys)
             self.assertIn(window.exit_code(), (0, 130))
             self.assertEqual(termios.tcgetattr(window.slave), window.mode)
+
+    def test_the_menu_shows_the_name_that_will_be_taken(self):
+        host = self.window(USER="anna")
+        host.see("Your choice [2]:")
+        for number, (shown, typed) in enumerate((("anna", "zoe"), ("zoe", ""), ("zoe", "anna"), ("anna", "")), 1):
+            host.line("3")
+            host.see_last(f"Your name [{shown}]:")
+            host.line(typed)
+            host.see(f"You are {typed or shown} in #lobby", 2 - number % 2)
+            host.press("\x04")
+            host.see("1  Start a server", number + 1)
 
     def test_both_roles_from_the_menu(self):
         self.take_the_source()
@@ -20305,6 +20383,19 @@ class KeptPerson:
         self.wait_until(answered, f"an answer to {line}")
         return found[0]
 
+    def ask_error(self, line, **fields):
+        """The text of the error that a command ends with."""
+        seen, found = len(self.events), []
+        self.type(line)
+
+        def answered(events):
+            errors = [e for e in events[seen:] if e["event"] == "error"]
+            found[:] = [e["text"] for e in errors if all(e.get(k) == v for k, v in fields.items())]
+            return found
+
+        self.wait_until(answered, f"an error {fields} after {line}")
+        return found[0]
+
     def ask_for(self, field, line):
         """What the answer to a command has in a field: of the next notice that has it."""
         seen, found = len(self.events), []
@@ -22691,8 +22782,7 @@ class LockWindowTest(Lockable, KeptTest):
             "trchat.WRONG_FIRST = 0.3\n"
             "sys.exit(trchat.main())\n"
         )
-        folder = os.path.dirname(self.script)
-        return [sys.executable, "-c", code, folder, *map(str, words)]
+        return [sys.executable, "-c", code, import_folder(), *map(str, words)]
 
     def open_sealed(self, name="alice", **options):
         self.seal(name)
@@ -26821,22 +26911,31 @@ class FinishTest(DropCase):
         run.sha256 = sha256
         return run
 
+    def finish(self, run, expected):
+        """The path that the content gets; it was noted before, when the partial was still there."""
+        noted = []
+        path = trchat.finish_content(
+            run, expected, lambda _, path: noted.append((path, os.path.lexists(self.dropped())))
+        )
+        self.assertEqual(noted, [(path, True)])
+        return path
+
     def test_a_file_gets_its_name_only_if_it_is_what_was_sent(self):
         for known in (b"", trchat.sha256(b"abc")):
             write_bytes(self.dropped(), b"abc")
-            self.assertEqual(trchat.finish_content(self.running(sha256=known), trchat.sha256(b"abc")),
+            self.assertEqual(self.finish(self.running(sha256=known), trchat.sha256(b"abc")),
                              self.at("root", "x"))  # fmt: skip
             self.assertEqual(read_bytes(self.at("root", "x")), b"abc")
             os.unlink(self.at("root", "x"))
         write_bytes(self.dropped(), b"abd")
         with self.assertRaisesRegex(trchat.ChatError, "not what was sent"):
-            trchat.finish_content(self.running(), trchat.sha256(b"abc"))
+            self.finish(self.running(), trchat.sha256(b"abc"))
         self.assertEqual(os.listdir(self.root), [])
 
     def test_a_name_that_was_taken_meanwhile_gets_a_number(self):
         write_bytes(self.at("root", "x"), b"mine")
         write_bytes(self.dropped(), b"abc")
-        path = trchat.finish_content(self.running(), trchat.sha256(b"abc"))
+        path = self.finish(self.running(), trchat.sha256(b"abc"))
         self.assertEqual(path, self.at("root", "x (2)"))
         self.assertEqual((read_bytes(self.at("root", "x")), read_bytes(path)), (b"mine", b"abc"))
 
@@ -26850,15 +26949,15 @@ class FinishTest(DropCase):
                 write_bytes(self.dropped(name), data)
             with self.subTest(extra):
                 if extra:
-                    self.assertRaises(trchat.ChatError, trchat.finish_content, self.running(files=2), expected)
+                    self.assertRaises(trchat.ChatError, self.finish, self.running(files=2), expected)
                     self.assertEqual(os.listdir(self.root), ["x"])
                 else:
-                    trchat.finish_content(self.running(files=2), expected)
+                    self.finish(self.running(files=2), expected)
                     self.assertEqual(sorted(os.listdir(self.at("root", "x"))), ["a", "sub"])
 
     def test_a_partial_that_vanished_is_one_sentence(self):
         with self.assertRaises(trchat.ChatError) as caught:
-            trchat.finish_content(self.running(), bytes(32))
+            self.finish(self.running(), bytes(32))
         self.assertEqual(caught.exception.code, "storage")
         self.assertEqual(str(caught.exception), trchat.one_line(str(caught.exception)))
 
@@ -27938,6 +28037,64 @@ class LockedFilesTest(Lockable, FilesCase):
         self.interrupted(alice, bob, False)
 
 
+class FinishedBeforeTest(FilesCase):
+    """A receiver that is killed between a file's last name and the note that it is here."""
+
+    def kill_at_the_end(self, relay, path):
+        """Alice, Bob anew, and the offer whose file Bob had received when he was killed."""
+        alice, bob = self.gather(relay, "alice", "bob")
+        mine, theirs = self.offer(alice, path, bob)
+        with mock.patch.object(bob.client.desk.receiver, "received"):
+            bob.type(f"/get {theirs['number']}")
+            self.until(lambda: self.held(bob) == [theirs["name"]], "the last name")
+            self.owner(bob, lambda: None)
+        bob.barrier()
+        bob.leave("interrupted")
+        alice.wait_for("left", name="bob")
+        return alice, mine
+
+    def test_it_is_not_fetched_again(self):
+        relay = self.serve()
+        for path, content in ((self.source("a b.bin"), self.data), (self.source("tree/x", b"abc"), None)):
+            path = path if content else os.path.dirname(path)
+            alice, mine = self.kill_at_the_end(relay, path)
+            self.writes.clear()
+            bob = self.enter("bob", relay)
+            got, _ = self.received(alice, bob, mine)
+            self.assertEqual(got["path"], self.inbox(bob, os.path.basename(path)))
+            self.assertEqual((self.writes, self.held(bob)), ([], [os.path.basename(path)]))
+            if content:
+                self.assert_same(got["path"])
+            for person in (alice, bob):
+                person.barrier()
+                person.leave()
+            shutil.rmtree(self.inbox(bob))
+
+    def test_something_else_of_that_name_is(self):
+        relay = self.serve()
+        alice, mine = self.kill_at_the_end(relay, self.source("a b.bin"))
+        path = os.path.join(self.path("bob"), "inbox", "a b.bin")
+        write_bytes(path, b"x" * self.SIZE)
+        bob = self.enter("bob", relay)
+        got, _ = self.received(alice, bob, mine)
+        self.assertEqual(got["path"], self.inbox(bob, "a b (2).bin"))
+        self.assert_same(got["path"])
+        self.assert_same(path, b"x" * self.SIZE)
+
+    def test_a_book_of_an_older_trchat(self):
+        relay = self.serve()
+        alice, bob = self.gather(relay, "alice", "bob")
+        mine, _ = self.offer(alice, self.source("a b.bin"), bob)
+        alice.barrier()
+        alice.leave()
+        book = trchat.TransferBook(alice.paths.file("transfers.json"), alice.client.records.profile.transfers._key, lambda function: function())
+        for transfer in book.transfers.values():
+            del transfer.sha256, transfer.final
+        book.save()
+        alice = self.enter("alice", relay)
+        self.assertEqual(alice.ask_for("files", "/files")[0]["name"], "a b.bin")
+
+
 class FileAttackTest(FilesCase):
     """Others who do not keep to the rules."""
 
@@ -28327,6 +28484,38 @@ class SharedFolderChatTest(FilesCase):
         self.assertEqual(alice.of("file-sent"), [])
         self.wait_idle(alice, bob)
 
+    def test_names_with_spaces_and_quotes(self):
+        alice, bob, _ = self.sharing()
+        names = ["my song.ogg", "it's", 'say "x"', "back\\slash"]
+        for name in names:
+            write_bytes(os.path.join(self.folder, "sub", name), name.encode())
+        shown = bob.ask("/ls alice:sub")["text"].split("\n")
+        for name in names:
+            word = trchat.quoted_path("alice:sub/" + name)
+            self.assertTrue(any(row.startswith(trchat.quoted_path(name) + "  ") for row in shown), shown)
+            bob.type("/get " + word)
+            got = bob.wait_for("received", name=trchat.safe_file_name(name))
+            self.assert_same(got["path"], name.encode())
+        for line in ("/ls alice:my song", "/get alice:sub/my song.ogg"):
+            self.assertIn("stands in quotes", bob.ask_error(line))
+        self.assertIn("none there", bob.ask_error('/ls "alice:none there"'))
+        self.assertEqual(len(bob.ask_for("files", "/files")), len(names))
+        text = alice.ask(f'/share "{self.folder}/sub" bob')["text"]
+        self.assertIn("/share --end ", text)
+
+    def test_what_is_shared_is_said_at_the_start(self):
+        alice, bob, _ = self.sharing()
+        self.assertFalse([e for e in alice.of("notice") if e["text"].startswith("You share")])
+        alice.barrier()
+        alice.leave()
+        alice = self.enter("alice", self.relay)
+        self.assertEqual(len(alice.of("notice", text=f"You share {self.folder}: /share lists with whom.")), 1)
+        alice.ask(f"/share --end {self.folder}")
+        alice.barrier()
+        alice.leave()
+        alice = self.enter("alice", self.relay)
+        self.assertFalse([e for e in alice.of("notice") if e["text"].startswith("You share")])
+
     def test_what_is_not_there_is_one_sentence(self):
         alice, bob, carol = self.sharing()
         for line in ("/ls alice:none", "/ls alice:a", "/ls alice:../..", "/ls nobody", "/ls carol"):
@@ -28658,6 +28847,359 @@ class FilesByServerTest(FilesCase):
         write_bytes(path, held)
         bob.type(f"/get {theirs['number']}")
         self.assert_same(bob.wait_for("received", id=theirs["id"])["path"])
+
+
+class ShredReceivedTest(FilesCase):
+    """Files that have come may be destroyed; all else of trchat's own stays."""
+
+    def survey(self, *paths):
+        plan = trchat.survey(list(paths), self.profiles)
+        return plan, [reason for _, reason in plan.refused]
+
+    def test_only_what_is_in_an_inbox(self):
+        self.furnish("alice")
+        inbox = self.path("alice", "inbox")
+        for name in ("a", "tree/b", "late.part", "tree/c.part"):
+            path = os.path.join(inbox, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_bytes(path, b"abc")
+        os.symlink(self.path("alice", "cert"), os.path.join(inbox, "way"))
+        os.makedirs(self.path("alice", "cert", "inbox"))
+        write_bytes(self.path("alice", "cert", "inbox", "x"), b"x")
+        plan, refused = self.survey(*(os.path.join(inbox, name) for name in ("a", "tree", "way")))
+        self.assertEqual((refused, plan.files, plan.trees, plan.links), ([], 3, 1, 1))
+        for path in (
+            inbox, self.path("alice"), self.profiles, self.path("alice", "cert"), os.path.join(inbox, "..", "cert"),
+            os.path.join(inbox, "way", "client_key.pem"), os.path.join(inbox, "late.part"),
+            os.path.join(inbox, "way", "inbox", "x"), self.path("alice", "settings.json"),
+        ):  # fmt: skip
+            plan, refused = self.survey(path)
+            self.assertEqual((len(refused), plan.files), (1, 0), path)
+        self.assertIn("/cancel", self.survey(os.path.join(inbox, "late.part"))[1][0])
+        self.assertEqual(self.survey(os.path.join(inbox, "tree", "c.part"))[1], [])
+
+    def test_by_number_in_the_chat(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        _, offer = self.offer(alice, self.source("a b", b"abc"), bob)
+        number = offer["number"]
+        self.assertIn("not here yet", bob.ask_error(f"/shred {number}"))
+        self.assertIn("one of yours", alice.ask_error(f"/shred {number}"))
+        got, _ = self.get(alice, bob, offer)
+        shown = bob.ask(f"/shred {number}")
+        self.assertIn(f"{number} is {got['path']}.", shown["text"])
+        self.assertIn(f"/shred --yes {number}", shown["text"])
+        self.assertTrue(os.path.exists(got["path"]))
+        self.assertEqual(bob.ask(f"/shred --yes {number}")["files"], 1)
+        self.assertEqual(self.held(bob), [])
+        self.assertIn("no file", bob.ask_error(f"/shred {number}"))
+        self.assertEqual(bob.ask_for("files", "/files"), [])
+
+
+class TypedPathsTest(unittest.TestCase):
+    def test_one_way_there_and_back(self):
+        for path in ("a", "a b", "it's", 'say "x"', "back\\slash", "tab\there", " ends ", "日本 語"):
+            quoted = trchat.quoted_path(path)
+            self.assertEqual(trchat.split_paths(quoted), [path])
+            self.assertEqual(trchat.first_path(f"{quoted}  rest of  it"), (path, "rest of  it"))
+        self.assertEqual(trchat.first_path(""), ("", ""))
+        for broken in ("'a b", '"a', "a\\"):
+            self.assertRaises(trchat.ChatError, trchat.first_path, broken)
+
+
+class HideInChatTest(FilesCase):
+    """Pictures that are made, offered and opened in a chat."""
+
+    def setUp(self):
+        super().setUp()
+        patcher = mock.patch.object(trchat, "SCRYPT_LOG_N", 4)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+        self.cover = self.source("my holiday.bmp", bmp_file(161, 120, landscape(161, 120)))
+        self.before = read_bytes(self.cover)
+
+    def tearDown(self):
+        self.assertEqual(read_bytes(self.cover), self.before)
+        super().tearDown()
+
+    def answering(self, person, *texts):
+        """From now on a person answers questions so; what was asked of them."""
+        asked, left = [], list(texts)
+
+        def ask(question):
+            asked.extend((prompt, question.hidden) for prompt in question.prompts)
+            count = len(question.prompts)
+            given = [left.pop(0) for _ in range(min(count, len(left)))]
+            question.answer(given if len(given) == count and all(given) else None)
+
+        person.client.ask_person = ask
+        return asked
+
+    def pictures(self, person):
+        folder = person.paths.file("pictures")
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+    def hide(self, person, words, *receivers):
+        """What the sender is told, and the offer each receiver gets."""
+        hidden = person.ask_for("hidden", f'/hide "{self.cover}"{words}')
+        mine = person.wait_for("offer")
+        return hidden, [r.wait_for("offer", id=mine["id"]) for r in receivers]
+
+    def reveal(self, person, words=""):
+        return person.ask_for("revealed", f"/reveal {words}")
+
+    def test_for_somebody_alone(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        asked = self.answering(alice) + self.answering(bob)
+        hidden, [offer] = self.hide(alice, "  @bob  it's \u2603 at  8", bob)
+        self.assertEqual((hidden["for"], hidden["bytes"], hidden["name"]), ("bob", 14, "my holiday.bmp"))
+        self.assertEqual(set(hidden), {"name", "bytes", "capacity", "quiet", "changed", "for", "warnings"})
+        self.assertEqual((offer["name"], offer["direct"]), ("my holiday.bmp", True))
+        (name,) = self.pictures(alice)
+        kept = os.path.join(alice.paths.file("pictures"), name)
+        self.assertEqual(stat.S_IMODE(os.stat(kept).st_mode), 0o600)
+        self.assertEqual(len(read_bytes(kept)), len(self.before))
+        got, _ = self.get(alice, bob, offer)
+        shown = self.reveal(bob, offer["number"])
+        self.assertEqual(shown, {"kind": "text", "name": None, "size": 14, "path": None, "text": "it's \u2603 at  8"})
+        self.assertIn("for your key (not signed", bob.of("notice")[-1]["text"])
+        self.assertEqual(self.reveal(bob, f'"{got["path"]}"'), shown)
+        self.assertEqual(self.reveal(bob), shown)
+        self.until(lambda: not self.pictures(alice), "the picture goes once it has arrived")
+        self.assertEqual(asked, [])
+
+    def test_for_a_room_by_a_passphrase(self):
+        alice, bob, carol = self.gather(self.serve(), "alice", "bob", "carol")
+        asked = self.answering(alice, "geheim", "geheim")
+        hidden, offers = self.hide(alice, " for you two", bob, carol)
+        self.assertIsNone(hidden["for"])
+        self.assertEqual([is_hidden for _, is_hidden in asked], [True, True])
+        self.get(alice, bob, offers[0])
+        self.assertEqual(len(self.pictures(alice)), 1)
+        self.get(alice, carol, offers[1])
+        self.until(lambda: not self.pictures(alice), "the picture goes once all have it")
+        self.answering(bob, "geheim")
+        self.assertEqual(self.reveal(bob)["text"], "for you two")
+        self.answering(carol, "geheim2")
+        wrong = carol.ask("/reveal")
+        empty = self.source("empty.bmp", self.before)
+        self.answering(carol, "geheim")
+        nothing = carol.ask(f"/reveal {empty}")
+        self.assertEqual((wrong["code"], wrong["text"]), ("locked", nothing["text"]))
+        self.assertNotIn("--mine", wrong["text"])
+        self.assertNotIn(b"geheim", b"".join(map(read_bytes, filter(os.path.isfile, everything_below(self.profiles)))))
+
+    def test_nobody_can_be_asked(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        shown = alice.ask(f'/hide "{self.cover}" text', code="locked")
+        self.assertIn("TRCHAT_PICTURE_PASSPHRASE", shown["text"])
+        self.assertEqual(alice.ask(f'/hide "{self.cover}"')["code"], "usage")
+        with mock.patch.dict(os.environ, TRCHAT_PICTURE_PASSPHRASE="geheim", TRCHAT_PASSPHRASE="my own"):
+            _, [offer] = self.hide(alice, " text", bob)
+            self.get(alice, bob, offer)
+            self.assertEqual(self.reveal(bob)["text"], "text")
+
+    def test_asked_for_and_given_up(self):
+        (alice,) = self.gather(self.serve(), "alice")
+        line = f'/hide "{self.cover}"'
+        for answers, word in (
+            ((), "Given up"), (("text",), "Given up"), (("text", "one"), "Given up"),
+            (("text", "one", "two"), "not the same"), (("", "one", "one"), "Given up"),
+        ):  # fmt: skip
+            asked = self.answering(alice, *answers)
+            self.assertIn(word, alice.ask_error(line))
+            self.assertEqual(asked[0][1], False)
+        self.assertEqual((self.pictures(alice), alice.of("offer")), ([], []))
+        self.answering(alice, "text", "one", "one")
+        self.assertEqual(alice.ask_for("hidden", line)["bytes"], 4)
+
+    def test_a_file(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        plan = self.source("the plan.txt", b"x" * 300)
+        _, [offer] = self.hide(alice, f' --file "{plan}" @bob', bob)
+        self.get(alice, bob, offer)
+        write_bytes(self.inbox(bob, "the plan.txt"), b"mine")
+        shown = self.reveal(bob)
+        self.assertEqual((shown["kind"], shown["name"], shown["size"], shown["text"]), ("file", "the plan.txt", 300, None))
+        self.assertEqual(shown["path"], self.inbox(bob, "the plan (2).txt"))
+        self.assert_same(shown["path"], b"x" * 300)
+        self.assertEqual(stat.S_IMODE(os.stat(shown["path"]).st_mode), 0o600)
+        self.assert_same(self.inbox(bob, "the plan.txt"), b"mine")
+
+    def test_a_name_from_outside_and_a_long_text(self):
+        (alice,) = self.gather(self.serve(), "alice")
+        bitmap, lock = trchat.Bitmap(self.before), trchat.PassphraseLock("geheim")
+        for message, kind, name, path in (
+            (trchat.HiddenMessage("../../cert/client_key.pem", b"evil"), "file", "client_key.pem", "client_key.pem"),
+            (trchat.HiddenMessage("", b"a" * 5000), "text", None, "hidden.txt"),
+        ):  # fmt: skip
+            picture = self.source("other.bmp", trchat.hide(bitmap, message, lock))
+            self.answering(alice, "geheim")
+            with mock.patch.object(trchat, "SHOWN_TEXT_MOST", 4999):
+                shown = self.reveal(alice, picture)
+            self.assertEqual((shown["kind"], shown["name"], shown["text"]), (kind, name, None))
+            self.assertEqual(shown["path"], self.inbox(alice, path))
+            self.assert_same(shown["path"], message.content)
+
+    def test_what_cannot_be(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        self.answering(alice, "geheim")
+        text = self.source("text.bmp", b"hello")
+        _, [offer] = self.hide(alice, " @bob x", bob)
+        damaged = bytearray(trchat.hide(
+            trchat.Bitmap(self.before), trchat.HiddenMessage("", noise(4000)), trchat.PassphraseLock("geheim")
+        ))  # fmt: skip
+        for place in range(20_000, 20_300):  # none of those that never change
+            damaged[place] ^= 1
+        damaged = self.source("damaged.bmp", bytes(damaged))
+        for line, code, word in (
+            ("/hide", "usage", "/hide [@NAME"), ('/hide "x', "usage", "quote"), ("/hide @bob", "usage", "/hide"),
+            ("/hide none.bmp x", "storage", "none.bmp"), (f"/hide {text} x", "usage", "no BMP"),
+            (f'/hide @nobody "{self.cover}" x', "no-such-person", "nobody"),
+            (f'/hide "#den" "{self.cover}" x', "usage", "not in #den"),
+            (f'/hide "{self.cover}" --file none.txt @bob', "storage", "none.txt"),
+            (f'/hide "{self.cover}" --file {text} more', "usage", "not both"),
+            (f'/hide @bob "{self.cover}" ' + noise(9000).hex(), "too-large", "too few"),
+            ("/reveal", "usage", "No picture"), ("/reveal f9", "usage", "f9"), ("/reveal a b", "usage", "One picture"),
+            (f"/reveal {offer['number']}", "usage", "one of yours"), (f"/reveal {text}", "usage", "no BMP"),
+            (f"/reveal {damaged}", "protocol", "damaged"),
+        ):  # fmt: skip
+            with self.subTest(line[:40]):
+                error = alice.ask_error(line, code=code)
+                self.assertIn(word, error)
+        self.assertIn("/get", bob.ask_error(f"/reveal {offer['number']}"))
+        alice.ask("/block bob")
+        self.assertIn("blocked", alice.ask_error(f'/hide @bob "{self.cover}" x', code="denied"))
+
+    def held(self):
+        """Has reading a picture wait until the event is set; (it waits, event)."""
+        waits, free, real = threading.Event(), threading.Event(), trchat.read_chosen
+
+        def wait(path, most):
+            waits.set()
+            self.assertTrue(free.wait(PATIENCE))
+            return real(path, most)
+
+        patcher = mock.patch.object(trchat, "read_chosen", wait)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+        self.addCleanup(free.set)
+        return waits, free
+
+    def test_the_chat_goes_on_meanwhile(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        waits, free = self.held()
+        alice.type(f'/hide @bob "{self.cover}" x')
+        self.assertTrue(waits.wait(PATIENCE))
+        alice.ask("/names", room="lobby")
+        self.assertIn("already", alice.ask_error(f'/reveal "{self.cover}"'))
+        free.set()
+        bob.wait_for("offer")
+
+    def test_the_end_of_a_script_waits_for_it(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        waits, free = self.held()
+        alice.type(f'/hide @bob "{self.cover}" x')
+        self.assertTrue(waits.wait(PATIENCE))
+        alice.client.leave("eof")
+        alice.barrier()
+        free.set()
+        bob.wait_for("offer")
+        alice.wait_until(lambda _: alice.of("closed"), "the end")
+
+    def test_leaving_in_between_is_said(self):
+        alice, _ = self.gather(self.serve(), "alice", "bob")
+        waits, free = self.held()
+        alice.type(f'/hide @bob "{self.cover}" x')
+        self.assertTrue(waits.wait(PATIENCE))
+        alice.leave("interrupted")
+        self.assertTrue(alice.of("notice", text="The picture was not finished: nothing was sent or revealed."))
+        free.set()
+
+    def test_a_picture_goes_with_its_offer(self):
+        relay = self.serve()
+        alice, bob = self.gather(relay, "alice", "bob")
+        _, [offer] = self.hide(alice, " @bob one", bob)
+        alice.type("/cancel f1")
+        self.until(lambda: not self.pictures(alice), "what is taken back goes")
+        _, [offer] = self.hide(alice, " @bob two", bob)
+        bob.type(f"/cancel {offer['number']}")
+        self.until(lambda: not self.pictures(alice), "what is refused goes")
+        _, [offer] = self.hide(alice, " @bob three", bob)
+        (kept,) = self.pictures(alice)
+        alice.barrier()
+        alice.leave()
+        write_bytes(os.path.join(alice.paths.file("pictures"), "lost.bmp"), b"x")
+        alice = self.enter("alice", relay)
+        self.assertEqual(self.pictures(alice), [kept])
+        self.get(alice, bob, offer)
+        self.assertEqual(self.reveal(bob)["text"], "three")
+
+    def test_where_a_line_has_what(self):
+        for line, found in (
+            ("c.bmp", ("", "c.bmp", None, None)), ("c.bmp  a  'b", ("", "c.bmp", None, "a  'b")),
+            ('"my c.bmp" x', ("", "my c.bmp", None, "x")), ("@bob c.bmp @all x", ("@bob", "c.bmp", None, "@all x")),
+            ("c.bmp #den x", ("#den", "c.bmp", None, "x")), ("c.bmp --file 'a b'", ("", "c.bmp", "a b", None)),
+            ("--file a c.bmp @bob", ("@bob", "c.bmp", "a", None)), ("@bob --file a c.bmp", ("@bob", "c.bmp", "a", None)),
+            ("c.bmp x --file y", ("", "c.bmp", None, "x --file y")),
+        ):  # fmt: skip
+            self.assertEqual(trchat._hide_words(line), found, line)
+
+    def test_keys_that_are_dropped_end_it(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        asked = threading.Event()
+        alice.client.ask_person = lambda question: asked.set()
+        alice.type(f'/hide "{self.cover}" x')
+        self.assertTrue(asked.wait(PATIENCE))
+        self.owner(alice, alice.client.picture.stop)
+        self.until(lambda: alice.client.picture is None, "its end")
+        self.assertEqual((self.pictures(alice), alice.of("error")), ([], []))
+
+
+class HideAtATerminalTest(KeptTest):
+    window, open = TerminalFaceTest.window, ChatWindowTest.open
+
+    def setUp(self):
+        super().setUp()
+        self.windows = []
+        self.relay = self.serve()
+
+    def tearDown(self):
+        for window in self.windows:
+            window.end()
+            self.assertNotIn("Traceback", window.text())
+        super().tearDown()
+
+    def test_a_room_and_its_passphrase(self):
+        cover = os.path.join(self.base, "a cover.bmp")
+        write_bytes(cover, bmp_file(161, 120, landscape(161, 120)))
+        alice, bob = self.open("alice", columns=100), self.open("bob", columns=100)
+        alice.see("joined #lobby")
+        alice.press(f'/hide "{cover}"\r')
+        alice.see("Text to hide")
+        alice.press("half a line of text\r")
+        alice.see_last("Passphrase for the picture (Enter gives up):")
+        alice.press("geheim\r")
+        alice.see_last("The same again:")
+        alice.press("geheim\r")
+        alice.see("Give away only the new picture")
+        alice.press("typed")
+        bob.see("offers a cover.bmp")
+        bob.line("/get")
+        bob.see("/reveal f1 shows what may be hidden in it")
+        bob.press("half")
+        bob.press("\x15/reveal\r")
+        bob.see("Passphrase of the picture")
+        bob.press("\x03")
+        bob.see("Given up")
+        bob.line("/reveal f1")
+        bob.see_last("Passphrase of the picture (Enter gives up):")
+        bob.press("geheim\r")
+        bob.see("a cover.bmp holds a text:")
+        bob.see("  half a line of text")
+        alice.press("\x15\x1b[A")
+        alice.see_last(f'#lobby > /hide "{cover}"')
+        for window in (alice, bob):
+            self.assertNotIn(b"geheim", window.raw)
 
 
 class FileProcessTest(EndToEnd):

@@ -54,65 +54,69 @@ or thread: bytes in, events out) and each uses only parts above itself:
  38. Security events *
  39. Alert mails *
  40. Settings and paths
- 41. Events and threads
- 42. Dependencies
- 43. Vault
- 44. Rooted folders
- 45. SFTP client
- 46. Files through SFTP
- 47. Mounts and disks
- 48. What to shred
- 49. Shredding
- 50. History and outbox
- 51. Contacts
- 52. Transfers on record
- 53. Backing up and restoring
- 54. SOCKS5
- 55. Network
- 56. Port mapping
- 57. A mapped port, and addresses
- 58. Tunnels
- 59. Tunnels through ngrok
- 60. Tunnels through ssh and tor
- 61. Runs of sftp
- 62. Files on SFTP servers
- 63. Sending mail
- 64. Alerts
- 65. Security log
- 66. Connections of a server
- 67. Relay server
- 68. Where to connect
- 69. Channels
- 70. Connections
- 71. Records of a chat
- 72. Files on their way
- 73. Shared folders
- 74. Files by way of a server
- 75. Offers of others
- 76. File desk
- 77. Locking
- 78. Chat client
- 79. Commands
- 80. Chat commands: talking and rooms
- 81. Chat commands: people and servers
- 82. Chat commands: files
- 83. Chat commands: records
- 84. Console commands
- 85. Terminal input
- 86. Terminal
- 87. Words for events
- 88. Faces: terminal and JSON lines
- 89. Activities
- 90. Chatting directly
- 91. SFTP for other programs
- 92. Demonstration
- 93. Session
- 94. Shell commands
- 95. Hidden messages in the shell
- 96. Backups in the shell
- 97. Alerts in the shell
- 98. Command line
- 99. Menu and door
+ 41. Typed paths
+ 42. Events and threads
+ 43. Dependencies
+ 44. Vault
+ 45. Rooted folders
+ 46. SFTP client
+ 47. Files through SFTP
+ 48. Hidden messages on disk
+ 49. Mounts and disks
+ 50. What to shred
+ 51. Shredding
+ 52. History and outbox
+ 53. Contacts
+ 54. Transfers on record
+ 55. Backing up and restoring
+ 56. SOCKS5
+ 57. Network
+ 58. Port mapping
+ 59. A mapped port, and addresses
+ 60. Tunnels
+ 61. Tunnels through ngrok
+ 62. Tunnels through ssh and tor
+ 63. Runs of sftp
+ 64. Files on SFTP servers
+ 65. Sending mail
+ 66. Alerts
+ 67. Security log
+ 68. Connections of a server
+ 69. Relay server
+ 70. Where to connect
+ 71. Channels
+ 72. Connections
+ 73. Records of a chat
+ 74. Files on their way
+ 75. Shared folders
+ 76. Files by way of a server
+ 77. Offers of others
+ 78. File desk
+ 79. Hidden messages in the chat
+ 80. Locking
+ 81. Chat client
+ 82. Commands
+ 83. Chat commands: talking and rooms
+ 84. Chat commands: people and servers
+ 85. Chat commands: files
+ 86. Chat commands: records
+ 87. Chat commands: hidden messages
+ 88. Console commands
+ 89. Terminal input
+ 90. Terminal
+ 91. Words for events
+ 92. Faces: terminal and JSON lines
+ 93. Activities
+ 94. Chatting directly
+ 95. SFTP for other programs
+ 96. Demonstration
+ 97. Session
+ 98. Shell commands
+ 99. Hidden messages in the shell
+100. Backups in the shell
+101. Alerts in the shell
+102. Command line
+103. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -1217,7 +1221,8 @@ NO_EPOCH = NO_ONE = bytes(32)
 MAX_EPOCH = 1 << 63
 TOPIC_MOST = 300  # characters
 LIFETIME_MOST = 366 * 86400  # seconds after which a message disappears
-OPEN, ASK, CONTACTS_ONLY = LOCKS = range(3)  # whom of the newcomers a room lets in
+LOCKS = range(3)  # whom of the newcomers a room lets in; 1: those whom its admin is asked about
+OPEN, CONTACTS_ONLY = LOCKS[0], LOCKS[2]
 EARLY_MOST = 4 << 20  # bytes of messages kept until their epoch's announcement comes
 
 
@@ -9782,6 +9787,7 @@ argparse = Lazy("argparse")
 ctypes = Lazy("ctypes")
 fcntl = Lazy("fcntl")
 getpass = Lazy("getpass")
+io = Lazy("io")
 json = Lazy("json")
 metadata = Lazy("importlib.metadata")
 msvcrt = Lazy("msvcrt")
@@ -9809,6 +9815,9 @@ def home_folder(given: str | None = None) -> str:
     if not chosen:
         chosen = portable if os.path.isdir(portable) else os.path.expanduser("~/.trchat")
     return os.path.abspath(chosen)
+
+
+INBOX = "inbox"  # the folder of a profile for what has come
 
 
 class NoSecurityLog:
@@ -9877,7 +9886,7 @@ def make_private_folder(folder: str) -> None:
         raise storage_error("Making", folder, error) from None
 
 
-def write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes | bytearray) -> None:
     """Replaces a file by `data`, readable by its owner only; ends with the old or the new whole."""
     folder, name = os.path.split(path)
     temporary = ""
@@ -10103,7 +10112,53 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 41. Events and threads | uses 2, 38, 40
+# Part 41. Typed paths | uses 1, 40
+#
+# Paths in a line that somebody types: one with spaces stands in quotes, wherever a path may stand.
+# ==================================================================================================
+
+
+def split_paths(text: str) -> list:
+    """The words of a line; quotes hold a path with spaces together, on POSIX a backslash does."""
+    try:
+        return list(_path_lexer(io.StringIO(text)))
+    except ValueError:
+        raise _open_quote() from None
+
+
+def _path_lexer(reader):
+    words = shlex.shlex(reader, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    words.escape = "" if os.name == "nt" else "\\"
+    return words
+
+
+def _open_quote() -> ChatError:
+    return ChatError("A quote is not closed.", 'Write /file "my photo.jpg".')
+
+
+def first_path(text: str) -> tuple:
+    """(the first word of a line, as split_paths reads it; what follows it)."""
+    reader = io.StringIO(text)
+    words = _path_lexer(reader)
+    try:
+        word = words.get_token()
+    except ValueError:
+        raise _open_quote() from None
+    return word or "", reader.read().lstrip()
+
+
+def quoted_path(path: str) -> str:
+    """A path as split_paths reads it."""
+    if not any(char in path for char in " \t\r\n'\"\\"):
+        return path
+    if os.name != "nt":
+        path = path.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{path}"'
+
+
+# ==================================================================================================
+# Part 42. Events and threads | uses 2, 38, 40
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -10112,6 +10167,17 @@ class ServerList:
 
 
 EVENTS_MOST = 100_000
+
+
+class Question(Record):
+    """Lines to be asked for in place, one after the other; `answer` gets their texts.
+
+    It gets None if nobody wants to say: at an empty line, Ctrl-C or Ctrl-D.
+    """
+
+    prompts: list
+    answer: Any
+    hidden: bool
 
 
 def spawn(name: str, routine, *args):
@@ -10224,7 +10290,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 42. Dependencies | uses 1, 40
+# Part 43. Dependencies | uses 1, 40
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -10585,7 +10651,7 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 43. Vault | uses 1-4, 30, 38, 40
+# Part 44. Vault | uses 1-4, 30, 38, 40
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -10719,17 +10785,15 @@ class KeyPair:
             pem = key.private_bytes(_serialization.Encoding.PEM, *form)
         (write or replace_secret)(self.key_path, pem)
 
-    def fingerprint(self) -> str | None:
-        """That of the certificate, for people; None if there is none."""
-        pem = read_file(self.certificate_path)
-        if pem is None:
-            return None
-        return fingerprint_text(certificate_fingerprint(self._certificate_der(pem)))
-
     def certificate_pem(self) -> str:
         pem = read_file(self.certificate_path) or b""
         self._certificate_der(pem)
         return pem.decode("ascii", "replace")
+
+    def fingerprint(self) -> bytes | None:
+        """That of its certificate, if there is one."""
+        pem = read_file(self.certificate_path)
+        return None if pem is None else certificate_fingerprint(self._certificate_der(pem))
 
     def sealed(self) -> bool:
         return is_sealed(read_file(self.key_path) or b"")
@@ -10969,7 +11033,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 44. Rooted folders | uses 1, 2, 24-26, 40
+# Part 45. Rooted folders | uses 1, 2, 24-26, 40
 #
 # A folder of this computer as an SFTP server shows it, with no way out. A path is walked name by
 # name, each opened in the folder before it and never through a link, so that it does not help to
@@ -11421,7 +11485,7 @@ def free_name(folder_path: str, name: str) -> str:
 
 
 # ==================================================================================================
-# Part 45. SFTP client | uses 1, 2, 24, 27, 40
+# Part 46. SFTP client | uses 1, 2, 24, 27, 40
 #
 # Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
 # than a window of a file is in memory, and its hash is made in the same pass.
@@ -11675,7 +11739,7 @@ def changed_meanwhile(path: str, done: str) -> ChatError:
 
 
 # ==================================================================================================
-# Part 46. Files through SFTP | uses 1, 2, 24, 26, 27, 40, 45
+# Part 47. Files through SFTP | uses 1, 2, 24, 26, 27, 40, 46
 #
 # Whole files and folders. A file grows under a name ending in .part and gets its own when it is
 # whole and on the disk; what an interruption left there is compared with the original before the
@@ -12068,7 +12132,81 @@ def _received_before(client, remote: str, path: str, size) -> Transferred | None
 
 
 # ==================================================================================================
-# Part 47. Mounts and disks | uses 2, 40
+# Part 48. Hidden messages on disk | uses 1, 2, 26, 32, 40
+#
+# Which files are read to hide something and where results go, for the shell and the chat. Nothing
+# here ever overwrites a file.
+# ==================================================================================================
+
+LARGE_PICTURE = 30_000_000  # samples: it takes more than a second
+NOT_GOOD = "this picture is not a good one."
+KEEP_SECRET = "Give away only the new picture: whoever has both sees the difference."
+
+
+def room_words(layout: Layout) -> str:
+    """How much a picture holds, as the end of a sentence about it."""
+    quiet = (
+        f"up to {layout.quiet:,} are hard to notice" if layout.quiet > 0 else "any can be noticed"
+    )
+    return f"has room for {layout.capacity:,} bytes, more of what compresses; {quiet}"
+
+
+def share_warning(share: float) -> list:
+    if share <= QUIET_SHARE:
+        return []
+    how = "easily notice" if share > LOUD_SHARE else "notice"
+    return [f"Programs may {how} a change of {share:.1%}; a larger picture hides it better."]
+
+
+def file_to_hide(path: str) -> HiddenMessage:
+    name = safe_file_name(os.path.basename(os.path.abspath(path)))
+    return HiddenMessage(name, read_chosen(path, MESSAGE_MOST))
+
+
+def read_chosen(path: str, most: int) -> bytes:
+    """A file that somebody named; ChatError `storage` or `too-large` if it cannot be taken."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its name is not valid"
+        text = f"{one_line(path)} cannot be read: {reason}."
+        raise ChatError(text, "Check its name, and who may read it.", "storage") from None
+    if len(data) > most:
+        text = f"{one_line(path)} has more than {most >> 20} MiB."
+        raise ChatError(text, "Take a smaller one.", "too-large")
+    return data
+
+
+def name_taken(path: str) -> ChatError:
+    hint = "Take another name: nothing is ever overwritten."
+    return ChatError(f"{one_line(path)} is there already.", hint, "storage")
+
+
+def write_new(path: str, data: bytes | bytearray, mode: int) -> None:
+    """A file that was not there before, whole or not at all."""
+    made = False
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(path, flags, mode), "wb") as file:
+            made = True
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise name_taken(path) from None
+    except (OSError, ValueError) as error:
+        if made:
+            os.unlink(path)
+        reason = getattr(error, "strerror", None) or "its name is not valid"
+        text = f"Writing {one_line(path)} failed: {reason}."
+        raise ChatError(text, "Check its folder, and the space there.", "storage") from None
+
+
+# ==================================================================================================
+# Part 49. Mounts and disks | uses 2, 40
 #
 # On what a path lies, and whether overwriting a file there reaches the place where it was. What is
 # not known for sure is called unknown: that is the honest answer for most disks of today.
@@ -12271,7 +12409,7 @@ def _windows_medium(path: str) -> Medium:
 
 
 # ==================================================================================================
-# Part 48. What to shred | uses 1, 2, 16, 40, 44, 47
+# Part 50. What to shred | uses 1, 2, 16, 26, 40, 45, 49
 #
 # First a survey that changes nothing: what there is under some names, what of it is refused and
 # why. What it found is known again by device and inode: a link or another file that is swapped in
@@ -12485,8 +12623,7 @@ class ShredPlan:
         folder, name = _split_path(path)
         if not name:
             raise OSError(errno.EBUSY, "a whole drive is never shredded")
-        if any(_key(os.stat(above)) == self._own for above in _ancestors(folder)):
-            raise OSError(errno.EBUSY, INSIDE_OWN)
+        _check_own(folder, name, self._own)
         top = self._top(folder)
         with OpenFolder(top) as place:
             info = place.lstat(name)
@@ -12586,7 +12723,20 @@ class ShredPlan:
         return None
 
 
-INSIDE_OWN = "it belongs to trchat: /wipe in the chat destroys a profile; move other files out"
+INSIDE_OWN = "it belongs to trchat: only files in an inbox are shredded, /wipe destroys a profile"
+
+
+def _check_own(folder: str, name: str, own: tuple | None) -> None:
+    """OSError for a name in trchat's folder; but what has come into an inbox there is like other
+    files. `folder` is a real path, so that no link leads out of an inbox."""
+    above = _ancestors(folder)
+    depth = next((d for d, path in enumerate(above) if _key(os.stat(path)) == own), None)
+    if depth is None:
+        return
+    if depth < 2 or os.path.basename(above[depth - 2]) != INBOX:
+        raise OSError(errno.EBUSY, INSIDE_OWN)
+    if depth == 2 and name.endswith(PART_ENDING):
+        raise OSError(errno.EBUSY, "it is still coming: /cancel in the chat gives it up")
 
 
 def _guarded_folders(home: str) -> tuple:
@@ -12711,7 +12861,7 @@ def _names(paths: list) -> str:
 
 
 # ==================================================================================================
-# Part 49. Shredding | uses 2, 3, 16, 40, 41, 48
+# Part 51. Shredding | uses 2, 3, 16, 40, 42, 50
 #
 # What a survey found is overwritten with the keystream of AES-256 in counter mode, whose key is
 # drawn for each file and forgotten, then emptied, renamed at random and removed; the disk is synced
@@ -13034,7 +13184,7 @@ def shred_words(done: int, total: int) -> str:
 
 
 # ==================================================================================================
-# Part 50. History and outbox | uses 1-3, 28, 40, 41
+# Part 52. History and outbox | uses 1-3, 28, 40, 42
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -13514,7 +13664,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 51. Contacts | uses 1-4, 6, 40
+# Part 53. Contacts | uses 1-4, 6, 40
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -13955,7 +14105,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 52. Transfers on record | uses 1, 2, 28, 40
+# Part 54. Transfers on record | uses 1, 2, 28, 40
 #
 # What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
 # a transfer by a number, `f3`, programs by the id of the message that offered it.
@@ -13972,6 +14122,8 @@ class Transfer(Record):
     `peers`: fingerprint (hex) -> name of those it was offered to, or of whoever offered it; `done`:
     those of them who have it. `path`: the file that is sent, or where what comes is put: its
     partial beside it ends in `.part`. `stamp`: what the file looked like when it was offered.
+    `sha256` (hex): of all of it, once that is known; `final`: the name that a partial is about to
+    get, which is noted before, so that after a crash it is not fetched again.
     """
 
     id: str
@@ -13988,6 +14140,8 @@ class Transfer(Record):
     reference: str
     created: float
     state: str
+    sha256: str = ""
+    final: str = ""
 
     @property
     def handle(self) -> str:
@@ -14002,7 +14156,7 @@ class Transfer(Record):
 TRANSFER_KINDS = {
     "id": str, "number": int, "own": bool, "name": str, "size": int, "files": int, "room": str,
     "peers": dict, "done": list, "path": str, "stamp": list, "reference": str, "created": float,
-    "state": str,
+    "state": str, "sha256": str, "final": str,
 }  # fmt: skip
 
 
@@ -14022,6 +14176,7 @@ class TransferBook:
         try:
             held = parse_json(open_box(self._key, b"transfers", data), self._path, dict)
             for entry in held["transfers"]:
+                entry = {"sha256": "", "final": "", **entry}  # an older trchat knew neither
                 if any(type(entry[key]) is not kind for key, kind in TRANSFER_KINDS.items()):
                     raise ValueError
                 transfer = Transfer(**entry)
@@ -14080,7 +14235,7 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 53. Backing up and restoring | uses 1, 2, 26, 29, 30, 40, 43, 44, 50
+# Part 55. Backing up and restoring | uses 1, 2, 26, 29, 30, 40, 44, 45, 52
 #
 # Reads and writes backups block by block, so that memory stays small. A backup appears under its
 # name when it is whole; a profile is unpacked beside the others and gets its name at the end.
@@ -14435,7 +14590,7 @@ def _remove_unpacked(home: str) -> None:
 
 
 # ==================================================================================================
-# Part 54. SOCKS5 | uses 1, 2, 4, 40
+# Part 56. SOCKS5 | uses 1, 2, 4, 40
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -14519,7 +14674,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 55. Network | uses 1-4, 40, 43, 54
+# Part 57. Network | uses 1-4, 40, 44, 56
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -14788,7 +14943,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 56. Port mapping | uses 1-3, 9, 10, 40, 41, 55
+# Part 58. Port mapping | uses 1-3, 9, 10, 40, 42, 57
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -15254,7 +15409,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 57. A mapped port, and addresses | uses 1-4, 9, 10, 40, 41, 55, 56
+# Part 59. A mapped port, and addresses | uses 1-4, 9, 10, 40, 42, 57, 58
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -15613,7 +15768,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 58. Tunnels | uses 1, 2, 40, 41
+# Part 60. Tunnels | uses 1, 2, 40, 42
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -16008,7 +16163,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 59. Tunnels through ngrok | uses 2, 3, 40, 58
+# Part 61. Tunnels through ngrok | uses 2, 3, 40, 60
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -16255,7 +16410,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 60. Tunnels through ssh and tor | uses 1-4, 40, 41, 58, 59
+# Part 62. Tunnels through ssh and tor | uses 1-4, 40, 42, 60, 61
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -16611,7 +16766,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 61. Runs of sftp | uses 1-3, 29, 40, 58, 60
+# Part 63. Runs of sftp | uses 1-3, 29, 40, 60, 62
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -16882,7 +17037,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 62. Files on SFTP servers | uses 1, 2, 26, 29, 40, 46, 50, 61
+# Part 64. Files on SFTP servers | uses 1, 2, 26, 29, 40, 47, 52, 63
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -17194,7 +17349,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 63. Sending mail | uses 1, 2, 40, 41
+# Part 65. Sending mail | uses 1, 2, 40, 42
 #
 # One mail to one server (SMTP, RFC 5321), with a deadline over all of it, and what its refusals
 # mean for people. Certificates are always verified, and nothing falls back to a connection without
@@ -17435,7 +17590,7 @@ def _is_login_text(error: Exception) -> bool:
 
 
 # ==================================================================================================
-# Part 64. Alerts | uses 1-3, 28, 39-41, 43, 63
+# Part 66. Alerts | uses 1-3, 28, 39, 40, 42, 44, 65
 #
 # E-mail alerts of a profile. `alerts/settings.json` holds which kinds are mailed, and a box with
 # the rest, whose key is sealed twice: for one's identity and for the key of the server, so that
@@ -17678,7 +17833,7 @@ def _add_all(alerts: AlertQueue, entries: list, now: float) -> None:
 
 
 # ==================================================================================================
-# Part 65. Security log | uses 1, 2, 38, 40, 41, 50, 64
+# Part 67. Security log | uses 1, 2, 38, 40, 42, 52, 66
 #
 # logs/security.log of a profile, one JSON object a line, and the way to note what belongs there:
 # `paths.security.note(kind, ...)`, from any thread. Whoever notes never waits and never fails.
@@ -17871,7 +18026,7 @@ def log_count(rest: str) -> int:
 
 
 # ==================================================================================================
-# Part 66. Connections of a server | uses 1, 40
+# Part 68. Connections of a server | uses 1, 40
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -17975,7 +18130,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 67. Relay server | uses 1, 2, 8, 40, 41, 43, 55, 66
+# Part 69. Relay server | uses 1, 2, 8, 40, 42, 44, 57, 68
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -18463,7 +18618,7 @@ def _request_event(kind: str, bundle: Any) -> dict:
 
 
 # ==================================================================================================
-# Part 68. Where to connect | uses 1, 2, 4, 9, 40, 41, 55
+# Part 70. Where to connect | uses 1, 2, 4, 9, 40, 42, 57
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -18550,11 +18705,16 @@ def login_name() -> str:
         return "guest"
 
 
+def usual_name(preferred: str, saved) -> str:
+    """What somebody is called who does not say: as last time on that server, or as always."""
+    last = saved.get("nickname") if saved else ""
+    return last or preferred or login_name()
+
+
 def choose_name(machine: ClientMachine, wanted: str, preferred: str, saved) -> None:
     """The name given, else the last one on this server, the settings' or the login name; only
     the latter make way for one like it."""
-    last = saved.get("nickname") if saved else ""
-    machine.name = check_name(wanted or last or preferred or login_name())
+    machine.name = check_name(wanted or usual_name(preferred, saved))
     if not wanted:
         machine.spare_names = [f"{machine.name[:28]}{i}" for i in range(2, 10)]
 
@@ -18603,7 +18763,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 69. Channels | uses 1, 2, 40
+# Part 71. Channels | uses 1, 2, 40
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -18717,7 +18877,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 70. Connections | uses 1, 3, 40, 41, 55, 67-69
+# Part 72. Connections | uses 1, 3, 40, 42, 57, 69-71
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -18975,7 +19135,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 71. Records of a chat | uses 1, 2, 8, 16, 17, 28, 33, 40, 43, 50-52
+# Part 73. Records of a chat | uses 1, 2, 8, 16, 17, 28, 33, 40, 44, 52-54
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -19377,7 +19537,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 72. Files on their way | uses 1-3, 24-26, 40, 44-46
+# Part 74. Files on their way | uses 1-3, 24-26, 40, 45-47
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -19737,8 +19897,11 @@ def _answer_all(channel: Channel, machine: SftpServerMachine) -> None:
     channel.send(b"".join(replies))
 
 
-def finish_content(run: Running, expected: bytes) -> str:
-    """Compares what came with its SHA-256 and gives it its name; the path. ChatError if false."""
+def finish_content(run: Running, expected: bytes, note) -> str:
+    """Compares what came with its SHA-256 and gives it its name; the path. ChatError if false.
+
+    `note(run, path)` is called before the renaming.
+    """
     transfer, part = run.transfer, run.transfer.path + PART_ENDING
     try:
         if transfer.files:
@@ -19753,10 +19916,23 @@ def finish_content(run: Running, expected: bytes) -> str:
         if os.path.lexists(path):
             folder = os.path.dirname(path)
             path = os.path.join(folder, free_name(folder, transfer.name))
+        note(run, path)
         rename_free(part, path)
         return path
     except OSError as error:
         raise storage_error("Renaming", part, error) from None
+
+
+def is_finished(transfer: Transfer) -> bool:
+    """Whether what came has got its last name already, and is what was sent."""
+    path = transfer.final
+    try:
+        if transfer.files:
+            return os.path.isdir(path) and hash_tree(path).hex() == transfer.sha256
+        fits = os.path.isfile(path) and os.path.getsize(path) == transfer.size
+        return fits and hash_file(path).hex() == transfer.sha256
+    except OSError:
+        return False
 
 
 def hash_file(path: str) -> bytes:
@@ -19778,15 +19954,18 @@ def hash_tree(path: str) -> bytes:
 
 
 def remove_part(part: str) -> None:
-    """Throws away what came, if it is still there."""
+    """Throws away what came, if it is still there; Windows leaves what is still open."""
     if os.path.isdir(part):
         shutil.rmtree(part, ignore_errors=True)
-    elif os.path.exists(part):
+        return
+    try:
         os.unlink(part)
+    except OSError:
+        pass
 
 
 # ==================================================================================================
-# Part 73. Shared folders | uses 1-3, 8, 16, 24, 26, 40, 41, 44-46, 52, 72
+# Part 75. Shared folders | uses 1-3, 8, 16, 24, 26, 40-42, 45-47, 54, 74
 #
 # Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
 # look is a stream and a thread of its own.
@@ -19986,7 +20165,7 @@ class Shares:
             is_folder = stat.S_ISDIR(entry.attributes.permissions or 0)
             size = entry.attributes.size or 0
             rows.append({"name": entry.name, "size": size, "folder": is_folder})
-            shown = one_line(entry.name) + ("/" if is_folder else "")
+            shown = quoted_path(one_line(entry.name) + ("/" if is_folder else ""))
             lines.append(shown if is_folder else f"{shown}  {size_words(size)}")
         where = f"{name}:{path}"
         text = "\n".join([f"{where} holds {len(rows)} names.", *lines])
@@ -20045,7 +20224,7 @@ class Shares:
 
 
 # ==================================================================================================
-# Part 74. Files by way of a server | uses 1-3, 26, 29, 40, 41, 46, 52, 62, 72
+# Part 76. Files by way of a server | uses 1-3, 26, 29, 40, 42, 47, 54, 64, 74
 #
 # For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
 # offer carries what is needed to fetch and open it.
@@ -20117,6 +20296,7 @@ class ByServer:
             watch = functools.partial(self._watch, run)
             download_sealed(self._paths, reference, part, watch, accept_key)
             run.sha256 = reference.sha256
+            self._desk.receiver.note_final(run, path)
             rename_free(part, path)
         except OSError as error:
             self._desk.post(
@@ -20131,7 +20311,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 75. Offers of others | uses 1, 8, 26, 29, 40, 41, 44, 46, 52, 69, 72, 73
+# Part 77. Offers of others | uses 1, 8, 26, 29, 40, 42, 45, 47, 54, 71, 73-75
 #
 # What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
@@ -20185,6 +20365,9 @@ class FileReceiver:
         """Takes an offer, or goes on with it."""
         fingerprint, name = transfer.peer()
         if not transfer.path or not os.path.lexists(transfer.path + PART_ENDING):
+            if transfer.final:
+                spawn("check file", self._routine_recognize, transfer, accept_key)
+                return
             self._make_room(transfer)  # also if what had come was moved away
         transfer.state = WANTED
         self._book.save()
@@ -20199,9 +20382,35 @@ class FileReceiver:
         else:
             self._desk.tell(fingerprint, WANT, transfer)
 
+    def _routine_recognize(self, transfer: Transfer, accept_key: str) -> None:
+        self._desk.post(self._recognized, transfer, is_finished(transfer), accept_key)
+
+    def _recognized(self, transfer: Transfer, finished: bool, accept_key: str) -> None:
+        """It may be here under its last name: whoever noted that did not come to say so."""
+        if transfer.state == ENDED:
+            return
+        sha256, path, transfer.final = bytes.fromhex(transfer.sha256), transfer.final, ""
+        if finished:
+            run = self._desk.start(transfer, *transfer.peer())
+            run.sha256 = sha256
+            self.received(run, path)
+        else:
+            self.want(transfer, accept_key)
+
+    def note_final(self, run: Running, path: str) -> None:
+        """In a transfer's thread: before it gets its last name, that is on record."""
+        written = threading.Event()
+        self._desk.post(self._save_final, run, path, written)
+        written.wait(STORE_SECONDS)
+
+    def _save_final(self, run: Running, path: str, written) -> None:
+        run.transfer.sha256, run.transfer.final = run.sha256.hex(), path
+        self._book.save()
+        self._profile.save(written.set)
+
     def _make_room(self, transfer: Transfer) -> None:
         """A partial in the inbox, if the disk has room for all of it."""
-        inbox = self._profile.paths.file("inbox")
+        inbox = self._profile.paths.file(INBOX)
         make_private_folder(inbox)
         check_space((inbox, transfer.size))
         transfer.path = os.path.join(inbox, free_name(inbox, transfer.name))
@@ -20264,7 +20473,7 @@ class FileReceiver:
     def _routine_check(self, run: Running, expected: bytes) -> None:
         run.ended.wait()
         try:
-            path = finish_content(run, expected)
+            path = finish_content(run, expected, self.note_final)
         except ChatError as error:
             self._desk.post(self._receiving_failed, run, error)
             return
@@ -20309,7 +20518,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 76. File desk | uses 1, 2, 8, 16, 26, 29, 41, 52, 69, 72-75
+# Part 78. File desk | uses 1, 2, 8, 16, 26, 29, 40, 42, 54, 71, 74-77
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -20317,6 +20526,7 @@ class FileReceiver:
 
 # Transfers of ours on their way at a time, to one person and to all; others wait for their turn.
 RUNNING_EACH, RUNNING_MOST = 4, 64
+PICTURES = "pictures"  # the folder of a profile for pictures with something hidden in them
 
 
 class FileDesk:
@@ -20324,6 +20534,7 @@ class FileDesk:
 
     def __init__(self, chat, profile):
         self._chat, self._profile = chat, profile
+        self.pictures = profile.paths.file(PICTURES)
         self.book: TransferBook = profile.transfers
         self.shares = Shares(self, chat, profile)
         self.by_server = ByServer(self, chat, profile.paths)
@@ -20411,12 +20622,47 @@ class FileDesk:
     def end(self, transfer: Transfer) -> None:
         transfer.state = ENDED
         self.book.save()
+        self._clear_picture(transfer)
+
+    def forget(self, paths: list) -> None:
+        """Of files that had come: they were destroyed."""
+        for transfer in list(self.book.transfers.values()):
+            if not transfer.own and transfer.done and transfer.path in paths:
+                self.book.drop(transfer)
+
+    # Pictures that were made to be offered: each stays as long as its offer
+
+    def offer_picture(self, path: str, measured: tuple, connection, target: str) -> None:
+        """Offers a picture in the profile's folder for them; `measured` as measure() has it."""
+        try:
+            if connection not in self._chat.connections:
+                text = "You are no longer on that server; nothing was sent."
+                raise ChatError(text, "Hide it anew.", "unreachable")
+            self.send_offer(path, measured, connection, target)
+        except ChatError:
+            spawn("clear", self._routine_clear, path, None)
+            raise
+
+    def _is_picture(self, transfer: Transfer) -> bool:
+        return transfer.own and os.path.dirname(transfer.path) == self.pictures
+
+    def _clear_picture(self, transfer: Transfer) -> None:
+        if self._is_picture(transfer):
+            spawn("clear", self._routine_clear, transfer.path, None)
+
+    def clear_pictures(self) -> None:
+        """At the start: those whose offers have run out, or were never made."""
+        offered = {transfer.path for transfer in self.book.transfers.values()}
+        for name in os.listdir(self.pictures) if os.path.isdir(self.pictures) else ():
+            path = os.path.join(self.pictures, name)
+            if path not in offered:
+                remove_part(path)
 
     # Offering
 
     def offer(self, path: str, connection, target: str) -> None:
         """Offers a file or a folder to a room ("#room") or a person."""
-        if not path.startswith(self._profile.paths.file("inbox") + os.sep):
+        if not path.startswith(self._profile.paths.file(INBOX) + os.sep):
             check_not_ours(path, self._profile.paths.home)
         spawn("measure", self._routine_measure, path, connection, target)
 
@@ -20473,6 +20719,7 @@ class FileDesk:
         transfer = self.book.transfers.get(event["id"])
         if transfer is not None:
             self.book.drop(transfer)
+            self._clear_picture(transfer)
 
     def _on_undelivered(self, connection, event: dict) -> None:
         """Nobody has heard of an offer of ours."""
@@ -20541,6 +20788,8 @@ class FileDesk:
     def _all_sent(self, run: Running) -> None:
         """It is for the other side to compare it now."""
         if self._is_current(run):
+            run.transfer.sha256 = run.sha256.hex()
+            self.book.save()
             self.tell(run.fingerprint, DONE, run.transfer, run.sha256)
 
     def sending_failed(self, run: Running, error: ChatError) -> None:
@@ -20562,6 +20811,8 @@ class FileDesk:
         """The other side has all of it."""
         fingerprint = event["person"].fingerprint
         run = self.running.get((event["id"].hex(), fingerprint))
+        if run is None:
+            run = self._sent_before(event["id"].hex(), event["person"])
         if run is None or not run.transfer.own or not run.sha256:
             return
         self.dismiss(run)
@@ -20570,10 +20821,27 @@ class FileDesk:
             self.fail(transfer, run.name, "What arrived is not what was sent.")
             return
         transfer.done.append(fingerprint.hex())
-        if not transfer.room:
+        if not transfer.room or self._is_picture(transfer) and self._all_have(transfer):
             self.end(transfer)
         left_out = {"left_out": run.left_out} if run.left_out else {}
         self.publish("file-sent", transfer, run.name, sha256=run.sha256.hex(), **left_out)
+
+    def _sent_before(self, number: str, person) -> Running | None:
+        """Of somebody who has all of it, but was killed before saying so."""
+        transfer = self.book.transfers.get(number)
+        if transfer is None or transfer.state == ENDED or not transfer.sha256:
+            return None
+        key = person.fingerprint.hex()
+        if key not in transfer.peers or key in transfer.done:
+            return None
+        run = Running(transfer, person.fingerprint, person.name, None)
+        run.sha256 = bytes.fromhex(transfer.sha256)
+        return run
+
+    def _all_have(self, transfer: Transfer) -> bool:
+        """Whether all who were offered it have it."""
+        self._note_readers(transfer)
+        return transfer.peers.keys() <= set(transfer.done)
 
     # Taking back, refusing
 
@@ -20647,7 +20915,192 @@ class FileDesk:
 
 
 # ==================================================================================================
-# Part 77. Locking | uses 1, 2, 4, 23, 40, 41, 43, 71
+# Part 79. Hidden messages in the chat | uses 1-3, 26, 31, 32, 40, 42, 45, 47, 48, 74
+#
+# A picture is read, filled, opened and written in a thread of its own, which also waits for what a
+# person is asked. It touches nothing of the chat but its inbox.
+# ==================================================================================================
+
+PICTURE_VARIABLE = "TRCHAT_PICTURE_PASSPHRASE"  # for whoever cannot be asked
+SHOWN_TEXT_MOST = MAX_TEXT  # bytes of a text that is shown; a longer one becomes a file
+PICTURE_HINT = "Check the passphrase, and that it is the very file."
+
+
+class PictureWork:
+    """Hiding or revealing something, in a thread of its own. `job(work)` does it.
+
+    What it gives is handed to `done` in the owner thread of the chat.
+    """
+
+    def __init__(self, chat, job, done):
+        self._chat, self._job, self._done = chat, job, done
+        self._answers: Any = queue.SimpleQueue()
+        self._stopped = False
+
+    def start(self) -> None:
+        spawn("picture", self._routine_work)
+
+    def stop(self) -> None:
+        """The chat ends, or its keys are dropped: nobody is asked any more, or told anything."""
+        self._stopped = True
+        self._answers.put(None)
+
+    def _routine_work(self) -> None:
+        try:
+            outcome = functools.partial(self._done, self._job(self))
+        except Exception as error:  # also a bug of ours: the chat is not to wait for ever
+            if isinstance(error, MemoryError):
+                text = "There is not enough memory for a picture of this size."
+                error = ChatError(text, "Take a smaller one.", "too-large")
+            elif not isinstance(error, ChatError):
+                error = ChatError(internal_error(error), code="protocol")
+            outcome = functools.partial(self._chat.show_error, error)
+        self._chat.inbox.post(self._chat.guarded, self._end, outcome)
+
+    def _end(self, outcome) -> None:
+        self._chat.picture = None
+        if not self._stopped:
+            outcome()
+
+    def say(self, text: str, **fields) -> None:
+        self._chat.inbox.post(functools.partial(self._chat.show_notice, text, **fields))
+
+    def can_ask(self) -> bool:
+        return self._chat.ask_person is not None
+
+    def ask(self, prompts: list, hidden: bool) -> list:
+        """What somebody answers in place; ChatError if nobody does."""
+        self._chat.ask_person(Question(prompts, self._answers.put, hidden))
+        texts = None if self._stopped else self._answers.get()
+        if texts is None:
+            raise ChatError("Given up: nothing was done.", "Write the command again to go on.")
+        return texts
+
+    def ask_passphrase(self, *prompts: str) -> str:
+        """The passphrase of a picture, from a person or the environment."""
+        if not self.can_ask():
+            passphrase = os.environ.get(PICTURE_VARIABLE, "")
+            if not passphrase:
+                text = "A passphrase is needed for the picture."
+                raise ChatError(text, f"Set {PICTURE_VARIABLE} in the environment.", "locked")
+            return passphrase
+        first, *again = self.ask(list(prompts), True)
+        if again not in ([], [first]):
+            raise ChatError("These were not the same.", "Nothing was done; try again.")
+        return first
+
+
+class HideOrder(Record):
+    """What to hide: a file's `path` or a `text`, or None for what is asked for.
+
+    `key` is that of whom it is for (DER SubjectPublicKeyInfo) and `name` what they are called, or
+    both are empty and a passphrase opens it. The picture is put into `folder`.
+    """
+
+    cover: str
+    path: str | None
+    text: str | None
+    key: bytes
+    name: str
+    folder: str
+
+
+def hide_in_chat(order: HideOrder, work: PictureWork) -> tuple:
+    """(path of the new picture, what measure() has of it, what `hidden` tells of it)."""
+    bitmap = Bitmap(read_chosen(order.cover, PICTURE_MOST))
+    layout = Layout(bitmap.count, (ContactLock if order.key else PassphraseLock).wrapped)
+    warnings = warnings_about(bitmap)
+    name = os.path.basename(os.path.abspath(order.cover))
+    lines = [f"{one_line(name)} {room_words(layout)}.", *(f"{NOT_GOOD} {w}" for w in warnings)]
+    work.say("\n".join(lines), capacity=layout.capacity, quiet=layout.quiet, warnings=warnings)
+    message = _message_for(order, work)
+    payload = message.encode()
+    share = layout.share(payload)  # too much is refused before a passphrase is asked for
+    lock = ContactLock(order.key) if order.key else PassphraseLock(_new_passphrase(work))
+    _say_if_large(work, bitmap)
+    data = Carrier(bitmap, lock).hide(payload)
+    path = _put_aside(data, order.folder)
+    hidden = {"bytes": len(message.content), "capacity": layout.capacity, "quiet": layout.quiet,
+              "changed": round(share, 6), "for": order.name if order.key else None,
+              "warnings": [*warnings, *share_warning(share)]}  # fmt: skip
+    return path, (safe_file_name(name), *measure(path)[1:]), hidden
+
+
+def _message_for(order: HideOrder, work: PictureWork) -> HiddenMessage:
+    if order.path is not None:
+        return file_to_hide(order.path)
+    text = order.text
+    if text is None:
+        text = work.ask(["Text to hide (Enter gives up): "], False)[0]
+    return HiddenMessage("", text.encode("utf-8", "replace"))
+
+
+def _new_passphrase(work: PictureWork) -> str:
+    first = "Passphrase for the picture (Enter gives up): "
+    return work.ask_passphrase(first, "The same again: ")
+
+
+def _say_if_large(work: PictureWork, bitmap: Bitmap) -> None:
+    if bitmap.count > LARGE_PICTURE:
+        work.say("This is a large picture: it takes some seconds ...")
+
+
+def _put_aside(data: bytearray, folder: str) -> str:
+    """Where a new picture is kept until its offer is over."""
+    make_private_folder(folder)
+    check_space((folder, len(data)))
+    path = os.path.join(folder, random_bytes(16).hex() + ".bmp")
+    write_file(path, data)
+    return path
+
+
+class RevealOrder(Record):
+    """A picture's `path`; a file that is in it goes to `inbox`."""
+
+    path: str
+    identity: Identity
+    inbox: str
+
+
+def reveal_in_chat(order: RevealOrder, work: PictureWork) -> tuple:
+    """(name of the picture, whether it was for our key, what `revealed` tells)."""
+    bitmap = Bitmap(read_chosen(order.path, PICTURE_MOST))
+    _say_if_large(work, bitmap)
+    message, is_ours = _open_picture(order, work, bitmap)
+    kept = bool(message.name) or len(message.content) > SHOWN_TEXT_MOST
+    path = _keep_revealed(message, order.inbox) if kept else None
+    text = None if kept else message.content.decode("utf-8", "replace")
+    revealed = {"kind": "file" if message.name else "text", "name": message.name or None,
+                "size": len(message.content), "path": path, "text": text}  # fmt: skip
+    return os.path.basename(order.path), is_ours, revealed
+
+
+def _open_picture(order: RevealOrder, work: PictureWork, bitmap: Bitmap) -> tuple:
+    """(HiddenMessage, whether it was for our key): by that key, or else by a passphrase."""
+    try:
+        return reveal(bitmap, ContactLock(order.identity.spki, order.identity)), True
+    except ChatError as error:
+        if error.code != "locked":
+            raise
+    passphrase = work.ask_passphrase("Passphrase of the picture (Enter gives up): ")
+    try:
+        return reveal(bitmap, PassphraseLock(passphrase)), False
+    except ChatError as error:
+        hint = PICTURE_HINT if error.code == "locked" else error.hint
+        raise ChatError(error.text, hint, error.code) from None
+
+
+def _keep_revealed(message: HiddenMessage, inbox: str) -> str:
+    """Puts a hidden file where received ones are, under a name that is free; its path."""
+    make_private_folder(inbox)
+    check_space((inbox, len(message.content)))
+    path = os.path.join(inbox, free_name(inbox, message.name or "hidden.txt"))
+    write_new(path, message.content, 0o600)
+    return path
+
+
+# ==================================================================================================
+# Part 80. Locking | uses 1, 2, 4, 23, 40, 42, 44, 73
 #
 # A chat that nobody is to look at for a while. One mechanism, two strengths: a locked screen keeps
 # the connections and only holds back what faces would show; with the keys dropped, the servers are
@@ -20870,6 +21323,8 @@ class Locking:
         self._settings, self._keeper = profile.settings, profile.keeper
         for run in list(desk.running.values()) if desk is not None else ():
             run.cancel("The chat was locked.")
+        if chat.picture is not None:
+            chat.picture.stop()
         self._left = [_left_server(connection) for connection in chat.connections]
         for connection in chat.connections:
             connection.say_goodbye("interrupted", GOODBYE_SECONDS)
@@ -21007,7 +21462,7 @@ UNSEALED = (
 
 
 # ==================================================================================================
-# Part 78. Chat client | uses 1, 2, 17, 20, 33, 40, 41, 67, 70, 71, 76, 77
+# Part 81. Chat client | uses 1, 2, 17, 20, 33, 40, 42, 69, 72, 73, 78, 80
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -21044,6 +21499,8 @@ class ChatClient:
         self.undelivered = 0
         self.door: Any = None  # a host's RelayServer, whose newcomers are asked about
         self.shredding: ShredRun | None = None  # what is, or was, being shredded
+        self.picture: PictureWork | None = None  # what is being hidden or revealed
+        self.ask_person: Any = None  # called with a Question, by a face that can ask it in place
         self.wipe = False  # whether the profile is to be destroyed when all is over
         self.wants_status = False  # whether a face shows what `_status` events carry
         self._leave_by = 0.0
@@ -21087,6 +21544,7 @@ class ChatClient:
         if self.records.profile is not None:
             self.desk = FileDesk(self, self.records.profile)
             self.desk.shares.remind()
+            self.desk.clear_pictures()
 
     def abandon(self) -> None:
         """Lets go of everything if it was never started."""
@@ -21186,6 +21644,8 @@ class ChatClient:
             while not self.reason:
                 self._turn()
         finally:
+            if self.picture is not None:
+                self.picture.stop()
             self._end_shredding()
             for connection in self.connections:
                 connection.detach()
@@ -21391,15 +21851,18 @@ class ChatClient:
             return
         unfinished = any(c.machine.messages.unfinished() for c in self.connections)
         unfinished = unfinished or self.desk is not None and self.desk.coming()
+        unfinished = unfinished or self.picture is not None
         if unfinished and now < self._leave_by:
             return
-        if self.leaving == "eof" and self.is_shredding():
+        if self.leaving == "eof" and (self.is_shredding() or self.picture is not None):
             return
         if self.desk is not None and self.desk.unfinished() and self.leaving == "eof":
             return  # a script waits for its files as long as they take
         if self.desk is not None and self.desk.running:
             text = f"Files on their way: {len(self.desk.running)}. They go on next time."
             self.show_notice(text, files=len(self.desk.running))
+        if self.picture is not None:
+            self.show_notice("The picture was not finished: nothing was sent or revealed.")
         for connection in self.connections:
             connection.say_goodbye(self.leaving)
         waiting = len({n for c in self.connections for n in c.machine.messages.delivery.kept})
@@ -21464,7 +21927,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 79. Commands | uses 1, 2
+# Part 82. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -21624,7 +22087,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 80. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 79
+# Part 83. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 82
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -21653,7 +22116,7 @@ def _connection_of(client, name: str) -> Connection:
 HELP_GROUPS = (
     ("Talking", "msg reply me win join leave rooms names topic nick away back"),
     ("People", "contacts code verify accept-key whois ignore block unblock invite"),
-    ("Files", "file get files cancel share ls shred"),
+    ("Files", "file get files cancel share ls shred hide reveal"),
     ("Records", "tail search export clear outbox"),
     ("Running a room", "lock requests admit deny kick ban unban mute op rekey"),
     ("Servers, settings", "connect disconnect ip set bell quiet wipe help quit"),
@@ -21962,7 +22425,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 81. Chat commands: people and servers | uses 1, 2, 4, 23, 40, 41, 57, 68, 79, 80
+# Part 84. Chat commands: people and servers | uses 1, 2, 4, 23, 40, 42, 59, 70, 82, 83
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -22267,31 +22730,15 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 82. Chat commands: files | uses 1, 2, 8, 16, 40, 48, 49, 52, 79, 80
+# Part 85. Chat commands: files | uses 1, 2, 8, 16, 41, 50, 51, 54, 82, 83
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
 
 
-def split_paths(text: str) -> list:
-    """The words of a line; quotes hold a path with spaces together, on POSIX a backslash does."""
-    words = shlex.shlex(text, posix=True)
-    words.whitespace_split, words.commenters = True, ""
-    words.escape = "" if os.name == "nt" else "\\"
-    try:
-        return list(words)
-    except ValueError:
-        raise ChatError("A quote is not closed.", 'Write /file "my photo.jpg".') from None
-
-
 def _desk(client) -> FileDesk:
     client.records.require()
     return client.desk
-
-
-def _without_quotes(text: str) -> str:
-    """A line that may stand in quotes, as it would with /file."""
-    return " ".join(split_paths(text)) if '"' in text else text
 
 
 def _take_option(words: list, option: str) -> str:
@@ -22334,25 +22781,38 @@ def _chat_file(client, rest: str) -> None:
 
 
 def _chat_get(client, rest: str) -> None:
-    desk = _desk(client)
-    name, colon, path = _without_quotes(rest).partition(":")
-    if colon:
-        _get_shared(client, name, path)
-        return
+    desk, words = _desk(client), split_paths(rest)
+    key = _take_option(words, "--accept-key")
+    clear = [word for word in words if ":" in word or _is_number(word)]
+    if len(clear) < len(words) and any(":" in word for word in words):
+        raise _not_one_path("/get")
+    for transfer in [_to_get(client, word) for word in words or [_only_offer(desk)]]:
+        desk.receiver.get(transfer(), key)
+
+
+def _not_one_path(usage: str) -> ChatError:
+    """A path with spaces in it, and no quotes around it, is not several paths."""
+    hint = f'One with spaces stands in quotes: {usage} "bob:my song.ogg".'
+    return ChatError("This is more than one path.", hint)
+
+
+def _only_offer(desk: FileDesk) -> str:
     open_offers = [t for t in desk.book.transfers.values() if not t.own and t.state == PENDING]
-    if not rest and len(open_offers) != 1:
+    if len(open_offers) != 1:
         shown = ", ".join(f"{t.handle} {t.name}" for t in open_offers[-5:])
         text = f"Several files are offered: {shown}." if shown else "Nothing is offered to you."
         raise ChatError(text, "Write /get and its number." if shown else "/files lists all.")
-    words = rest.split()
-    key = _take_option(words, "--accept-key")
-    for word in words or [open_offers[-1].handle]:
-        desk.receiver.get(desk.book.find(word), key)
+    return open_offers[0].handle
 
 
-def _get_shared(client, name: str, path: str) -> None:
-    desk, (fingerprint, shown) = _desk(client), _somebody(client, name)
-    desk.receiver.get(desk.shares.get(fingerprint, shown, "/" + path.lstrip("/")))
+def _to_get(client, word: str):
+    """What gives the transfer that a word of /get means, once all words have been understood."""
+    desk, (name, colon, path) = _desk(client), word.partition(":")
+    if not colon:
+        transfer = desk.book.find(word)
+        return lambda: transfer
+    fingerprint, shown = _somebody(client, name)
+    return functools.partial(desk.shares.get, fingerprint, shown, "/" + path.lstrip("/"))
 
 
 def _somebody(client, name: str) -> tuple:
@@ -22406,11 +22866,28 @@ def cancel_file(client, word: str) -> bool:
     """Whether /cancel means a file, which is cancelled then."""
     desk = _desk(client)
     words = word.split()
-    if not all(w[:1] == "f" and w[1:].isdigit() for w in words):
+    if not all(map(_is_number, words)):
         return False
     for transfer in [desk.book.find(w) for w in words]:
         desk.cancel(transfer)
     return True
+
+
+def received_path(client, word: str) -> str:
+    """What is meant where a path may stand, or the number of a file that has come."""
+    if not _is_number(word):
+        return os.path.expanduser(word)
+    transfer = _desk(client).book.find(word)
+    if transfer.own or not transfer.done:
+        why = "one of yours" if transfer.own else "not here yet"
+        hint = "Write its path." if transfer.own else f"/get {transfer.handle} takes it."
+        raise ChatError(f"{transfer.handle} ({transfer.name}) is {why}.", hint)
+    return transfer.path
+
+
+def _is_number(word: str) -> bool:
+    """Whether it is the number of a transfer, as `f3`."""
+    return word[:1] == "f" and word[1:].isdigit()
 
 
 def _chat_share(client, rest: str) -> None:
@@ -22436,7 +22913,8 @@ def _chat_share(client, rest: str) -> None:
             )
         names = ", ".join(people.values())
         text = f"{names} may {may} {one_line(words[0])}, with /ls {client.machine.name}."
-        client.show_notice(f"{text} /share --end {one_line(words[0])} ends it.", path=words[0])
+        shown = quoted_path(one_line(words[0]))
+        client.show_notice(f"{text} /share --end {shown} ends it.", path=words[0])
 
 
 def _list_shares(client, desk: FileDesk) -> None:
@@ -22450,7 +22928,10 @@ def _list_shares(client, desk: FileDesk) -> None:
 
 
 def _chat_ls(client, rest: str) -> None:
-    name, _, path = _without_quotes(_need(rest, "/ls NAME, or /ls NAME:FOLDER")).partition(":")
+    first, *more = split_paths(_need(rest, "/ls NAME, or /ls NAME:FOLDER"))
+    if more:
+        raise _not_one_path("/ls")
+    name, _, path = first.partition(":")
     fingerprint, shown = _somebody(client, name)
     _desk(client).shares.look(fingerprint, shown, "/" + path.lstrip("/"))
 
@@ -22459,15 +22940,17 @@ def _chat_shred(client, rest: str) -> None:
     """Shows what would be destroyed; with --yes destroys it, in a thread of its own."""
     home, words = client.records.require().paths.home, split_paths(_need(rest, SHRED_USAGE))
     passes, asked = parse_passes(_take_option(words, "--passes") or "1"), "--yes" in words
-    paths = [os.path.expanduser(word) for word in words if word != "--yes"]
-    _need(" ".join(paths), SHRED_USAGE)
-    unknown = [word for word in paths if word.startswith("--")]
+    words = [word for word in words if word != "--yes"]
+    _need(" ".join(words), SHRED_USAGE)
+    unknown = [word for word in words if word.startswith("--")]
     if unknown:
         text = f"There is no option {one_line(unknown[0])[:40]}."
         raise ChatError(text, f"Write {SHRED_USAGE}; a file of that name is ./{unknown[0][:40]}.")
+    paths = [received_path(client, word) for word in words]
     if client.is_shredding():
         raise ChatError("Something is being shredded already.", "Wait for its end, or leave.")
-    finish = functools.partial(_shredded, client, rest)
+    numbers = [(word, path) for word, path in zip(words, paths) if _is_number(word)]
+    finish = functools.partial(_shredded, client, rest, numbers)
     progress = functools.partial(_shred_progress, client)
     client.shredding = ShredRun(passes, finish, progress, SHRED_NEWS_SECONDS)
     client.shredding.start(lambda: survey(paths, home), asked)
@@ -22477,19 +22960,26 @@ SHRED_USAGE = "/shred [--yes] [--passes N] PATH..."
 SHRED_NEWS_SECONDS = 10.0
 
 
-def _shredded(client, rest: str, plan: ShredPlan, result: ShredResult | None) -> None:
+def _shredded(
+    client, rest: str, numbers: list, plan: ShredPlan, result: ShredResult | None
+) -> None:
     """In the thread that has looked, and perhaps shredded."""
     if result is not None:
         fields, text = result_report(plan, result)
     else:
         fields, text = plan_report(plan)
+        text = "\n".join([*(f"{word} is {one_line(path)}." for word, path in numbers), text])
         text += "" if plan.is_empty() else f"\nNothing is done yet. To do it: /shred --yes {rest}"
     shown = {**fields, "dry_run": result is None}
-    client.inbox.post(functools.partial(_tell_shredded, client, text, shown))
+    gone = [path for _, path in numbers if not os.path.lexists(path)]
+    client.inbox.post(functools.partial(_tell_shredded, client, text, shown, gone))
 
 
-def _tell_shredded(client, text: str, fields: dict) -> None:
+def _tell_shredded(client, text: str, fields: dict, gone: list) -> None:
+    """`gone`: files that had come, and are no more."""
     client.shredding = None
+    if client.desk is not None:
+        client.desk.forget(gone)
     client.show_notice(text, **fields)
 
 
@@ -22514,7 +23004,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 83. Chat commands: records | uses 1, 2, 6, 8, 16, 37, 40, 50, 65, 79, 80, 82
+# Part 86. Chat commands: records | uses 1, 2, 6, 8, 16, 37, 40, 52, 67, 82, 83, 85
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -22755,7 +23245,135 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 84. Console commands | uses 1, 2, 8, 65, 67, 79
+# Part 87. Chat commands: hidden messages | uses 1, 2, 16, 40, 41, 48, 79, 82, 83, 85
+#
+# `/hide` makes a picture and offers it as a file; `/reveal` shows what is hidden in one that came.
+# ==================================================================================================
+
+HIDE_USAGE = "/hide [@NAME|#ROOM] COVER.bmp [TEXT | --file FILE]"
+
+
+def _hide_words(rest: str) -> tuple:
+    """(target or "", cover, file or None, text or None); quotes are for paths, not for the text."""
+    target, cover, rest = "", "", rest.strip()
+    while rest:
+        more = rest[0] in "@#" and not target or rest.startswith("--file ")
+        if cover and not more:
+            return target, cover, None, rest
+        word, after = first_path(rest)
+        if word[:1] in ("@", "#") and not target and not os.path.lexists(os.path.expanduser(word)):
+            target = word
+        elif word == "--file":
+            return _hide_file_words(target, cover, after)
+        else:
+            cover = word
+        rest = after
+    return target, _need(cover, HIDE_USAGE), None, None
+
+
+def _hide_file_words(target: str, cover: str, rest: str) -> tuple:
+    """The same, once --file has been read; what is missing may also follow the file."""
+    path, rest = first_path(_need(rest, HIDE_USAGE))
+    if not cover:
+        cover, rest = first_path(_need(rest, HIDE_USAGE))
+    if rest[:1] in ("@", "#") and not target:
+        target, rest = first_path(rest)
+    if rest:
+        raise ChatError("Take a text or a file, not both.", f"Write {HIDE_USAGE}.")
+    return target, cover, path, None
+
+
+def _chat_hide(client, rest: str) -> None:
+    target, cover, path, text = _hide_words(rest)
+    _start_picture_check(client)
+    if text is None and path is None and client.ask_person is None:
+        raise ChatError("There is nothing to hide.", f"Write {HIDE_USAGE}.")
+    connection, target, key, name = _hide_receiver(client, target or client.current)
+    folder = _desk(client).pictures
+    cover = os.path.expanduser(cover)
+    order = HideOrder(cover, path and os.path.expanduser(path), text, key, name, folder)
+    done = functools.partial(_offer_hidden, client, connection, target)
+    _start_picture(client, functools.partial(hide_in_chat, order), done)
+
+
+def _start_picture_check(client) -> None:
+    client.records.require()
+    if client.picture is not None:
+        raise ChatError("A picture is being worked on already.", "Wait until that is done.")
+
+
+def _start_picture(client, job, done) -> None:
+    client.picture = PictureWork(client, job, done)
+    client.picture.start()
+
+
+def _hide_receiver(client, target: str) -> tuple:
+    """(connection, target, key, name) of whom it is for; a room has neither key nor name."""
+    if target[0] == "#":
+        client.machine.require_room(target[1:]).require_voice()
+        return client.connection, target, b"", ""
+    fingerprint, _ = _somebody(client, target)
+    connection = _connection_of(client, target)
+    directory, name = connection.machine.directory, _nickname(connection, target)
+    person = directory.find(name)
+    if fingerprint in client.trust.blocked:
+        raise ChatError(f"You have blocked {name}.", f"/unblock {name} ends that.", "denied")
+    if person is None:
+        return connection, name, client.trust.keys.get(fingerprint, b""), name
+    connection.machine.messages.check_key(person)
+    return connection, name, person.bundle.spki, name
+
+
+def _offer_hidden(client, connection, target: str, outcome: tuple) -> None:
+    path, measured, hidden = outcome
+    client.desk.offer_picture(path, measured, connection, target)
+    whom, name = hidden["for"], measured[0]
+    key = f"the key of {whom}" if whom else "the passphrase (tell it elsewhere, not in this chat)"
+    text = f"{size_words(hidden['bytes'])} hidden in {name}; {key} opens it, with /reveal."
+    lines = [text, *(f"Note: {w}" for w in share_warning(hidden["changed"])), KEEP_SECRET]
+    client.show_notice("\n".join(lines), hidden={"name": name, **hidden})
+
+
+def _chat_reveal(client, rest: str) -> None:
+    _start_picture_check(client)
+    profile = client.records.require()
+    words = split_paths(rest)
+    if len(words) > 1:
+        raise ChatError("One picture at a time.", "Write /reveal f1, or /reveal PATH.")
+    path = received_path(client, words[0]) if words else _newest_picture(client)
+    order = RevealOrder(path, client.machine.identity, profile.paths.file(INBOX))
+    done = functools.partial(_show_revealed, client)
+    _start_picture(client, functools.partial(reveal_in_chat, order), done)
+
+
+def _newest_picture(client) -> str:
+    came = [t for t in _desk(client).book.transfers.values() if not t.own and t.done]
+    found = [t.path for t in came if t.path.lower().endswith(".bmp")]
+    if not found:
+        text = "No picture has come in this session."
+        raise ChatError(text, "Write /reveal and a path; /files lists what is offered.")
+    return found[-1]
+
+
+def _show_revealed(client, outcome: tuple) -> None:
+    name, is_ours, revealed = outcome
+    text, path = revealed["text"], revealed["path"]
+    what = f"the file {revealed['name']}" if revealed["name"] else "a text"
+    how = ", for your key (not signed: anybody can have hidden it)" if is_ours else ""
+    shown = path if text is None else text.replace("\n", "\n  ")
+    size = f" of {size_words(revealed['size'])}" if path else ""
+    head = f"{one_line(name)} holds {what}{size}{how}:"
+    client.show_notice(f"{head}\n  {shown}", revealed=revealed)
+
+
+chat_commands(
+    ("hide", HIDE_USAGE, "offer a BMP picture with a text or a file hidden in it", (), _chat_hide),
+    ("reveal", "/reveal [ID|PATH]", "show what is hidden in a picture", (), _chat_reveal),
+)
+
+
+# ==================================================================================================
+# Part 88. Console commands | uses 1, 2, 8, 67, 69, 82
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -22889,7 +23507,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 85. Terminal input | uses 40
+# Part 89. Terminal input | uses 40
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -23095,7 +23713,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 86. Terminal | uses 2, 34-36, 40, 85
+# Part 90. Terminal | uses 2, 34-36, 40, 89
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -23157,6 +23775,7 @@ class Terminal:
         self._draft: Any = None  # a line that was being typed when its read was ended
         self.on_input: Any = None  # called whenever keys come
         self._interruptions = collections.deque()
+        self._aside = ""  # the prompt of a line that is read in place of the usual one
         self._active = self._closed = self._continued = False
         self._old_handlers = []
 
@@ -23331,6 +23950,19 @@ class Terminal:
             if self._person_types:
                 self.print("")
 
+    def read_aside(self, prompt: str, hidden: bool) -> str | None:
+        """Read one line in place of the usual one, at an interactive terminal.
+
+        Nothing of it is remembered or left on the screen. None if interrupt_read ended it.
+        """
+        with self._lock:
+            self._on_key, self._aside = None, prompt
+        try:
+            return self._edit(LineEditor(history_size=0), self._prompt, False, hidden)[0]
+        finally:
+            with self._lock:
+                self._aside = ""
+
     def _edit(self, editor: LineEditor, prompt: str, keep: bool, hidden: bool = False) -> tuple:
         try:
             with self._lock:
@@ -23427,9 +24059,11 @@ class Terminal:
         text, cursor = self._editor.text, self._editor.cursor
         if finished_text is not None:
             text, cursor = finished_text, len(finished_text)
-        prompt = self._editor.search_prompt or self._prompt
+        prompt = self._aside or self._prompt
         if self._hidden:
-            prompt, text, cursor = self._prompt, "", 0
+            text, cursor = "", 0
+        else:
+            prompt = self._editor.search_prompt or prompt
         return self._screen.repaint(
             self._as_wanted(prompt), text, cursor, self._as_wanted(self._status)
         )
@@ -23473,7 +24107,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 87. Words for events | uses 2, 8, 16, 34, 79, 80
+# Part 91. Words for events | uses 2, 8, 16, 34, 41, 82, 83
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -23604,7 +24238,10 @@ class ChatWords:
     def _on_received(self, event: dict, here: bool) -> str:
         home = os.path.expanduser("~") + os.sep
         path = event["path"].replace(home, "~" + os.sep, 1)
-        return f"✓ {event['name']} from {event['from']} is here: {path}{_left_out(event)}"
+        shown = f"✓ {event['name']} from {event['from']} is here: {path}{_left_out(event)}"
+        if path.lower().endswith(".bmp"):
+            shown += f"\n  /reveal {event['number']} shows what may be hidden in it."
+        return shown
 
     def _on_file_sent(self, event: dict, here: bool) -> str:
         return f"✓ {', '.join(event['to'])} has {event['name']}{_left_out(event)}."
@@ -23726,7 +24363,7 @@ def _other_windows(others: list) -> list:
     ]
 
 
-PATH_COMMANDS = ("/file", "/send", "/share", "/shred")
+PATH_COMMANDS = ("/file", "/send", "/share", "/shred", "/hide", "/reveal")
 
 
 def _last_word(text: str) -> tuple:
@@ -23748,15 +24385,6 @@ def _last_word(text: str) -> tuple:
     return start, word
 
 
-def _quoted(path: str) -> str:
-    """A path as split_paths reads it."""
-    if not any(char in path for char in " '\"\\"):
-        return path
-    if os.name != "nt":
-        path = path.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{path}"'
-
-
 def complete_path(before: str) -> tuple:
     """(start, names) of the last path of a line."""
     start, typed = _last_word(before)
@@ -23769,7 +24397,7 @@ def complete_path(before: str) -> tuple:
     for entry in entries:
         if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
             path = typed[: len(typed) - len(name)] + entry.name
-            found.append(_quoted(path + (os.sep if entry.is_dir() else "")))
+            found.append(quoted_path(path + (os.sep if entry.is_dir() else "")))
     return start, sorted(found)
 
 
@@ -23799,7 +24427,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 88. Faces: terminal and JSON lines | uses 2, 34, 40, 41, 77, 79, 86, 87
+# Part 92. Faces: terminal and JSON lines | uses 2, 34, 40, 42, 80, 82, 90, 91
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -23949,6 +24577,9 @@ class ChatFace(TerminalFace):
         client.wants_status = client.locking.watches_idleness = self.interactive
         self._terminal.on_input = client.locking.touch
         self._lock: LockScreen | None = None  # while the chat is locked
+        self._questions = collections.deque()
+        self._is_over = False
+        client.ask_person = self.ask if self.interactive else None
         self._own_events = {
             "_switched": self._on_switched, "_status": self._on_status,
             "_vanished": self._on_vanished, "_cleared": self._on_cleared,
@@ -23960,6 +24591,9 @@ class ChatFace(TerminalFace):
         while True:
             if self._lock is not None and self._terminal.person_types:
                 line = self._read_passphrase()
+            elif self._questions:
+                self._put_question()
+                continue
             else:
                 prompt = self.words.prompt(self._title) if self.interactive else ""
                 ways = {"keep": False, "on_key": self._on_key}
@@ -23975,6 +24609,34 @@ class ChatFace(TerminalFace):
         if secret is not None:
             self._client.unlock(secret)
         return READ_AGAIN
+
+    def ask(self, question: Question) -> None:
+        """Has a person answer in place, from any thread; the line being typed comes back."""
+        self._questions.append(question)
+        self._terminal.interrupt_read(READ_AGAIN)
+
+    def _put_question(self) -> None:
+        """Asks what waits; if that is interrupted, it is asked anew, unless all is over."""
+        question, texts = self._questions[0], []
+        try:
+            for prompt in question.prompts:
+                text = self._terminal.read_aside(prompt, question.hidden)
+                if text is None:
+                    return
+                texts.append(text)
+                if not text:
+                    break
+        except (EOFError, KeyboardInterrupt):
+            texts.append("")
+        if self._questions:  # else they were dropped meanwhile
+            self._questions.popleft()
+            question.answer(texts if all(texts) and not self._is_over else None)
+        if self._is_over:
+            raise EOFError
+
+    def interrupt(self) -> None:
+        self._is_over = True
+        super().interrupt()
 
     def confirm_end(self) -> None:
         """Waits for Enter, so that what somebody types goes nowhere else."""
@@ -24019,6 +24681,7 @@ class ChatFace(TerminalFace):
         """What was said is not to stay in this process."""
         self.words, self._rolls, self._view = ChatWords(self._client), {}, Roll()
         self._printed, self._title = set(), ""
+        self._questions.clear()
         self._terminal.forget()
 
     def _show_lock(self) -> None:
@@ -24244,7 +24907,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 89. Activities | uses 1-4, 11, 13, 23, 40, 41, 43, 55, 57, 58, 60, 67, 68, 71, 77-79, 84, 88
+# Part 93. Activities | uses 1-4, 11, 13, 23, 40, 42, 44, 57, 59, 60, 62, 69, 70, 73, 80-82, 88, 92
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -24641,7 +25304,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 90. Chatting directly | uses 1, 2, 4, 23, 40, 43, 55, 67, 68, 71, 77, 78, 88, 89
+# Part 94. Chatting directly | uses 1, 2, 4, 23, 40, 44, 57, 69, 70, 73, 80, 81, 92, 93
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -24869,7 +25532,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 91. SFTP for other programs | uses 1, 2, 8, 24, 40, 41, 71, 78, 89
+# Part 95. SFTP for other programs | uses 1, 2, 8, 24, 40, 42, 73, 81, 93
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -24981,7 +25644,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 92. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 43, 55, 67, 68, 78, 79
+# Part 96. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 44, 57, 69, 70, 81, 82
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -25163,7 +25826,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 93. Session | uses 1, 2, 34, 40, 42, 43, 53, 65, 86, 88
+# Part 97. Session | uses 1, 2, 34, 40, 43, 44, 55, 67, 90, 92
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -25273,7 +25936,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 94. Shell commands | uses 1, 2, 4, 34, 37, 40, 41, 43, 48-51, 57, 60, 68, 71, 79, 81, 88-93
+# Part 98. Shell commands | uses 1, 2, 4, 34, 37, 40, 42, 44, 50-53, 59, 62, 70, 73, 82, 84, 92-97
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -25710,10 +26373,9 @@ def run_command(session: Session, name: str) -> int:
 
 
 # ==================================================================================================
-# Part 95. Hidden messages in the shell | uses 1, 2, 26, 31, 32, 40, 43, 93, 94
+# Part 99. Hidden messages in the shell | uses 1, 2, 31, 32, 44, 48, 97, 98
 #
-# `hide` and `reveal`: what is asked of a person, which files are read, and where results go.
-# Nothing here ever overwrites a file.
+# `hide` and `reveal`: what is asked of a person, and what is answered.
 # ==================================================================================================
 
 
@@ -25735,19 +26397,16 @@ def _shell_hide(session: Session) -> int:
     _say_if_long(session, bitmap)
     data = Carrier(bitmap, lock).hide(payload)
     write_new(given.out, data, 0o666)  # as pictures are; a private one would stand out
-    warnings += _share_warning(share)
+    warnings += share_warning(share)
     fields = {"path": given.out, "bytes": len(message.content), "capacity": layout.capacity,
               "quiet": layout.quiet, "changed": round(share, 6), "for": contact and contact.name,
               "warnings": warnings}  # fmt: skip
     text = (
         f"{given.out}: {len(message.content):,} bytes hidden, {share:.2%} of the samples changed."
     )
-    for warning in _share_warning(share):
+    for warning in share_warning(share):
         say_aside(f"Note: {warning}")
     return session.answer("hide", fields, text + "\n" + KEEP_SECRET)
-
-
-LARGE_PICTURE = 30_000_000  # samples: it takes more than a second
 
 
 def _say_if_long(session: Session, bitmap: Bitmap) -> None:
@@ -25755,24 +26414,11 @@ def _say_if_long(session: Session, bitmap: Bitmap) -> None:
         say_aside("This is a large picture: it takes some seconds ...")
 
 
-KEEP_SECRET = "Give away only the new picture: whoever has both sees the difference."
-
-
 def _tell_room(cover: str, layout: Layout, warnings: list) -> None:
     """What fits, before anything is asked."""
-    quiet = (
-        f"up to {layout.quiet:,} are hard to notice" if layout.quiet > 0 else "any can be noticed"
-    )
-    say_aside(f"{cover} has room for {layout.capacity:,} bytes, more of what compresses; {quiet}.")
+    say_aside(f"{cover} {room_words(layout)}.")
     for warning in warnings:
-        say_aside(f"Note: this picture is not a good one. {warning}")
-
-
-def _share_warning(share: float) -> list:
-    if share <= QUIET_SHARE:
-        return []
-    how = "easily notice" if share > LOUD_SHARE else "notice"
-    return [f"Programs may {how} a change of {share:.1%}; a larger picture hides it better."]
+        say_aside(f"Note: {NOT_GOOD} {warning}")
 
 
 def _message_to_hide(session: Session) -> HiddenMessage:
@@ -25782,8 +26428,7 @@ def _message_to_hide(session: Session) -> HiddenMessage:
         text = session.ask_text("Text (Enter takes a file instead): ")
         path = session.ask_text("File: ").strip() if not text else None
     if path is not None:
-        name = safe_file_name(os.path.basename(os.path.abspath(path)))
-        return HiddenMessage(name, read_chosen(path, MESSAGE_MOST))
+        return file_to_hide(path)
     text = sys.stdin.read().rstrip("\n") if text is None else text
     return HiddenMessage("", text.encode("utf-8", "replace"))
 
@@ -25871,51 +26516,9 @@ def _revealed(session: Session, bitmap: Bitmap) -> HiddenMessage:
     return reveal(bitmap, PassphraseLock(session.ask_passphrase("Passphrase of the picture: ")))
 
 
-def read_chosen(path: str, most: int) -> bytes:
-    """A file that somebody named; ChatError `storage` or `too-large` if it cannot be taken."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "it is no file")
-        with open(path, "rb") as file:
-            data = file.read(most + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "its name is not valid"
-        text = f"{one_line(path)} cannot be read: {reason}."
-        raise ChatError(text, "Check its name, and who may read it.", "storage") from None
-    if len(data) > most:
-        text = f"{one_line(path)} has more than {most >> 20} MiB."
-        raise ChatError(text, "Take a smaller one.", "too-large")
-    return data
-
-
 def _check_free(path: str) -> None:
     if os.path.lexists(path):
-        raise _taken(path)
-
-
-def _taken(path: str) -> ChatError:
-    hint = "Take another name: nothing is ever overwritten."
-    return ChatError(f"{one_line(path)} is there already.", hint, "storage")
-
-
-def write_new(path: str, data: bytes | bytearray, mode: int) -> None:
-    """A file that was not there before, whole or not at all."""
-    made = False
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(path, flags, mode), "wb") as file:
-            made = True
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        raise _taken(path) from None
-    except (OSError, ValueError) as error:
-        if made:
-            os.unlink(path)
-        reason = getattr(error, "strerror", None) or "its name is not valid"
-        text = f"Writing {one_line(path)} failed: {reason}."
-        raise ChatError(text, "Check its folder, and the space there.", "storage") from None
+        raise name_taken(path)
 
 
 def _hide_options(parser) -> None:
@@ -25937,7 +26540,7 @@ def _reveal_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 96. Backups in the shell | uses 1, 2, 16, 43, 49, 53, 86, 93, 94
+# Part 100. Backups in the shell | uses 1, 2, 16, 44, 51, 55, 90, 97, 98
 #
 # `backup` and `restore`: what is asked of a person, and what they are told.
 # ==================================================================================================
@@ -26008,11 +26611,12 @@ def _shell_restore(session: Session) -> int:
     with Progress("Restoring") as progress:
         unpacked = restoring.run(passphrase, progress, exists)
     own = KeyPair(paths, "client").fingerprint()
+    shown = fingerprint_text(own) if own else None
     fields = {"profile": paths.profile, "files": unpacked.files, "size": unpacked.size,
-              "fingerprint": own, "replaced": exists}  # fmt: skip
+              "fingerprint": shown, "replaced": exists}  # fmt: skip
     text = (
         f"The profile '{paths.profile}' is here: {unpacked.files} files, "
-        f"{size_words(unpacked.size)}.\nIts key: {own or 'none'}"
+        f"{size_words(unpacked.size)}.\nIts key: {shown or 'none'}"
     )
     return session.answer("restore", fields, text)
 
@@ -26072,7 +26676,7 @@ def _restore_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 97. Alerts in the shell | uses 1-3, 38-40, 43, 63, 64, 94
+# Part 101. Alerts in the shell | uses 1-3, 38-40, 44, 65, 66, 98
 #
 # `alerts set`, `show`, `test` and `off`, with their questions. A password never comes from the
 # command line: it is asked for, or stands in the environment or in a file.
@@ -26310,7 +26914,7 @@ def _menu_alerts(session: Session) -> list:
 
 
 # ==================================================================================================
-# Part 98. Command line | uses 1, 8, 40, 48, 79, 81, 94-97
+# Part 102. Command line | uses 1, 8, 40, 50, 82, 84, 98-101
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -26511,7 +27115,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 99. Menu and door | uses 1, 2, 4, 37, 40, 41, 55, 68, 79, 81, 82, 86-88, 93, 94, 97, 98
+# Part 103. Menu and door | uses 1, 2, 4, 37, 40-42, 44, 57, 70, 82, 84, 90-92, 97, 98, 101, 102
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -26575,7 +27179,7 @@ def _menu_activity(session: Session, choice: str) -> None:
     }  # fmt: skip
     if choice.startswith(TOKEN_PREFIX):  # pasted where a number was asked for
         consume_token(choice)
-        words = _connect_words(session, choice, "")
+        words = _connect_words(session, choice)
     else:
         words = _asked_words(session, makers[choice])
     if words:
@@ -26609,16 +27213,22 @@ def _menu_connect(session: Session) -> list:
     target = session.ask_text("Token or host:port (Enter goes back): ").strip()
     if target.startswith(TOKEN_PREFIX):
         consume_token(target)  # a damaged one is named before anything else is asked
-    return _connect_words(session, "".join(target.split()), "") if target else []
+    return _connect_words(session, "".join(target.split())) if target else []
 
 
-def _connect_words(session: Session, target: str, nickname: str) -> list:
-    name = _ask_name(session, nickname or login_name())
+def _connect_words(session: Session, target: str) -> list:
+    servers = ServerList(session.paths)
+    if target.startswith(TOKEN_PREFIX):
+        saved = servers.find_fingerprint(fingerprint_text(consume_token(target).fingerprint))
+    else:
+        saved = servers.find(target)
+    name = _ask_name(session, saved)
     return ["connect", *(["--name", name] if name else []), "--", target]
 
 
-def _ask_name(session: Session, default: str) -> str:
-    """A nickname that can be used, or "" for the default."""
+def _ask_name(session: Session, saved) -> str:
+    """A nickname that can be used, or "" for the one last used on a server, or the usual one."""
+    default = usual_name(session.settings().name, saved)
     while True:
         name = session.ask_text(f"Your name [{default}]: ").strip()
         try:
@@ -26628,7 +27238,9 @@ def _ask_name(session: Session, default: str) -> str:
 
 
 def _menu_host(session: Session) -> list:
-    name = _ask_name(session, login_name())
+    own = KeyPair(session.paths, "server").fingerprint()
+    saved = ServerList(session.paths).find_fingerprint(fingerprint_text(own)) if own else None
+    name = _ask_name(session, saved)
     return ["host", *(["--name", name] if name else [])]
 
 
@@ -26649,7 +27261,7 @@ def _menu_people(session: Session) -> list:
     answer = session.ask_text(question).strip()
     if answer.isascii() and answer.isdigit() and 1 <= int(answer[:6]) <= len(servers):
         server = servers[int(answer) - 1]
-        return _connect_words(session, server["name"], server.get("nickname", ""))
+        return _connect_words(session, server["name"])
     if answer.isdigit():
         raise ChatError("There is no such number.", "Choose one of the list.")
     return ["contacts", "--", *answer.split()] if answer else []

@@ -117,6 +117,10 @@ or thread: bytes in, events out) and each uses only parts above itself:
 101. Alerts in the shell
 102. Command line
 103. Menu and door
+100. Backups in the shell
+101. Alerts in the shell
+102. Command line
+103. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -15778,6 +15782,7 @@ def address_report(may_ask) -> tuple:
 http_client = Lazy("http.client")
 
 START_SECONDS = 15.0  # the longest that an address may take to come
+WORDS_SECONDS = 1.0  # more, for what the program itself says of it
 AGENT_SECONDS = 2.0  # in which an agent that runs already answers
 ASK_SECONDS = 0.5  # without a line of the log the agent is asked this often for the address
 WATCH_SECONDS = 30.0  # how often a tunnel of somebody else's agent is looked at
@@ -16066,7 +16071,7 @@ class Tunnel:
         address may come later and is reported, unless close() is called."""
         self.trying = True
         self._thread = spawn(f"tunnel {self.name}", self._routine_keep)
-        self._settled.wait(START_SECONDS + 1)  # a second for _run's own, better sentence
+        self._settled.wait(START_SECONDS + WORDS_SECONDS)
         with self._lock:
             self._answered = True
             address, fault, excuse = self.address, self._fault, self._excuse

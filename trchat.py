@@ -121,6 +121,10 @@ or thread: bytes in, events out) and each uses only parts above itself:
 101. Alerts in the shell
 102. Command line
 103. Menu and door
+100. Backups in the shell
+101. Alerts in the shell
+102. Command line
+103. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -7812,15 +7816,17 @@ class PassphraseLock:
     def __init__(self, passphrase: str):
         self._passphrase = passphrase
 
-    def place(self, salt: bytes) -> int:
+    def prepare(self, salt: bytes) -> int:
+        """The place; scrypt takes its memory now, before the samples take theirs."""
+        self._secret = passphrase_key(self._passphrase, salt, SCRYPT_LOG_N)
         return 0
 
-    def create(self, salt: bytes) -> tuple:
+    def create(self) -> tuple:
         """(secret, what is put into the picture for it)."""
-        return self.consume(salt, b""), b""
+        return self._secret, b""
 
-    def consume(self, salt: bytes, wrapped: bytes) -> bytes:
-        return passphrase_key(self._passphrase, salt, SCRYPT_LOG_N)
+    def consume(self, wrapped: bytes) -> bytes:
+        return self._secret
 
 
 class ContactLock:
@@ -7831,11 +7837,11 @@ class ContactLock:
     def __init__(self, spki: bytes, identity: Identity | None = None):
         self._spki, self._public, self._identity = spki, RSAPublic(spki), identity
 
-    def place(self, salt: bytes) -> int:
+    def prepare(self, salt: bytes) -> int:
         """A large number, which the wrapped secret's offset follows from."""
         return int.from_bytes(hkdf(self._spki, salt, PICTURE_LABEL + b" for", 16), "big")
 
-    def create(self, salt: bytes) -> tuple:
+    def create(self) -> tuple:
         secret = random_bytes(32)
         ciphertext = int.from_bytes(self._public.encrypt(secret, PICTURE_LABEL), "big")
         while True:
@@ -7844,7 +7850,7 @@ class ContactLock:
             if number.bit_length() <= 8 * WRAPPED_SECRET:
                 return secret, number.to_bytes(WRAPPED_SECRET, "big")
 
-    def consume(self, salt: bytes, wrapped: bytes) -> bytes:
+    def consume(self, wrapped: bytes) -> bytes:
         if self._identity is None:
             raise LocalProtocolError("only its receiver opens it")
         ciphertext = int.from_bytes(wrapped, "big") % self._public.modulus
@@ -7953,22 +7959,26 @@ class Carrier:
     def __init__(self, bitmap: Bitmap, lock: PassphraseLock | ContactLock):
         self._bitmap, self._lock = bitmap, lock
         self._layout = Layout(bitmap.count, lock.wrapped)
-        samples = memoryview(bitmap.samples())
         edges = [bitmap.count * run // FIXED_RUNS for run in range(FIXED_RUNS + 1)]
         self._runs = list(zip(edges, edges[1:]))
+        self._fixed = self._fixed_samples()
         shape = u32(bitmap.width) + u32(bitmap.height)
-        self._fixed = [bytes(samples[begin : begin + FIXED_RUN]) for begin, _ in self._runs]
         self.salt = sha256(b"".join((block(PICTURE_LABEL), shape, *self._fixed)))
+        self._place = lock.prepare(self.salt) % self._layout.free
+        samples = memoryview(bitmap.samples())
         free = [samples[begin + FIXED_RUN : end] for begin, end in self._runs]
-        self._place = lock.place(self.salt) % self._layout.free
         front, self._rest = _cut(_turned(free, self._place), self._layout.front)
         self._front = bytearray().join(front)
+
+    def _fixed_samples(self) -> list:
+        samples = self._bitmap.samples()
+        return [samples[begin : begin + FIXED_RUN] for begin, _ in self._runs]
 
     def hide(self, payload: bytes) -> bytearray:
         """The file with a payload in it; ChatError `too-large` if it is too long."""
         size = len(payload) + PICTURE_TAG
         body = self._layout.body(size)
-        secret, wrapped = self._lock.create(self.salt)
+        secret, wrapped = self._lock.create()
         keys, nonce = PictureKeys(secret, self.salt), random_bytes(12)
         samples = self._behind(keys)
         header = nonce + seal(keys.header, nonce, size.to_bytes(6, "big"), b"")
@@ -7999,7 +8009,7 @@ class Carrier:
         if layout.wrapped:
             wrapped = extract(self._front, layout.wrapped, self._lock.wrapped)
         try:
-            keys = PictureKeys(self._lock.consume(self.salt, wrapped), self.salt)
+            keys = PictureKeys(self._lock.consume(wrapped), self.salt)
             samples = self._behind(keys)
             header = extract(samples, layout.header, PICTURE_HEADER)
             nonce = header[:12]
@@ -10793,11 +10803,6 @@ class KeyPair:
         pem = read_file(self.certificate_path) or b""
         self._certificate_der(pem)
         return pem.decode("ascii", "replace")
-
-    def fingerprint(self) -> bytes | None:
-        """That of its certificate, if there is one."""
-        pem = read_file(self.certificate_path)
-        return None if pem is None else certificate_fingerprint(self._certificate_der(pem))
 
     def sealed(self) -> bool:
         return is_sealed(read_file(self.key_path) or b"")
@@ -14144,8 +14149,12 @@ class Transfer(Record):
     reference: str
     created: float
     state: str
-    sha256: str = ""
-    final: str = ""
+    sha256: str
+    final: str
+
+    def __init__(self, *values, **named):
+        self.sha256 = self.final = ""
+        super().__init__(*values, **named)
 
     @property
     def handle(self) -> str:
@@ -27244,7 +27253,7 @@ def _ask_name(session: Session, saved) -> str:
 
 def _menu_host(session: Session) -> list:
     own = KeyPair(session.paths, "server").fingerprint()
-    saved = ServerList(session.paths).find_fingerprint(fingerprint_text(own)) if own else None
+    saved = ServerList(session.paths).find_fingerprint(own) if own else None
     name = _ask_name(session, saved)
     return ["host", *(["--name", name] if name else [])]
 

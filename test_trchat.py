@@ -18686,6 +18686,110 @@ def pieces(data: bytes, cuts: list) -> list:
     return [data[a:b] for a, b in zip(ends, ends[1:])] + [data[ends[-1] :]]
 
 
+class BackupReaderTest(PureCase):
+    """What stands inside a backup, taken apart without a file."""
+
+    FILES = [(["cert", "client_key.pem"], b"key"), (["settings.json"], b""),
+             (["history", "0f.log"], bytes(range(256)) * 3), (["inbox", "a", "b c.txt"], b"x")]  # fmt: skip
+
+    def encoded(self, files=FILES, count=None):
+        parts = [trchat.encode_entry(names, len(content)) + content for names, content in files]
+        return b"".join(parts) + trchat.encode_end(len(files) if count is None else count)
+
+    def read(self, pieces):
+        """[(names, content)] of a whole backup that comes in pieces."""
+        reader, found = trchat.BackupReader(), []
+        for piece in pieces:
+            for event in reader.receive(piece):
+                if event[0] == "file":
+                    found.append([event[1], b"", event[2]])
+                elif event[0] == "data":
+                    found[-1][1] += event[1]
+        reader.finish()
+        for _, content, size in found:
+            self.assertEqual(len(content), size)
+        return [(names, content) for names, content, _ in found]
+
+    def refused(self, data, *parts):
+        with self.assertRaises(trchat.RemoteProtocolError) as caught:
+            self.read([data])
+        for part in parts:
+            self.assertIn(part, str(caught.exception))
+
+    def test_every_split(self):
+        data = self.encoded()
+        for cut in range(len(data) + 1):
+            self.assertEqual(self.read([data[:cut], data[cut:]]), self.FILES)
+        self.assertEqual(self.read([data[i : i + 1] for i in range(len(data))]), self.FILES)
+        self.assertEqual(self.read([self.encoded([])]), [])
+
+    def test_every_truncation(self):
+        data = self.encoded()
+        for cut in range(len(data)):
+            self.refused(data[:cut], "ends too early")
+        self.refused(data + b"x", "unknown")
+        self.refused(data + data, "unknown")
+
+    def test_names_that_lead_elsewhere(self):
+        for path in ("", "/etc/passwd", "../x", "a/../b", "history/..", "history//x", "x/", ".",
+                     "C:/x", "C:x", "a\\b", "history/a\0b", "history/CON", "history/x.",
+                     "history/x ", "history/a:b", "a/" * 40 + "b", "x" * 5000,
+                     "history/\u202egnp"):  # fmt: skip
+            head = trchat.u8(1) + trchat.u16(len(path.encode())) + path.encode() + trchat.u64(0)
+            self.refused(head + trchat.encode_end(1), "not safe")
+        self.refused(trchat.u8(1) + trchat.u16(2) + b"\xff\xfe" + trchat.u64(0), "not safe")
+
+    def test_names_that_belong_into_no_backup(self):
+        for names in (["logs", "x"], ["client.lock"], ["cert", ".client_key.pem.x"], ["replacing"],
+                      ["cert", "client_key.pem.new"], ["tunnel.json"]):  # fmt: skip
+            self.refused(self.encoded([(names, b"")]), "belongs into none")
+
+    def test_twice_in_any_writing(self):
+        for first, second in (
+            (["history", "a"], ["history", "a"]), (["history", "a"], ["History", "A"]),
+            (["history", "a"], ["history", "a", "b"]), (["history", "a", "b"], ["history", "a"]),
+            (["caf\u00e9"], ["CAF\u00c9"]),
+        ):  # fmt: skip
+            self.refused(self.encoded([(first, b""), (second, b"")]), "twice")
+
+    def test_sizes_and_counts(self):
+        self.refused(trchat.encode_entry(["x"], (1 << 64) - 1) + b"abc", "ends too early")
+        for count in (0, 3, 5, (1 << 32) - 1):
+            self.refused(self.encoded(count=count), "more or fewer")
+
+    def test_mutations(self):
+        data = self.encoded()
+        for place in range(len(data)):
+            for change in (1, 0x80, 0xFF):
+                mutated = bytearray(data)
+                mutated[place] ^= change
+                try:
+                    self.read([bytes(mutated)])
+                except trchat.RemoteProtocolError:
+                    pass
+
+    @given(st.binary(max_size=200))
+    def test_anything(self, data):
+        try:
+            self.read([data])
+        except trchat.RemoteProtocolError:
+            pass
+
+    def test_heads(self):
+        with mock.patch.object(trchat, "SCRYPT_LOG_N", 10):
+            head = trchat.new_backup_head()
+        key = trchat.backup_key(head, "x")
+        self.assertEqual(len(key), 32)
+        for place in range(9, len(head)):
+            other = bytearray(head)
+            other[place] ^= 1
+            self.assertNotEqual(trchat.backup_key(bytes(other), "x"), key)
+        for other in (b"", head[:-1], head + b"x", b"x" + head[1:], head[:7] + b"\2" + head[8:],
+                      head[:8] + b"\x09" + head[9:], head[:8] + b"\x15" + head[9:]):  # fmt: skip
+            with self.assertRaisesRegex(trchat.ChatError, "no backup"):
+                trchat.backup_key(other, "x")
+
+
 class SftpPlaceTest(PureCase):
     GOOD = {  # -> user, host, port, folder, usual form ("": the same)
         "sftp://bob@example.org:2222/srv/drop": ("bob", "example.org", 2222, "/srv/drop", ""),
@@ -21985,6 +22089,35 @@ class LockTest(Lockable, KeptTest):
 
     # Keys dropped
 
+    def watch(self, person):
+        """Has a log and alerts take part, as in a program of its own."""
+        security = person.paths.security = trchat.SecurityLog(person.paths)
+        self.addCleanup(security.close)
+        security.unlock("client", trchat.opener_for_client(person.client.machine.identity))
+        security.tell(person.client.records.profile.failed)
+        person.client.events.watch(security)
+        return security
+
+    def test_alarms_are_logged_behind_the_lock(self):
+        alice = self.enter_sealed("alice", self.serve())
+        security = self.watch(alice)
+        self.lock(alice)
+        alice.client.events.publish({"event": "key-changed", "name": "bob", "old": "x", "new": "y"})
+        alice.client.unlock("wrong")
+        alice.wait_for("error", code="locked")
+        self.assertEqual(alice.of("key-changed"), [])
+        found, told = [], threading.Event()
+        security.newest(10, lambda entries: (found.extend(entries), told.set()), self.fail)
+        self.assertTrue(told.wait(PATIENCE))
+        self.assertEqual([e["kind"] for e in found], ["key-changed", "wrong-passphrase"])
+        self.unlock(alice)
+        alice.wait_for("key-changed", name="bob")
+        told.clear()
+        found.clear()
+        security.newest(10, lambda entries: (found.extend(entries), told.set()), self.fail)
+        self.assertTrue(told.wait(PATIENCE))
+        self.assertEqual(len(found), 2, "each once")
+
     def remains(self, client):
         """Weak references to what must be gone, and the vault key."""
         profile, machine = client.records.profile, client.machine
@@ -22001,6 +22134,7 @@ class LockTest(Lockable, KeptTest):
         alice.wait_for("message", text="read me")
         alice.barrier()
         references, key = self.remains(alice.client)
+        self.watch(alice)
         self.drop(alice)
         bob.wait_for("left", name="alice")
         gc.collect()
@@ -22068,7 +22202,7 @@ class LockTest(Lockable, KeptTest):
         server = self.serve()
         alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
         alice.wait_for("joined", name="bob")
-        bob.client.call(lambda: setattr(bob.client.first.machine, "send_frame", lambda *_: None))
+        bob.client.call(lambda: setattr(bob.client.first.machine, "receive_data", lambda *_: None))
         bob.barrier()
         alice.say("nobody confirms this")
         number = alice.wait_for("sent")["id"]
@@ -22257,6 +22391,14 @@ class PassphraseKillTest(Lockable, KeptTest):
         names = [os.path.basename(path) for path in everything_below(self.path("old"))]
         self.assertEqual([n for n in names if n.endswith(".new")], [])
 
+    def test_a_file_system_without_links(self):
+        self.prepare("")
+        with open(self.path("old", "cert", "client_key.pem"), "rb") as before:
+            with mock.patch.object(os, "link", mock.Mock(side_effect=OSError(errno.EPERM, "no"))):
+                self.change("old", "", "new one")
+            self.assertNotIn(b"PRIVATE KEY", before.read())
+        self.assertTrue(self.opens("old", "new one"))
+
     def test_leftovers_that_are_the_current_file_stay(self):
         """A kill between two calls leaves a second name of the key that is in use."""
         self.prepare("")
@@ -22266,6 +22408,371 @@ class PassphraseKillTest(Lockable, KeptTest):
         trchat.remove_leftovers(trchat.Paths(self.profiles, "old"))
         self.assertEqual(read_bytes(path), before)
         self.assertEqual(os.stat(path).st_nlink, 1)
+
+
+class BackupTest(Lockable, KeptTest):
+    """`backup` and `restore` with real profiles."""
+
+    PW = {"TRCHAT_NEW_PASSPHRASE": "for the backup", "TRCHAT_PASSPHRASE": ""}
+    OPEN = {"TRCHAT_PASSPHRASE": "for the backup"}
+
+    def setUp(self):
+        super().setUp()
+        self.out = os.path.join(self.base, "me.trchat")
+
+    def profile(self, name="alice"):
+        """A profile with something in each place, and what a backup leaves out."""
+        self.furnish(name)
+        for path, content in (
+            ("settings.json", b'{"bell": "off"}'), ("history/0a.log", os.urandom(3000)),
+            ("history/0b.log", b""), ("outbox/outbox.log", os.urandom(10)),
+            ("users.json", b"{}"), ("logs/security.log", b"said"), ("inbox/a/photo.jpg", b"jpg"),
+            ("tunnel.json", b"{}"), ("cert/.client_key.pem.x", b"left"), (".hidden", b""),
+        ):  # fmt: skip
+            os.makedirs(os.path.dirname(self.path(name, path)), exist_ok=True)
+            write_bytes(self.path(name, path), content)
+
+    def contents(self, name, skip=("client.lock", "server.lock")):
+        root = self.path(name)
+        found = {}
+        for path in everything_below(root):
+            if os.path.isfile(path) and os.path.basename(path) not in skip:
+                found[os.path.relpath(path, root)] = read_bytes(path)
+        return found
+
+    def back_up(self, name="alice", *words, **env):
+        return self.shell_json("backup", self.out, "--profile", name, *words, **(env or self.PW))
+
+    def restore(self, name, *words, **env):
+        words = ("restore", self.out, "--profile", name, *words)
+        return self.shell_json(*words, **(env or self.OPEN))
+
+    def assert_not_restored(self, *parts, name="new", **env):
+        words = ["restore", self.out, "--profile", name]
+        self.assert_shell_refused(words, *parts, **(env or self.OPEN))
+        self.assertFalse([n for n in os.listdir(self.profiles) if n.startswith(name)])
+
+    def test_there_and_back(self):
+        self.profile()
+        before = self.contents("alice")
+        for name in ("logs/security.log", "tunnel.json", "cert/.client_key.pem.x", ".hidden"):
+            del before[name]
+        told = self.back_up("alice", "--inbox")
+        self.assertEqual(sorted(told), sorted(
+            ["event", "path", "profile", "size", "files", "left_out", "inbox"]))  # fmt: skip
+        self.assertEqual((told["event"], told["files"], told["left_out"], told["inbox"]),
+                         ("backup", len(before), [], True))  # fmt: skip
+        self.assertEqual(told["size"], os.path.getsize(self.out))
+        self.assertEqual(stat.S_IMODE(os.stat(self.out).st_mode), 0o600)
+        self.assertNotIn(b"photo", read_bytes(self.out))
+        told = self.restore("new")
+        self.assertEqual(self.contents("new"), before)
+        pair = trchat.KeyPair(trchat.Paths(self.profiles, "alice"), "client")
+        self.assertEqual(told, {
+            "event": "restore", "profile": "new", "files": len(before), "replaced": False,
+            "size": sum(map(len, before.values())),
+            "fingerprint": trchat.fingerprint_text(pair.fingerprint()),
+        })  # fmt: skip
+        for path in everything_below(self.path("new")):
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            self.assertEqual(mode, 0o700 if os.path.isdir(path) else 0o600, path)
+        os.unlink(self.out)
+        del before["inbox/a/photo.jpg"]
+        self.assertFalse(self.back_up()["inbox"])
+        self.restore("newer")
+        self.assertEqual(self.contents("newer"), before)
+
+    def test_somebody_else_s_contact_recognises_you(self):
+        self.kept_from_before = True
+        server = self.serve()
+        alice, bob = self.befriend(server, "alice", "bob")
+        bob.ask("/contacts add alice", name="alice")
+        bob.say("remember this")
+        alice.wait_for("message", text="remember this")
+        alice.barrier()
+        alice.leave()
+        bob.wait_for("left", name="alice")
+        self.back_up()
+        self.restore("elsewhere")
+        again = self.enter("alice", server, profile="elsewhere", number=None)
+        bob.wait_for("joined", name="alice")
+        self.assertEqual(bob.of("key-changed"), [])
+        self.assertEqual(self.tail(again), ["remember this"])
+        self.assertIn("bob", json.dumps(again.ask("/contacts")))
+
+    def test_a_sealed_profile_stays_sealed(self):
+        self.seal("alice")
+        key = read_bytes(self.path("alice", "cert", "client_key.pem"))
+        self.back_up()
+        self.restore("new")
+        self.assertEqual(read_bytes(self.path("new", "cert", "client_key.pem")), key)
+        self.assert_shell_refused(["id", "--profile", "new"], "wrong", **self.OPEN)
+
+    def test_what_is_refused(self):
+        self.profile()
+        back_up = ["backup", self.out, "--profile", "alice"]
+        self.assert_shell_refused(back_up, "needs a passphrase", "TRCHAT_NEW_PASSPHRASE",
+                                  TRCHAT_PASSPHRASE="")  # fmt: skip
+        self.assert_shell_refused(["backup", self.out, "--profile", "nobody"], "no profile",
+                                  **self.PW)  # fmt: skip
+        inside = self.path("alice", "history", "x")
+        self.assert_shell_refused(["backup", inside, "--profile", "alice"], "in the profile itself",
+                                  **self.PW)  # fmt: skip
+        for role in ("client", "server"):
+            lock = trchat.ProfileLock(trchat.Paths(self.profiles, "alice"), role)
+            self.assert_shell_refused(back_up, "in use", role, **self.PW)
+            lock.release()
+        self.assertFalse(os.path.exists(self.out))
+        write_bytes(self.out, b"mine")
+        self.assert_shell_refused(back_up, "exists already", **self.PW)
+        self.assertEqual(read_bytes(self.out), b"mine")
+        self.assert_not_restored("no backup made by trchat")
+        os.unlink(self.out)
+        self.assert_not_restored("cannot be read")
+        os.mkfifo(self.out)
+        self.assert_not_restored("cannot be read")
+        os.unlink(self.out)
+        self.assertEqual(self.shell("backup")[0], 2)
+        self.assertEqual(self.shell("restore")[0], 2)
+
+    def test_links_and_odd_files_are_left_out_and_said(self):
+        self.profile()
+        os.symlink("/etc/passwd", self.path("alice", "history", "link.log"))
+        os.symlink("/etc", self.path("alice", "folder"))
+        os.mkfifo(self.path("alice", "pipe"))
+        os.rename(self.path("alice", "users.json"), self.path("alice", "users."))
+        told = self.back_up()
+        self.assertEqual(told["left_out"], ["folder", "history/link.log", "pipe", "users."])
+        self.restore("new")
+        self.assertNotIn("history/link.log", self.contents("new"))
+
+    def test_a_wrong_passphrase_and_any_damage(self):
+        self.profile()
+        self.back_up()
+        wrong = "passphrase is wrong, or the backup is damaged at its beginning"
+        self.assert_not_restored(wrong, TRCHAT_PASSPHRASE="another")
+        self.assert_not_restored("sealed with a passphrase", TRCHAT_PASSPHRASE="")
+        whole = read_bytes(self.out)
+        places = [*range(trchat.BACKUP_HEAD + 60), *range(100, len(whole), 97), len(whole) - 1]
+        for place in places:
+            data = bytearray(whole)
+            data[place] ^= 1 << place % 8
+            write_bytes(self.out, data)
+            with contextlib.ExitStack() as stack:
+                if place == 8:  # the work of scrypt: up to a gigabyte, which is not of interest
+                    fake = mock.patch.object(trchat, "passphrase_key", lambda *_: bytes(32))
+                    stack.enter_context(fake)
+                self.assert_not_restored(wrong if place > 32 else "amaged")
+        for size in [*range(0, 80, 7), *range(80, len(whole), 301), len(whole) - 1]:
+            write_bytes(self.out, whole[:size])
+            self.assert_not_restored("amaged")
+        write_bytes(self.out, whole + b"x")
+        self.assert_not_restored("amaged")
+        write_bytes(self.out, whole)
+        self.restore("new")
+
+    def test_damage_behind_the_first_chunks(self):
+        self.profile()
+        write_bytes(self.path("alice", "history", "0a.log"), os.urandom(300_000))
+        self.back_up()
+        whole = read_bytes(self.out)
+        for data in (whole[:-1], whole[:-70_000], whole[:-100] + b"x" + whole[-99:],
+                     whole[:100_000] + whole[166_000:]):  # fmt: skip
+            write_bytes(self.out, data)
+            self.assert_not_restored("damaged or cut short, and nothing was restored")
+
+    def test_hostile_backups(self):
+        """Made by somebody who knows the passphrase."""
+        secret = os.path.join(self.base, "victim")
+        write_bytes(secret, b"mine")
+        for path in ("../../victim", secret, "..", "history/../../../victim"):
+            raw = path.encode()
+            entry = trchat.u8(1) + trchat.u16(len(raw)) + raw + trchat.u64(4) + b"evil"
+            good = trchat.encode_entry(["settings.json"], 2) + b"{}"
+            with mock.patch.object(trchat, "SCRYPT_LOG_N", 10):
+                head = trchat.new_backup_head()
+            sealer = trchat.Sealer(trchat.backup_key(head, "for the backup"))
+            data = head + sealer.seal(good + entry + trchat.encode_end(2))
+            write_bytes(self.out, data + b"".join(sealer.finish()))
+            self.assert_not_restored("not safe")
+            self.assertEqual(read_bytes(secret), b"mine")
+
+    def test_replacing(self):
+        self.profile()
+        self.back_up()
+        before = self.contents("alice")
+        self.furnish("bob")
+        words = ["restore", self.out, "--profile", "bob"]
+        self.assert_shell_refused(words, "exists already", "--replace", **self.OPEN)
+        self.assert_shell_refused([*words, "--replace"], "Nobody is there", "--yes", **self.OPEN)
+        lock = trchat.ProfileLock(trchat.Paths(self.profiles, "bob"), "client")
+        self.assert_shell_refused([*words, "--replace", "--yes"], "in use", **self.OPEN)
+        lock.release()
+        key = read_bytes(self.path("bob", "cert", "client_key.pem"))
+        self.assert_shell_refused([*words, "--replace", "--yes"], "wrong",
+                                  TRCHAT_PASSPHRASE="another")  # fmt: skip
+        self.assertEqual(read_bytes(self.path("bob", "cert", "client_key.pem")), key)
+        with open(self.path("bob", "cert", "client_key.pem"), "rb") as old:
+            self.assertTrue(self.restore("bob", "--replace", "--yes")["replaced"])
+            self.assertNotIn(b"PRIVATE KEY", old.read(), "what was there is overwritten")
+        self.assertEqual(self.contents("bob")["history/0a.log"], before["history/0a.log"])
+        self.assertEqual(sorted(os.listdir(self.profiles)), ["alice", "bob"])
+
+    def state(self, name):
+        """A text that stands for all that a profile holds."""
+        if not os.path.exists(self.path(name)):
+            return "nothing"
+        held = sorted(self.contents(name).items())
+        return hashlib.sha256(repr(held).encode()).hexdigest()[:12]
+
+    def killed_everywhere(self, *words):
+        """Kills a restore at each of its calls; what the profile holds after the next start."""
+        outcomes = []
+        for number in range(1, 1000):
+            for name in os.listdir(self.profiles):
+                if name not in ("alice", "carol"):
+                    shutil.rmtree(self.path(name))
+            if "--replace" in words:
+                shutil.copytree(self.path("carol"), self.path("bob"))
+            with KillAt(number) as kill:
+                try:
+                    self.restore("bob", *words)
+                except Killed:
+                    pass
+            self.shell("settings", "--profile", "other")  # any other command
+            outcomes.append(self.state("bob"))
+            if kill.calls < number:
+                break
+        self.assertGreater(len(outcomes), 15)
+        self.assertEqual(self.state("bob"), outcomes[-1])
+        return outcomes
+
+    def test_killed(self):
+        self.profile()
+        self.back_up()
+        outcomes = self.killed_everywhere()
+        self.assertEqual(sorted(set(outcomes)), sorted(["nothing", outcomes[-1]]))
+        self.restore("new")
+        self.assertEqual(sorted(os.listdir(self.profiles)), ["alice", "bob", "new"])
+        self.assertEqual(self.state("bob"), self.state("new"))
+
+    def test_killed_while_replacing(self):
+        self.profile()
+        self.furnish("carol")
+        self.back_up()
+        outcomes = self.killed_everywhere("--replace", "--yes")
+        self.assertEqual(sorted(set(outcomes)), sorted([self.state("carol"), outcomes[-1]]))
+        self.assertEqual(outcomes[0], self.state("carol"))
+        self.assertEqual(sorted(os.listdir(self.profiles)), ["alice", "bob", "carol"])
+
+    def test_what_a_kill_left_goes_with_the_next_restore(self):
+        self.profile()
+        self.back_up()
+        left = self.path("new~unpacking-x")
+        os.makedirs(os.path.join(left, "cert"))
+        key = os.path.join(left, "cert", "client_key.pem")
+        write_bytes(key, b"PRIVATE KEY")
+        busy = self.path("busy~unpacking-y")
+        os.makedirs(busy)
+        with open(os.path.join(busy, "client.lock"), "wb") as lock, open(key, "rb") as old:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.restore("new")
+            self.assertNotIn(b"PRIVATE", old.read())
+            self.assertTrue(os.path.exists(busy), "that one is still going on")
+        self.assertFalse(os.path.exists(left))
+
+    def test_disk_full_and_interrupted(self):
+        self.profile()
+        real, full = os.fsync, OSError(errno.ENOSPC, "No space left on device")
+        with mock.patch.object(os, "fsync", mock.Mock(side_effect=full)):
+            words = ["backup", self.out, "--profile", "alice"]
+            self.assert_shell_refused(words, "No space left", **self.PW)
+        self.assertEqual([n for n in os.listdir(self.base) if "me.trchat" in n], [])
+        with mock.patch.object(trchat.Sealer, "finish", mock.Mock(side_effect=KeyboardInterrupt)):
+            code, output, _ = self.shell("backup", self.out, "--profile", "alice", **self.PW)
+            self.assertEqual((code, output), (130, ""))
+        self.assertEqual([n for n in os.listdir(self.base) if "me.trchat" in n], [])
+        self.back_up()
+        calls = []
+
+        def later_full(handle):
+            calls.append(handle)
+            if len(calls) > 3:
+                raise full
+            real(handle)
+
+        with mock.patch.object(os, "fsync", later_full):
+            self.assert_not_restored("No space left", "Free some space")
+        with mock.patch.object(trchat.Opener, "finish", mock.Mock(side_effect=KeyboardInterrupt)):
+            code, output, _ = self.shell("restore", self.out, "--profile", "new", **self.OPEN)
+            self.assertEqual((code, output), (130, ""))
+        self.assertEqual(os.listdir(self.profiles), ["alice"])
+
+    def test_a_large_history_in_little_memory(self):
+        self.profile()
+        size = 48 << 20
+        with open(self.path("alice", "history", "0a.log"), "wb") as file:
+            file.truncate(size)
+        paths = trchat.Paths(self.profiles, "alice")
+        new = trchat.Paths(self.profiles, "new")
+        trchat.backup_key(trchat.new_backup_head(), "x")  # imports count for nobody
+        seen = []
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        trchat.Backup(paths, False).write(self.out, "x", lambda *step: seen.append(step))
+        self.assertGreater(len(seen), 100)
+        self.assertEqual(seen[-1][0], seen[-1][1])
+        unpacked = trchat.Restoring(new, self.out).run("x", lambda *step: seen.append(step))
+        self.assertGreater(unpacked.size, size)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 8 << 20)
+        self.assertEqual(os.path.getsize(new.file("history", "0a.log")), size)
+
+
+class ThiefOfTheDiskTest(Lockable, KeptTest):
+    """With a passphrase, no file of a profile tells who was talked to, or about what."""
+
+    def test_planted_names_and_texts(self):
+        self.kept_from_before = True
+        server = self.serve()
+        alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
+        carol = self.enter("carol", server)
+        alice.wait_for("joined", name="carol")
+        for other in ("bob", "carol"):
+            alice.wait_until(lambda _, n=other: alice.client.machine.directory.find(n))
+            alice.ask(f"/contacts add {other}", name=other)
+        alice.ask("/contacts block bob", event="notice")
+        alice.ask("/contacts unblock bob", event="notice")
+        bob.say("planted by bob")
+        alice.wait_for("message", text="planted by bob")
+        alice.say("planted by me")
+        bob.wait_for("message", text="planted by me")
+        carol.leave()
+        alice.wait_for("left", name="carol")
+        alice.type("/msg carol planted for later")
+        alice.wait_for("queued")
+        planted = os.path.join(self.base, "planted-file.txt")
+        write_bytes(planted, b"planted content")
+        alice.type(f"/file {planted} @bob")
+        bob.wait_for("offer")
+        alice.ask("/set disappear 1h")
+        alice.barrier()
+        vault_key = alice.client.records.profile.history
+        keys = [vault_key._key, vault_key._naming]
+        marks = [p.client.machine.identity.fingerprint.hex() for p in (bob, carol)]
+        alice.leave()
+        needles = ["planted", "bob", "carol", "PRIVATE KEY", *marks]
+        self.assertEqual(self.holding(*needles, below=self.path("alice")), [])
+        files = [path for path in everything_below(self.path("alice")) if os.path.isfile(path)]
+        self.assertGreater(len(files), 8)
+        for path in files:
+            content = read_bytes(path)
+            for key in keys:
+                self.assertNotIn(key, content, path)
+            for mark in marks:
+                self.assertNotIn(bytes.fromhex(mark), content, path)
+        in_clear = {os.path.relpath(p, self.path("alice")) for p, n in
+                    ((p, read_bytes(p)) for p in files) if b"alice" in n}  # fmt: skip
+        self.assertEqual(in_clear, {"servers.json"}, "what the README says")
 
 
 class RoomCommandsTest(KeptTest):

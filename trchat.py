@@ -125,6 +125,14 @@ or thread: bytes in, events out) and each uses only parts above itself:
 101. Alerts in the shell
 102. Command line
 103. Menu and door
+100. Backups in the shell
+101. Alerts in the shell
+102. Command line
+103. Menu and door
+100. Backups in the shell
+101. Alerts in the shell
+102. Command line
+103. Menu and door
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -7334,10 +7342,10 @@ def new_backup_head() -> bytes:
 
 def backup_key(head: bytes, passphrase: str) -> bytes:
     """The key of the sealed file behind a head; ChatError if that is none."""
-    magic, log_n, salt = head[: len(BACKUP_MAGIC)], head[-17], head[-16:]
-    if len(head) != BACKUP_HEAD or magic != BACKUP_MAGIC or log_n not in BACKUP_LOG_N:
+    usual = len(head) == BACKUP_HEAD and head.startswith(BACKUP_MAGIC)
+    if not usual or head[-17] not in BACKUP_LOG_N:
         raise ChatError(NO_BACKUP, "Take another file.", "storage")
-    return hkdf(passphrase_key(passphrase, salt, log_n), head, BACKUP_LABEL)
+    return hkdf(passphrase_key(passphrase, head[-16:], head[-17]), head, BACKUP_LABEL)
 
 
 def belongs_in_backup(names: list, inbox: bool = True) -> bool:
@@ -10288,6 +10296,7 @@ class Publisher:
 
     def __init__(self):
         self._subscriptions: list = []
+        self._watchers: list = []
 
     def subscribe(self, most: int = EVENTS_MOST) -> Subscription:
         subscription = Subscription(most)
@@ -10296,9 +10305,18 @@ class Publisher:
 
     def watch(self, watcher) -> None:
         """Has `watcher.put` called with every event where it is published: it must not wait."""
-        self._subscriptions.append(watcher)
+        if watcher not in self._watchers:
+            self._watchers.append(watcher)
 
     def publish(self, event) -> None:
+        self._let_watch(event)
+        self._show(event)
+
+    def _let_watch(self, event) -> None:
+        for watcher in self._watchers:
+            watcher.put(event)
+
+    def _show(self, event) -> None:
         for subscription in self._subscriptions:
             subscription.put(event)
 
@@ -10804,6 +10822,11 @@ class KeyPair:
         self._certificate_der(pem)
         return pem.decode("ascii", "replace")
 
+    def fingerprint(self) -> bytes | None:
+        """That of its certificate, if there is one."""
+        pem = read_file(self.certificate_path)
+        return None if pem is None else certificate_fingerprint(self._certificate_der(pem))
+
     def sealed(self) -> bool:
         return is_sealed(read_file(self.key_path) or b"")
 
@@ -10992,20 +11015,19 @@ def _put_in_place(new: str, path: str) -> None:
     """Renames a file over another, and overwrites what was there, if need be at the next start."""
     folder, name = os.path.split(path)
     old = os.path.join(folder, f".{name}.old")
-    before = open(path, "r+b") if os.path.exists(path) else None  # noqa: SIM115 - across it
     _remove_secret(old, path)
-    try:
-        if before is not None:
+    before: Any = None
+    if os.path.exists(path):
+        try:
             os.link(path, old)  # so that it is found after a kill, too
-    except OSError:
-        pass  # not every file system has links
+        except OSError:  # not every file system has links
+            before = open(path, "r+b") if os.name == "posix" else None  # noqa: SIM115 - across it
     os.replace(new, path)
     _sync_folder(folder)
     if before is not None:
         with before:
             _overwrite_open(before)
-    if os.path.exists(old):
-        os.unlink(old)
+    _remove_secret(old, path)
 
 
 def replace_secret(path: str, data: bytes) -> None:
@@ -14433,8 +14455,11 @@ class Unpacker:
             self._open_file(event[1])
 
     def _open_file(self, names: list) -> None:
+        for depth in range(1, len(names)):
+            self._path = os.path.join(self._folder, *names[:depth])
+            if not os.path.isdir(self._path):
+                os.mkdir(self._path, 0o700)
         self._path = os.path.join(self._folder, *names)
-        os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
         self._file = os.fdopen(os.open(self._path, flags, 0o600), "wb")
         self.files += 1
@@ -14531,7 +14556,7 @@ class Restoring:
         total, opened = os.fstat(file.fileno()).st_size, 0
         try:
             while True:
-                data = self._read(file, BACKUP_BLOCK)
+                data = self._read(file, SEALED_CHUNK)
                 content = opener.open(data) if data else opener.finish()
                 opened += len(content)
                 for event in reader.receive(content):
@@ -21133,7 +21158,9 @@ COUNTED = (*COUNTED_AS.values(), "unconfirmed")
 
 
 class HoldingPublisher(Publisher):
-    """A Publisher that can hold events back; faces then hear how many messages there are."""
+    """A Publisher that can hold events back; faces then hear how many messages there are.
+
+    Whoever watches hears of all of them at once."""
 
     def __init__(self):
         super().__init__()
@@ -21144,8 +21171,9 @@ class HoldingPublisher(Publisher):
 
     def publish(self, event) -> None:
         with self._gate:
+            self._let_watch(event)
             if self._held is None or event is None or event["event"] in PASSING_EVENTS:
-                super().publish(event)
+                self._show(event)
                 if self._held is not None and event is not None and "keys" in event:
                     gone = set(event["keys"])
                     self._held = [e for e in self._held if e.get("_key") not in gone]
@@ -21170,9 +21198,9 @@ class HoldingPublisher(Publisher):
         """Hands on `first`, then all that was held back, and holds nothing any more."""
         with self._gate:
             held, self._held, self._drops = self._held or [], None, False
-            super().publish({**first, **self.counts})
+            self._show({**first, **self.counts})
             for event in held:
-                super().publish({**event, "_late": True})
+                self._show({**event, "_late": True})
 
     def _hold(self, event: dict) -> None:
         kind = event["event"]
@@ -21186,9 +21214,7 @@ class HoldingPublisher(Publisher):
         elif kind in COUNTED_AS and "_message" not in event and not event.get("history"):
             self.counts[COUNTED_AS[kind]] += 1
             ring = {name: event.get(name, False) for name in ("direct", "_called")}
-            super().publish(
-                {"event": "_waiting", **self.counts, "rings": kind == "message", **ring}
-            )
+            self._show({"event": "_waiting", **self.counts, "rings": kind == "message", **ring})
 
 
 def _bare(event: dict) -> dict:
@@ -21335,6 +21361,7 @@ class Locking:
         chat = self._chat
         profile, desk = chat.records.profile, chat.desk
         self._settings, self._keeper = profile.settings, profile.keeper
+        profile.paths.security.tell(None)
         for run in list(desk.running.values()) if desk is not None else ():
             run.cancel("The chat was locked.")
         if chat.picture is not None:
@@ -21348,6 +21375,7 @@ class Locking:
 
     def _routine_drop(self) -> None:
         assert self.opener is not None
+        self.opener.paths.security.lock()
         self.opener.close()
         gc.collect()  # machines, sessions and keys refer to each other
 
@@ -21470,8 +21498,8 @@ def waiting_words(counts: dict) -> str:
 LOCKED_TEXT = "The chat is locked; the connection stays."
 DROPPED_TEXT = "The chat is locked: its keys are closed and the servers left."
 UNSEALED = (
-    "Nothing would open a locked chat again but Enter: first set a passphrase, with "
-    "`trchat.py id passphrase` when this chat is closed."
+    "There is no passphrase to lock with: set one with `trchat.py id passphrase` when this chat "
+    "is closed."
 )
 
 
@@ -26554,7 +26582,7 @@ def _reveal_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 100. Backups in the shell | uses 1, 2, 16, 44, 51, 55, 90, 97, 98
+# Part 100. Backups in the shell | uses 1, 2, 16, 40, 44, 51, 55, 90, 97, 98
 #
 # `backup` and `restore`: what is asked of a person, and what they are told.
 # ==================================================================================================
@@ -26611,6 +26639,8 @@ def _backup_passphrase(session: Session) -> str:
 
 def _shell_restore(session: Session) -> int:
     given, paths = session.arguments, session.paths
+    paths.security.close()
+    paths.security = NoSecurityLog()  # as a log makes its profile's folder
     exists = os.path.lexists(paths.folder)
     if exists and not given.replace:
         text = f"The profile '{paths.profile}' exists already."
@@ -27253,7 +27283,7 @@ def _ask_name(session: Session, saved) -> str:
 
 def _menu_host(session: Session) -> list:
     own = KeyPair(session.paths, "server").fingerprint()
-    saved = ServerList(session.paths).find_fingerprint(own) if own else None
+    saved = ServerList(session.paths).find_fingerprint(fingerprint_text(own)) if own else None
     name = _ask_name(session, saved)
     return ["host", *(["--name", name] if name else [])]
 

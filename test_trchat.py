@@ -16912,6 +16912,1042 @@ class VaultTest(EndToEnd):
         alice.wait_for("sent")
 
 
+class UsbKeyTest(PureCase):
+    """What stands on a stick, in usb.json and on paper."""
+
+    def setUp(self):
+        self.stick_key, self.code = bytes(range(32)), trchat.create_recovery_code()
+        self.key_file = trchat.create_key_file()
+        places = (self.stick_key, self.key_file, self.code, "BLUE")
+        self.lock = trchat.create_stick_lock(*places)
+
+    def test_a_key_file_is_text_and_comes_back(self):
+        data = self.key_file.encode()
+        self.assertTrue(data.isascii() and data.endswith(b"\n"))
+        self.assertEqual(trchat.parse_key_file(data), self.key_file)
+        self.assertEqual(trchat.parse_key_file(data.replace(b"\n", b"\r\n")), self.key_file)
+
+    def test_a_key_file_that_is_damaged_anywhere_is_none(self):
+        data = self.key_file.encode()
+        worse = [*every_flip(data), *every_cut(data), data * 2, data + b"x", bytes(8192)]
+        for number, content in enumerate([*worse, b"\xff" * 99]):
+            with self.subTest(number=number), self.assertRaises(ValueError):
+                trchat.parse_key_file(content)
+
+    def test_key_files_whose_check_is_right_and_whose_fields_are_not(self):
+        good = self.key_file
+        for field, value in (
+            ("counter", 0), ("counter", 1 << 60), ("counter", "x"), ("secret", b"short"),
+            ("id", "ABCDEFG"), ("id", "../../XX"), ("id", "abcdefgh"),
+        ):  # fmt: skip
+            bad = trchat.KeyFile(good.id, good.counter, good.secret)
+            setattr(bad, field, value)
+            with self.assertRaises(ValueError):
+                trchat.parse_key_file(bad.encode())
+
+    def test_the_slots_open_by_their_secrets_alone(self):
+        code = trchat.parse_recovery_code(self.code)
+        self.assertEqual(self.lock.open(self.key_file), self.stick_key)
+        self.assertEqual(self.lock.recover(code), self.stick_key)
+        self.refused(self.lock.open, self.key_file.following())
+        other = trchat.parse_recovery_code(trchat.create_recovery_code())
+        self.refused(self.lock.recover, other)
+        for secret in (self.stick_key, self.key_file.secret, code):
+            for box in (self.lock.stick, self.lock.recovery, self.lock.check):
+                self.assertNotIn(secret, box)
+
+    def test_rolled_only_the_new_secret_opens(self):
+        following = self.key_file.following()
+        rolled = self.lock.rolled(self.stick_key, following)
+        self.assertEqual(rolled.open(following), self.stick_key)
+        self.refused(rolled.open, self.key_file)
+        self.assertEqual(rolled.recover(trchat.parse_recovery_code(self.code)), self.stick_key)
+        self.assertEqual(rolled.judge(following), "")
+        self.assertIn("a copy of this stick is in use", rolled.judge(self.key_file))
+        self.assertIn("from a backup", self.lock.judge(following))
+        twin = trchat.KeyFile(following.id, following.counter, bytes(32))
+        self.assertIn("both copies", rolled.judge(twin))
+        self.assertIn("another profile", rolled.judge(trchat.create_key_file()))
+
+    def test_usb_json_comes_back_or_is_refused(self):
+        data = json.loads(json.dumps(self.lock.to_json()))
+        self.assertEqual(trchat.parse_stick_lock(data), self.lock)
+        bad = [{k: v for k, v in data.items() if k != name} for name in data]
+        for value in (None, [], {}, "\x00", 0.5):
+            bad += [{**data, name: value} for name in data if (name, value) != ("label", "\x00")]
+        for entry in [*bad, {**data, "check": ""}, {**data, "id": "../x"}, {**data, "version": 2}]:
+            with self.subTest(entry=entry), self.assertRaises(ValueError):
+                trchat.parse_stick_lock(entry)
+
+    def test_a_recovery_code_has_enough_of_what_cannot_be_guessed(self):
+        codes = [trchat.create_recovery_code() for _ in range(200)]
+        self.assertEqual(len(set(codes)), 200)
+        for code in codes:
+            self.assertRegex(code, r"^([0-9A-HJKMNP-TV-Z]{4}-){7}[0-9A-HJKMNP-TV-Z]{4}$")
+        for place in range(len(codes[0].replace("-", "")) - trchat.CODE_CHECK_LETTERS):
+            self.assertGreater(len({code.replace("-", "")[place] for code in codes}), 20)
+        self.assertGreaterEqual(5 * trchat.CODE_LETTERS, 128)
+
+    def test_a_recovery_code_is_read_as_people_write_it(self):
+        bare = self.code.replace("-", "")
+        wanted = trchat.parse_recovery_code(self.code)
+        worse = bare.replace("0", "o").replace("1", "l")
+        for text in (bare, self.code.lower(), f" {self.code} \n", " ".join(bare), worse):
+            self.assertEqual(trchat.parse_recovery_code(text), wanted)
+
+    def test_a_slip_in_a_recovery_code_is_named(self):
+        bare = self.code.replace("-", "")
+        slips = [bare[:-1], bare + "0", "", "ü" * 32, bare[::-1]]
+        slips += [bare[:i] + ("7" if c != "7" else "8") + bare[i + 1 :] for i, c in enumerate(bare)]
+        slips += [bare[:i] + bare[i + 1] + bare[i] + bare[i + 2 :]
+                  for i in range(31) if bare[i] != bare[i + 1]]  # fmt: skip
+        for text in slips:
+            error = self.refused(trchat.parse_recovery_code, text, kind=trchat.ChatError)
+            self.assertIn("not a recovery code", str(error))
+
+    def test_waits_grow_and_end(self):
+        waits = [trchat.lockout_seconds(n) for n in range(40)]
+        self.assertEqual(waits[:8], [0, 0, 0, 0, 0, 30, 60, 120])
+        self.assertEqual(sorted(waits), waits)
+        self.assertEqual(max(waits), 3600)
+
+    @given(st.integers(0, 10**9), st.floats(0, 1e12), st.floats(0, 1e12))
+    @EXAMPLES
+    def test_no_clock_makes_a_wait_longer(self, failures, last, now):
+        left = trchat.lockout_left(failures, last, now)
+        self.assertTrue(0 <= left <= trchat.lockout_seconds(failures))
+
+
+STICK_MOUNTS = """\
+21 1 8:2 / / rw - ext4 /dev/sda2 rw
+22 21 8:1 / /boot/efi rw - vfat /dev/sda1 rw
+23 21 8:17 / /media/me/KEY\\040STICK rw,nosuid - vfat /dev/sdb1 rw
+24 21 8:17 / /again rw - vfat /dev/sdb1 rw
+25 21 179:1 / /media/me/card ro - exfat /dev/mmcblk0p1 ro
+26 21 8:33 / /media/me/disk rw - ext4 /dev/sdc1 rw
+27 21 253:0 / /media/me/crypt rw - ext4 /dev/mapper/luks rw
+28 21 0:40 / /tmp rw - tmpfs tmpfs rw
+29 21 8:49 / /boot/stick rw - ext4 /dev/sdd1 rw
+"""
+
+DISKUTIL = b"""<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0"><dict>
+<key>BusProtocol</key><string>USB</string><key>DeviceIdentifier</key><string>disk4s1</string>
+<key>Ejectable</key><true/><key>FilesystemType</key><string>msdos</string>
+<key>Internal</key><false/><key>MediaName</key><string>Untitled 1</string>
+<key>MountPoint</key><string>/Volumes/BLUE</string>
+<key>RemovableMediaOrExternalDevice</key><true/><key>TotalSize</key><integer>15728640000</integer>
+<key>VolumeName</key><string>BLUE</string><key>WritableVolume</key><true/>
+</dict></plist>
+"""
+
+
+class VolumesTest(PureCase):
+    """What systems tell of their sticks."""
+
+    def test_linux(self):
+        with tempfile.TemporaryDirectory(prefix="trchat-test-") as sysfs:
+            def disk(device, place, removable="0", partition=True, **words):
+                folder = os.path.join(sysfs, "devices", place)
+                whole = os.path.dirname(folder) if partition else folder
+                os.makedirs(folder)
+                if partition:
+                    write(os.path.join(folder, "partition"), "1\n")
+                write(os.path.join(whole, "removable"), removable + "\n")
+                os.makedirs(os.path.join(sysfs, "dev", "block"), exist_ok=True)
+                os.symlink(folder, os.path.join(sysfs, "dev", "block", device))
+                return folder
+
+            disk("8:2", "pci/ata1/sda/sda2")
+            disk("8:1", "pci/usb9/sdz/sdz1", "1")
+            stick = disk("8:17", "pci/usb1/1-1/1-1:1.0/host/sdb/sdb1")  # "0": as many USB disks
+            for name, text in (("idVendor", "0951"), ("manufacturer", "King\x1b[1m"),
+                               ("product", "Traveler"), ("serial", "0815")):  # fmt: skip
+                write(os.path.join(sysfs, "devices/pci/usb1/1-1", name), text + "\n")
+            disk("179:1", "platform/mmc0/mmcblk0/mmcblk0p1", "1")
+            disk("8:33", "pci/ata2/sdc/sdc1")
+            mapped = disk("253:0", "virtual/dm-0", partition=False)
+            os.makedirs(os.path.join(mapped, "slaves"))
+            os.symlink(stick, os.path.join(mapped, "slaves", "sdb1"))
+            disk("8:49", "pci/usb1/1-2/sdd/sdd1", "1")
+            found = trchat.linux_volumes(STICK_MOUNTS, sysfs, {"sdb1": "Key Stick"})
+        rows = [(v.path, v.label, v.system, v.writable, v.device) for v in found]
+        self.assertEqual(rows, [
+            ("/media/me/KEY STICK", "Key Stick", "vfat", True, "8:17"),
+            ("/media/me/card", "card", "exfat", False, "179:1"),
+            ("/media/me/crypt", "crypt", "ext4", True, "253:0"),
+        ])  # fmt: skip
+        self.assertEqual(found[0].model, "King[1m Traveler 0815")
+        self.assertEqual(trchat.linux_volumes(STICK_MOUNTS, "/nowhere", {}), [])
+
+    def test_macos(self):
+        volume = trchat.mac_volume(DISKUTIL)
+        self.assertEqual(volume, trchat.Volume(
+            "/Volumes/BLUE", "BLUE", 15728640000, "msdos", True, "Untitled 1", "disk4s1"
+        ))  # fmt: skip
+        inside = DISKUTIL.replace(b"USB", b"PCI-Express").replace(
+            b"<key>RemovableMediaOrExternalDevice</key><true/>", b""
+        )
+        image = DISKUTIL.replace(b"<string>USB<", b"<string>Disk Image<")
+        for data in (inside, image, b"", b"<plist>", b"bplist00" + bytes(40), DISKUTIL[:-30]):
+            self.assertIsNone(trchat.mac_volume(data))
+        for data in every_flip(DISKUTIL, 3):
+            trchat.mac_volume(data)  # no exception
+
+    def test_windows(self):
+        head = struct.pack("<IIBBBBIIIIII", 104, 104, 0, 0, 1, 0, 36, 46, 60, 66, 7, 0)
+        strings = b"Kingston\0\0" + b"DataTraveler\0\0" + b"PMAP\0\0" + b"  1C6F65\0"
+        found = trchat.parse_storage_descriptor(head + strings)
+        self.assertEqual(found, (True, 7, "Kingston DataTraveler 1C6F65"))
+        bare = struct.pack("<IIBBBBIIIIII", 40, 40, 0, 0, 0, 0, 0, 0, 0, 0, 11, 0)
+        self.assertEqual(trchat.parse_storage_descriptor(bare), (False, 11, ""))
+        for data in [*every_flip(head + strings), *every_cut(head + strings)]:
+            trchat.parse_storage_descriptor(data)  # no exception
+
+    @unittest.skipUnless(sys.platform == "linux", "needs /proc")
+    def test_this_system(self):
+        volumes = trchat.this_systems_volumes()
+        for volume in volumes.all():
+            self.assertTrue(volumes.is_there(volume))
+        volumes.wait(0.0)
+        away = trchat.Volume("/nowhere", "", 0, "", True, "", "1:1")
+        self.assertFalse(volumes.is_there(away))
+
+    @unittest.skipUnless(sys.platform == "linux", "needs /proc")
+    def test_a_stick_that_is_gone_but_still_mounted(self):
+        volume = trchat.Volume("/media/me/disk", "", 0, "", True, "", "8:33")
+        with mock.patch.object(trchat, "_read_word", lambda path: STICK_MOUNTS):
+            for exists in (True, False):
+                with mock.patch.object(os.path, "exists", lambda path, e=exists: e):
+                    self.assertEqual(trchat.LinuxVolumes().is_there(volume), exists)
+
+
+class GivenVolumes(trchat.Volumes):
+    """Folders that are taken for sticks."""
+
+    def __init__(self):
+        self.found = []
+
+    def add(self, path, label="BLUE", writable=True):
+        volume = trchat.Volume(path, label, 8 << 20, "vfat", writable, "", path)
+        self.found.append(volume)
+        return volume
+
+    def all(self):
+        return [volume for volume in self.found if os.path.isdir(volume.path)]
+
+
+class Killed(BaseException):
+    """The process is gone: no handler of errors sees it."""
+
+
+class Failing:
+    """The file system's calls of this thread, the n-th of which fails, and all after it.
+
+    `kind` is what is raised; with `late` the n-th call still does what it does. `below` counts
+    only calls on paths there, or on descriptors of them.
+    """
+
+    NAMES = ("open", "write", "fsync", "replace", "unlink", "link", "mkdir",
+             "posix_fadvise")  # fmt: skip
+
+    def __init__(self, number, kind=Killed, late=False, below=""):
+        self.number, self.kind, self.late, self.below = number, kind, late, below
+        self.calls, self._thread = 0, threading.get_ident()
+
+    def __enter__(self):
+        self._stack = contextlib.ExitStack()
+        for name in self.NAMES:
+            real = getattr(os, name, None)
+            if real is not None:
+                self._stack.enter_context(mock.patch.object(os, name, self._wrap(real)))
+        return self
+
+    def __exit__(self, kind, *_):
+        self._stack.close()
+        return kind is not None and issubclass(kind, Killed)
+
+    def _wrap(self, real):
+        def call(first, *rest, **named):
+            if not self._counts(first):
+                return real(first, *rest, **named)
+            self.calls += 1
+            if self.calls < self.number:
+                return real(first, *rest, **named)
+            if self.calls == self.number and self.late:
+                real(first, *rest, **named)
+            raise self.kind(errno.EIO, "Input/output error")
+
+        return call
+
+    def _counts(self, first) -> bool:
+        if threading.get_ident() != self._thread:
+            return False
+        if not self.below:
+            return True
+        if isinstance(first, int):
+            try:
+                first = os.readlink(f"/proc/self/fd/{first}")
+            except OSError:
+                return False
+        return os.fspath(first).startswith(self.below)
+
+
+class StickCase(PureCase):
+    """A profile and folders that are taken for sticks, with keys that cost next to nothing."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.template = tempfile.mkdtemp(prefix="trchat-test-")
+        cls.addClassCleanup(shutil.rmtree, cls.template)
+        paths = trchat.Paths(os.path.join(cls.template, "home"))
+        paths.make_folders()
+        for role in ("client", "server"):
+            trchat.KeyPair(paths, role).load(None)
+        os.mkdir(os.path.join(cls.template, "stick"))
+
+    def setUp(self):
+        self.base = os.path.join(tempfile.mkdtemp(prefix="trchat-test-"), "all")
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.base))
+        shutil.copytree(self.template, self.base)
+        self.paths = trchat.Paths(os.path.join(self.base, "home"))
+        self.stick = os.path.join(self.base, "stick")
+        self.volumes = GivenVolumes()
+        self.volumes.add(self.stick)
+        lines = [mock.patch.object(trchat, "SCRYPT_LOG_N", 10),
+                 mock.patch.object(trchat, "this_systems_volumes", lambda: self.volumes),
+                 mock.patch.object(trchat.StickShell, "_same_disk", lambda *_: False),
+                 mock.patch.object(os, "fsync", lambda handle: None)]  # fmt: skip
+        for patch in lines:
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def run_usb(self, *words, **env):
+        """(exit code, the objects on stdout, stderr) of a command, in this process."""
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        given = {k: v for k, v in os.environ.items() if not k.startswith("TRCHAT_P")}
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as errors, \
+                 contextlib.redirect_stdout(io.StringIO()) as output, \
+                 mock.patch.dict(os.environ, {**given, **env}, clear=True), \
+                 mock.patch.object(sys, "stdin", io.StringIO()):  # fmt: skip
+                code = trchat.main(["--home", self.paths.home, *words, "--json"])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self.assertNotIn("Traceback", errors.getvalue())
+        self.assertNotIn("Internal", errors.getvalue(), words)
+        return code, [json.loads(line) for line in output.getvalue().splitlines()], errors.getvalue()
+
+    def good(self, *words, **env):
+        code, events, errors = self.run_usb(*words, **env)
+        self.assertEqual((code, errors), (0, ""))
+        self.assertEqual(len(events), 1)
+        return events[0]
+
+    def bad(self, *words, **env):
+        code, events, errors = self.run_usb(*words, **env)
+        self.assertEqual(code, 1, events)
+        self.assertEqual((events[-1]["event"], errors.count("\n")), ("error", 1), errors)
+        return events[-1]["text"]
+
+    def enrol(self):
+        """Enrols the stick without the command; its recovery code."""
+        code, usb = trchat.create_recovery_code(), trchat.UsbKey(self.paths)
+        together = trchat.Replacement(self.paths)
+        usb.enrol(self.volumes.found[0], b"K" * 32, code, together.put)
+        for role in ("server", "client"):
+            pair = trchat.KeyPair(self.paths, role)
+            key, _ = pair.load(lambda question: "")
+            pair.stick_key = b"K" * 32
+            pair.store_key(key, "", together.put)
+        together.commit()
+        return code
+
+    def key_files(self):
+        return sorted(name for name in os.listdir(self.stick) if name.endswith(".key"))
+
+    def key_path(self):
+        return os.path.join(self.stick, self.key_files()[0])
+
+    def opens(self, passphrase=""):
+        """Whether the identity's key opens with what is plugged in; "" or the error."""
+        try:
+            trchat.load_identity(self.paths, lambda question: passphrase)
+        except trchat.ChatError as error:
+            self.assertEqual(error.code, "locked")
+            return error.text
+        return ""
+
+    def copy_of(self, path):
+        copy = path + ".copy"
+        shutil.copyfile(path, copy)
+        return copy
+
+
+class StickTest(StickCase):
+    def test_from_enrolling_to_removing(self):
+        before = self.good("id")
+        self.assertEqual(self.good("usb")["enrolled"], False)
+        made = self.good("usb", "enrol")
+        self.assertEqual((made["enrolled"], made["present"], made["path"]), (True, True, self.stick))
+        self.assertEqual(self.key_files(), [f"trchat-key-{made['id']}.key"])
+        if os.name == "posix":
+            self.assertEqual(os.stat(self.key_path()).st_mode & 0o777, 0o600)
+        for role in ("client", "server"):
+            self.assertTrue(trchat.KeyPair(self.paths, role).needs_stick())
+        self.assertEqual(self.good("id"), {**before, "sealed": True})
+        state = self.good("usb", "check")
+        self.assertEqual((state["present"], state["id"]), (True, made["id"]))
+        self.assertGreater(state["renewed"], 1)
+        self.assertIn("enrolled already", self.bad("usb", "enrol"))
+        self.good("usb", "remove")
+        self.assertEqual(self.good("id"), before)
+        self.assertEqual(os.listdir(self.stick), [])
+        self.assertFalse(os.path.exists(self.paths.file("usb.json")))
+        self.assertIn("No USB key is enrolled", self.bad("usb", "remove"))
+        self.assertIn("No USB key is enrolled", self.bad("usb", "recover"))
+
+    def test_without_the_stick_nothing_opens(self):
+        self.good("usb", "enrol")
+        self.volumes.found.clear()
+        for words in (["id"], ["usb", "check"], ["contacts"], ["usb", "remove"], ["server"],
+                      ["connect", "a:1"], ["id", "passphrase"], ["send", "a:1", "x"]):  # fmt: skip
+            code, events, errors = self.run_usb(*words)
+            self.assertEqual(code, 1, words)
+            error = [event for event in events if event["event"] == "error"][-1]
+            self.assertEqual(error["code"], "locked")
+            self.assertRegex(error["text"], "^USB authentication failed: the stick BLUE .*plugged in")
+
+    def test_with_a_passphrase_both_are_needed(self):
+        old, new = {"TRCHAT_PASSPHRASE": "old"}, {"TRCHAT_PASSPHRASE": "new"}
+        self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="old")
+        self.good("usb", "enrol", **old)
+        self.good("id", **old)
+        self.assertIn("passphrase", self.bad("id"))
+        self.assertIn("passphrase is wrong", self.bad("id", **new))
+        self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="new", **old)
+        self.good("id", **new)
+        self.volumes.found[0].path += "?"
+        self.assertIn("USB authentication failed", self.bad("id", **new))
+        self.volumes.found[0].path = self.stick
+        self.good("usb", "remove", **new)
+        self.volumes.found.clear()
+        self.good("id", **new)
+        self.assertIn("passphrase", self.bad("id"))
+
+    def test_a_passphrase_may_go_and_the_stick_stay(self):
+        self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="x")
+        self.good("usb", "enrol", TRCHAT_PASSPHRASE="x")
+        gone = self.good("id", "passphrase", TRCHAT_PASSPHRASE="x", TRCHAT_NEW_PASSPHRASE="")
+        self.assertEqual(gone["sealed"], True)
+        self.good("id")
+        self.volumes.found.clear()
+        self.assertIn("USB authentication failed", self.bad("id"))
+
+    def test_contacts_are_sealed_with_the_keys(self):
+        path = self.paths.file("contacts.json")
+        self.good("usb", "enrol")
+        with open(path, encoding="utf-8") as file:
+            self.assertEqual(set(json.load(file)), {"sealed"})
+        self.assertEqual(self.good("contacts")["contacts"], [])
+        self.good("usb", "remove")
+        with open(path, encoding="utf-8") as file:
+            self.assertNotIn("sealed", json.load(file))
+
+    def test_a_server_key_that_is_made_later_needs_the_stick_too(self):
+        for name in ("server_key.pem", "server_cert.pem"):
+            os.unlink(self.paths.file("cert", name))
+        self.good("usb", "enrol")
+        pair = trchat.KeyPair(self.paths, "server")
+        pair.load(None)
+        self.assertTrue(pair.needs_stick())
+        self.volumes.found.clear()
+        self.refused(trchat.KeyPair(self.paths, "server").load, None, kind=trchat.ChatError)
+
+    def test_the_key_is_not_in_any_file_of_the_profile(self):
+        self.good("usb", "enrol")
+        secret = trchat.read_key_file(self.key_path()).secret
+        stick_key = trchat.UsbKey(self.paths).open()
+        for name, content in snapshot(self.paths.folder).items():
+            for word in (secret, stick_key):
+                self.assertNotIn(word, content or b"", name)
+                self.assertNotIn(trchat.base64url(word).encode(), content or b"", name)
+
+    def test_a_copy_is_noticed_whichever_comes_first(self):
+        self.enrol()
+        path = self.key_path()
+        copy = self.copy_of(path)
+        self.assertEqual(self.opens(), "")
+        original = self.copy_of(copy)  # only for its name
+        shutil.copyfile(path, original)
+        shutil.copyfile(copy, path)
+        self.assertIn("a copy of this stick is in use", self.opens())
+        shutil.copyfile(original, path)
+        self.assertEqual(self.opens(), "")
+        shutil.copyfile(path, copy)
+        self.assertEqual(self.opens(), "")  # this time the thief is first
+        shutil.copyfile(copy, path)
+        self.assertIn("a copy of this stick is in use", self.opens())
+
+    def test_an_old_copy_opens_no_slot_even_of_a_profile_that_believes_it(self):
+        self.enrol()
+        old = trchat.read_key_file(self.key_path())
+        self.assertEqual(self.opens(), "")
+        self.refused(trchat.UsbKey(self.paths).require().open, old)
+
+    def test_a_profile_from_a_backup_opens_with_the_recovery_code(self):
+        code = self.good("usb", "enrol")["recovery"]
+        backup = os.path.join(self.base, "backup")
+        shutil.copytree(self.paths.folder, backup)
+        self.good("id")
+        shutil.rmtree(self.paths.folder)
+        shutil.copytree(backup, self.paths.folder)
+        self.assertIn("from a backup", self.bad("id"))
+        self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+        self.good("id")
+
+    def test_recovering_with_another_stick(self):
+        self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="x")
+        code = self.good("usb", "enrol", TRCHAT_PASSPHRASE="x")["recovery"]
+        other = os.path.join(self.base, "other")
+        os.mkdir(other)
+        self.volumes.found.clear()
+        self.volumes.add(other, "RED")
+        self.assertIn("recovery code is needed", self.bad("usb", "recover"))
+        made = self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+        self.assertEqual((made["path"], made["label"]), (other, "RED"))
+        self.assertNotEqual(made["recovery"], code)
+        self.good("id", TRCHAT_PASSPHRASE="x")
+        self.assertIn("another stick", self.bad("usb", "recover", TRCHAT_RECOVERY_CODE=code))
+        self.volumes.found.clear()
+        self.volumes.add(self.stick)
+        self.assertIn("RED", self.bad("id", TRCHAT_PASSPHRASE="x"))
+
+    def test_recovering_without_a_stick(self):
+        code = self.good("usb", "enrol")["recovery"]
+        self.volumes.found.clear()
+        self.assertIn("not plugged in", self.bad("usb", "remove"))
+        gone = self.good("usb", "recover", "--remove", TRCHAT_RECOVERY_CODE=code.lower())
+        self.assertEqual((gone["enrolled"], gone["volumes"]), (False, []))
+        self.good("id")
+        self.volumes.add(self.stick)
+        code = self.good("usb", "enrol")["recovery"]
+        self.volumes.found.clear()
+        self.good("usb", "remove", TRCHAT_RECOVERY_CODE=code)
+        self.good("id")
+
+    def test_a_backup_brings_the_need_for_the_stick(self):
+        out = os.path.join(self.base, "backup")
+        code = self.good("usb", "enrol")["recovery"]
+        self.good("backup", out, TRCHAT_NEW_PASSPHRASE="b")
+        self.good("id")  # after that the backup is an old one
+        other = ["--profile", "other"]
+        self.good("restore", out, *other, TRCHAT_PASSPHRASE="b")
+        self.assertIn("from a backup", self.bad("id", *other))
+        self.good("usb", "recover", "--remove", *other, TRCHAT_RECOVERY_CODE=code)
+        self.good("id", *other)
+        self.good("id")
+
+    def test_the_menu_asks_what_can_be_done(self):
+        session = trchat.Session(trchat.make_parser().parse_args(["--home", self.paths.home]))
+        answers, asked = [], []
+        session.ask = lambda question, default: asked.append(question) or answers.pop()
+        session.ask_text = lambda question: asked.append(question) or answers.pop()
+        for enrolled, typed, words in (
+            (False, [False], []), (False, [True], ["usb", "enrol"]), (True, [""], []),
+            (True, ["rem"], ["usb", "remove"]), (True, ["c", "r", "x"], ["usb", "check"]),
+        ):  # fmt: skip
+            if enrolled and not trchat.KeyPair(self.paths, "client").needs_stick():
+                self.enrol()
+            answers[:] = typed
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                self.assertEqual(trchat._menu_usb(session), words)
+            state = "is good" if enrolled else "No USB key is enrolled"
+            self.assertIn(state, output.getvalue())
+            self.assertEqual(answers, [])
+
+    def test_attempts_are_counted_before_they_are_made(self):
+        self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="right")
+        code = self.good("usb", "enrol", TRCHAT_PASSPHRASE="right")["recovery"]
+        path = self.paths.file("usb-attempts.json")
+        with mock.patch.object(trchat.SealedKey, "open", side_effect=Killed), \
+             contextlib.suppress(Killed):  # fmt: skip
+            self.run_usb("id", TRCHAT_PASSPHRASE="wrong")
+        self.assertEqual(trchat.read_json(path, {})["failures"], 1)
+        for _ in range(4):
+            self.assertIn("passphrase is wrong", self.bad("id", TRCHAT_PASSPHRASE="wrong"))
+        for words in (["id"], ["usb", "recover"]):
+            text = self.bad(*words, TRCHAT_PASSPHRASE="right", TRCHAT_RECOVERY_CODE=code)
+            self.assertRegex(text, r"After 5 failed attempts the profile is locked for \d+ seconds")
+        trchat.write_json(path, {"failures": 5, "last": int(time.time()) - 31})
+        self.good("id", TRCHAT_PASSPHRASE="right")
+        self.assertFalse(os.path.exists(path))
+        other = trchat.create_recovery_code()
+        for _ in range(5):
+            text = self.bad("usb", "recover", TRCHAT_RECOVERY_CODE=other)
+            self.assertIn("another stick or profile", text)
+        self.assertIn("locked for", self.bad("usb", "recover", TRCHAT_RECOVERY_CODE=code))
+
+    def test_a_damaged_count_of_attempts_locks_nobody_out(self):
+        self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="x")
+        self.good("usb", "enrol", TRCHAT_PASSPHRASE="x")
+        for content in (b"", b"\xff", b"[]", b'{"failures": "x"}', b'{"failures": -1, "last": 0}'):
+            write_bytes(self.paths.file("usb-attempts.json"), content)
+            self.good("id", TRCHAT_PASSPHRASE="x")
+
+    def test_nothing_of_a_typed_slip_is_counted(self):
+        code = self.good("usb", "enrol")["recovery"]
+        for _ in range(7):
+            self.assertIn("not a recovery code", self.bad("usb", "recover",
+                                                          TRCHAT_RECOVERY_CODE=code[1:]))  # fmt: skip
+        self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+
+
+class HostileStickTest(StickCase):
+    def test_what_is_no_key_file(self):
+        self.enrol()
+        path, good = self.key_path(), open(self.key_path(), "rb").read()  # noqa: SIM115
+        kept = self.copy_of(path)
+
+        def huge():
+            write_bytes(path, good + b"#" * (64 << 20))
+
+        def linked():
+            os.symlink(kept, path)
+
+        for make, words in (
+            (lambda: os.mkdir(path), "no file"), (huge, "damaged"), (linked, "link"),
+            (lambda: os.mkfifo(path), "no file"), (lambda: write_bytes(path, b""), "damaged"),
+            (lambda: os.symlink("/dev/zero", path), "link"),
+        ):  # fmt: skip
+            os.unlink(path)
+            make()
+            text = self.opens()
+            self.assertTrue(text.startswith("USB authentication failed: the key on "), text)
+            self.assertIn(words, text)
+            shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else None
+            write_bytes(path + "x", good)
+            os.replace(path + "x", path)
+        self.assertEqual(self.opens(), "")
+
+    def test_damage_at_every_byte(self):
+        self.enrol()
+        path, lock = self.key_path(), trchat.UsbKey(self.paths).require()
+        with open(path, "rb") as file:
+            good = file.read()
+        for content in [*every_flip(good), *every_cut(good)]:
+            write_bytes(path, content)
+            error = self.refused(trchat.find_stick, lock, self.volumes.all(), kind=trchat.ChatError)
+            self.assertIn("is damaged", error.text)
+        write_bytes(path, good)
+        self.assertEqual(self.opens(), "")
+
+    def test_damage_in_usb_json_at_every_byte(self):
+        code = trchat.parse_recovery_code(self.enrol())
+        usb = trchat.UsbKey(self.paths)
+        with open(usb.path, "rb") as file:
+            good = file.read()
+        for content in [*every_flip(good, 5), *list(every_cut(good))[::7]]:
+            write_bytes(usb.path, content)
+            for opened in (usb.open, functools.partial(usb.recover, code)):
+                try:
+                    self.assertEqual(opened(), b"K" * 32)
+                except trchat.ChatError as error:
+                    self.assertIn(error.code, ("locked", "storage"))
+            usb.attempts.succeed()
+        write_bytes(usb.path, good)
+        self.assertEqual(self.opens(), "")
+        os.unlink(usb.path)
+        self.assertIn("usb.json is missing", self.opens())
+
+    def test_usb_json_of_another_profile(self):
+        self.enrol()
+        usb = trchat.UsbKey(self.paths)
+        usb.enrol(self.volumes.found[0], b"J" * 32, trchat.create_recovery_code())
+        pair = trchat.KeyPair(self.paths, "client")
+        error = self.refused(pair.load, None, kind=trchat.ChatError)
+        self.assertIn("does not belong to", error.text)
+
+    def test_the_right_stick_beside_a_wrong_one_and_an_old_copy(self):
+        self.enrol()
+        copy, wrong = os.path.join(self.base, "copy"), os.path.join(self.base, "wrong")
+        shutil.copytree(self.stick, copy)
+        os.mkdir(wrong)
+        write_bytes(os.path.join(wrong, "trchat-key-AAAAAAAA.key"), b"x")
+        name = self.key_files()[0]
+        write_bytes(os.path.join(wrong, name), trchat.create_key_file().encode())
+        self.assertEqual(self.opens(), "")
+        found, self.volumes.found = self.volumes.found, []
+        for path in (wrong, copy):
+            self.volumes.add(path)
+        self.volumes.found += found
+        self.assertEqual(self.opens(), "")
+        del self.volumes.found[1:]
+        self.assertIn("belongs to another profile", self.opens())
+
+    def test_two_sticks_to_choose_from(self):
+        other = os.path.join(self.base, "other")
+        os.mkdir(other)
+        self.volumes.add(other, "RED")
+        self.assertIn("Several sticks", self.bad("usb", "enrol"))
+        self.assertIn("No USB stick is mounted at", self.bad("usb", "enrol", self.base))
+        self.assertEqual(self.good("usb", "enrol", "RED")["path"], other)
+        self.assertEqual(self.good("usb", "remove")["enrolled"], False)
+        self.assertEqual(self.good("usb", "enrol", self.stick + os.sep)["path"], self.stick)
+
+    def test_a_stick_that_cannot_be_written(self):
+        self.volumes.found[0].writable = False
+        self.assertIn("Nothing can be written to", self.bad("usb", "enrol"))
+        self.volumes.found[0].writable = True
+        self.good("usb", "enrol")
+        fault = OSError(errno.EROFS, "Read-only file system")
+        with mock.patch.object(trchat, "write_key_file", side_effect=fault):
+            code, _, errors = self.run_usb("id")
+        self.assertEqual(code, 0)
+        self.assertRegex(errors, "could not be renewed .Read-only.* a copy of it would not be noticed")
+        self.good("id")
+
+    def test_a_full_stick(self):
+        real = os.write
+
+        def full(handle, data):
+            if real(handle, data[:10]) and Failing(0, below=self.stick)._counts(handle):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return 10
+
+        with mock.patch.object(os, "write", full):
+            self.assertIn("No space left", self.bad("usb", "enrol"))
+        self.assertEqual((os.listdir(self.stick), self.good("usb")["enrolled"]), ([], False))
+        self.good("usb", "enrol")
+        with mock.patch.object(os, "write", full):
+            code, _, errors = self.run_usb("id")
+        self.assertEqual((code, "No space left" in errors), (0, True))
+        self.good("id")
+
+    def test_a_profile_on_the_stick_itself(self):
+        with mock.patch.object(trchat.StickShell, "_same_disk", REAL_SAME_DISK):
+            self.assertIn("must not lie beside what it opens", self.bad("usb", "enrol"))
+
+    def test_a_stick_that_lies(self):
+        """What is read back is not what was written: the old secret stays the one that counts."""
+        self.enrol()
+        with mock.patch.object(trchat, "write_key_file", side_effect=OSError(errno.EIO, "lies")):
+            self.assertIn("lies", trchat.UsbKey(self.paths).roll())
+        self.assertEqual(self.opens(), "")
+
+
+REAL_SAME_DISK = trchat.StickShell._same_disk
+
+
+class InterruptedStickTest(StickCase):
+    """Kills at each call of the file system, and sticks that are pulled at each."""
+
+    def each_interruption(self, act, disk_too=False):
+        """Does `act` once with each call failing in each way; yields after each.
+
+        To be killed after a call is to be killed before the next.
+        """
+        clean = os.path.join(os.path.dirname(self.base), "clean")
+        shutil.copytree(self.base, clean)
+        ways = [(Killed, False, ""), (OSError, False, self.stick)]
+        if disk_too:
+            ways += [(OSError, True, self.stick), (OSError, False, self.paths.folder),
+                     (OSError, True, self.paths.folder)]  # fmt: skip
+        for kind, late, below in ways:
+            for number in range(1, 200):
+                shutil.rmtree(self.base)
+                shutil.copytree(clean, self.base)
+                failing = Failing(number, kind, late, below)
+                with contextlib.suppress(trchat.ChatError, OSError), failing, \
+                     contextlib.redirect_stderr(io.StringIO()):  # fmt: skip
+                    act()
+                trchat.remove_leftovers(self.paths)  # as each start does
+                with self.subTest(kind=kind.__name__, late=late, below=below[-6:], number=number):
+                    yield number
+                if failing.calls < number:
+                    break
+            else:
+                self.fail("there is no end to it")
+
+    def test_rolling(self):
+        code = trchat.parse_recovery_code(self.enrol())
+        usb = trchat.UsbKey(self.paths)
+        steps = 0
+        for _ in self.each_interruption(usb.roll, disk_too=True):
+            steps += 1
+            self.assertEqual(usb.recover(code), b"K" * 32)
+            self.assertEqual(usb.open(), b"K" * 32)
+            old = trchat.read_key_file(self.key_path())
+            self.assertEqual((usb.roll(), usb.roll()), ("", ""))
+            self.assertEqual(usb.open(), b"K" * 32)
+            self.assertEqual(len(os.listdir(self.stick)), 1)
+            self.refused(usb.require().open, old)
+        self.assertGreater(steps, 50)
+
+    def test_enrolling(self):
+        codes = []
+
+        def act():
+            codes.append(trchat.create_recovery_code())
+            with mock.patch.object(trchat, "create_recovery_code", lambda: codes[-1]):
+                self.run_usb("usb", "enrol")
+
+        for _ in self.each_interruption(act):
+            pair = trchat.KeyPair(self.paths, "client")
+            self.assertEqual(self.opens(), "")
+            trchat.KeyPair(self.paths, "server").load(None)
+            if pair.needs_stick():
+                usb = trchat.UsbKey(self.paths)
+                key = usb.recover(trchat.parse_recovery_code(codes[-1]))
+                trchat.KeyPair(self.paths, "client", key).load(None)
+            enrolled = pair.needs_stick()
+            self.assertEqual(trchat.KeyPair(self.paths, "server").needs_stick(), enrolled)
+            self.bad("usb", "enrol") if enrolled else self.good("usb", "enrol")
+            self.assertEqual(self.good("usb")["present"], True)
+            self.good("id")
+
+    def test_removing(self):
+        code = self.enrol()
+        for _ in self.each_interruption(lambda: self.run_usb("usb", "remove")):
+            self.assertEqual(self.opens(), "")
+            trchat.KeyPair(self.paths, "server").load(None)
+            if self.good("usb")["enrolled"]:
+                self.good("usb", "remove", TRCHAT_RECOVERY_CODE=code)
+            self.volumes.found, found = [], self.volumes.found
+            self.assertEqual(self.opens(), "")
+            trchat.KeyPair(self.paths, "server").load(None)
+            self.volumes.found = found
+
+    def test_recovering(self):
+        code = self.enrol()
+        made = [code]
+
+        def act():
+            made[1:] = [trchat.create_recovery_code()]
+            with mock.patch.object(trchat, "create_recovery_code", lambda: made[-1]):
+                self.run_usb("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+
+        for _ in self.each_interruption(act):
+            self.assertEqual(self.opens(), "")
+            usb, opened = trchat.UsbKey(self.paths), []
+            for text in made:
+                with contextlib.suppress(trchat.ChatError):
+                    opened.append(usb.recover(trchat.parse_recovery_code(text)))
+            self.assertEqual(opened, [b"K" * 32])
+
+
+class StickWatchTest(StickCase):
+    """A stick that goes and comes, beside what happens to it."""
+
+    def watch(self):
+        """A watch of the profile, and the queue of what it tells."""
+        told, ended = queue.Queue(), threading.Event()
+        self.addCleanup(ended.set)
+        self.volumes.wait = lambda seconds: ended.wait(0.01)
+        ways = (told.put, lambda: told.put("back"))
+        return trchat.StickWatch(self.paths, "client", ended, *ways), told
+
+    def test_it_tells_when_the_stick_goes_and_is_back(self):
+        self.enrol()
+        _, told = self.watch()
+        for _ in range(2):
+            self.assertEqual(self.opens(), "")  # it is rolled meanwhile
+        away = self.stick + ".away"
+        os.rename(self.stick, away)
+        self.assertIs(told.get(timeout=PATIENCE), False)
+        for _ in range(2):
+            os.rename(away, self.stick)
+            self.assertEqual(told.get(timeout=PATIENCE), "back")
+            os.rename(self.stick, away)
+            self.wait_until_missed()
+
+    def wait_until_missed(self):
+        """The watch has looked once more."""
+        looked = threading.Event()
+        with mock.patch.object(trchat.UsbKey, "find", lambda *_: looked.set()):
+            self.assertTrue(looked.wait(PATIENCE))
+
+    def test_with_a_passphrase_the_stick_alone_is_not_enough(self):
+        self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="x")
+        self.good("usb", "enrol", TRCHAT_PASSPHRASE="x")
+        _, told = self.watch()
+        os.rename(self.stick, self.stick + ".away")
+        self.assertIs(told.get(timeout=PATIENCE), True)
+
+    def test_a_stick_that_is_gone_before_it_begins(self):
+        self.enrol()
+        self.volumes.found.clear()
+        _, told = self.watch()
+        self.assertIs(told.get(timeout=PATIENCE), False)
+
+    def test_without_a_stick_nothing_is_watched(self):
+        with mock.patch.object(trchat, "spawn") as spawn:
+            self.watch()
+        spawn.assert_not_called()
+        self.enrol()
+        self.good("usb", "remove")
+        with mock.patch.object(trchat, "spawn") as spawn:
+            self.watch()
+        spawn.assert_not_called()
+
+
+def loop_stick_reason() -> str:
+    """Why no disk in a file can be mounted here, "" if one can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "mounting takes root on Linux"
+    for program in ("unshare", "nsenter", "losetup", "mkfs.ext4", "mount"):
+        if not shutil.which(program, path=LOOP_PATH):
+            return f"{program} is not installed"
+    done = run_program(["losetup", "-f"])
+    return "" if done.returncode == 0 else f"no loop devices: {done.stderr.strip()}"
+
+
+LOOP_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
+def run_program(words):
+    return subprocess.run(
+        words, capture_output=True, encoding="utf-8", check=False, timeout=PATIENCE,
+        env={**os.environ, "PATH": LOOP_PATH}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+class LoopStickTest(EndToEnd):
+    """A disk in a file that looks removable, in a mount namespace where all programs run."""
+
+    def setUp(self):
+        reason = loop_stick_reason()
+        if reason:
+            self.skipTest(reason)
+        super().setUp()
+        self.stick = os.path.join(self.base, "media", "BLUE")
+        os.makedirs(self.stick)
+        image, one = os.path.join(self.base, "image"), write(os.path.join(self.base, "one"), "1\n")
+        with open(image, "wb") as file:
+            file.truncate(4 << 20)
+        self.must("mkfs.ext4", "-q", image)
+        self.device = self.must("losetup", "-f", "--show", image).strip()
+        self.addCleanup(run_program, ["losetup", "-d", self.device])
+        words = ["unshare", "-m", "sh", "-c", "echo in; exec sleep 3600"]
+        self.space = subprocess.Popen(words, stdout=subprocess.PIPE)
+        self.addCleanup(self.space.stdout.close)
+        self.addCleanup(self.space.wait)
+        self.addCleanup(self.space.kill)
+        self.assertEqual(self.space.stdout.readline(), b"in\n")
+        removable = f"/sys/block/{os.path.basename(self.device)}/removable"
+        try:
+            self.must(*self.inside(), "mount", "--make-rprivate", "/")
+            self.must(*self.inside(), "mount", "--bind", one, removable)
+            self.plug_in()
+        except AssertionError as error:
+            self.skipTest(f"nothing can be mounted here: {error}")
+
+    def must(self, *words) -> str:
+        done = run_program(words)
+        self.assertEqual(done.returncode, 0, f"{words}: {done.stderr}")
+        return done.stdout
+
+    def inside(self) -> list:
+        return ["nsenter", "-t", str(self.space.pid), "-m"]
+
+    def command(self, *words) -> list:
+        return [*self.inside(), *super().command(*words)]
+
+    def plug_in(self):
+        self.must(*self.inside(), "mount", self.device, self.stick)
+
+    def pull(self):
+        """As a desktop does when the device is gone: files may still be open."""
+        self.must(*self.inside(), "umount", "-l", self.stick)
+
+    def test_a_stick_that_is_pulled_in_the_middle_of_a_chat(self):
+        code, output, errors = self.run_once("usb", "enrol", "--json", "--profile", "alice")
+        self.assertEqual((code, errors), (0, ""))
+        made = json.loads(output)
+        self.assertEqual((made["path"], made["volumes"][0]["system"]), (self.stick, "ext4"))
+        server = self.server()
+        bob = self.client("bob", server.token)
+        alice = self.client("alice", server.token)
+        bob.wait_for("joined", name="alice")
+        self.pull()
+        locked = alice.wait_for("notice", locked=True)
+        self.assertTrue(locked["keys_dropped"])
+        self.assertTrue(locked["text"].startswith("The USB key was pulled out."), locked)
+        bob.wait_for("left", name="alice")
+        alice.say("nobody hears this")
+        alice.wait_for("error", code="locked")
+        alice.type("/unlock")
+        error = alice.wait_for("error", code="locked")
+        self.assertIn("USB authentication failed", error["text"])
+        self.assert_refused(["id", "--profile", "alice"], "USB authentication failed: the stick")
+        self.plug_in()
+        alice.wait_for("notice", locked=False)
+        bob.wait_for("joined", name="alice")
+        alice.say("back again")
+        self.assertEqual(bob.wait_for("message")["text"], "back again")
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+        kinds = [json.loads(line)["kind"] for line in self.security_log("alice")]
+        self.assertIn("usb-changed", kinds)
+        self.assertIn("usb-pulled", kinds)
+        self.assertIn("usb-missing", kinds)
+
+    def security_log(self, profile) -> list:
+        path = os.path.join(self.home, ".trchat", profile, "logs", "security.log")
+        with open(path, encoding="utf-8") as file:
+            return file.read().splitlines()
+
+    def test_a_server_starts_with_its_stick_and_goes_on_without_it(self):
+        self.run_once("usb", "enrol", "--json", "--profile", "server")
+        server = self.server()
+        self.pull()
+        server.wait_for("notice", text=trchat.PULLED_SERVER_TEXT)
+        alice = self.client("alice", server.token)
+        alice.type("BYE")
+        self.assert_ends(alice, "BYE", 0)
+        server.type("/quit")
+        self.assert_ends(server, "BYE", 0)
+        again = self.start("server", "--json", "--profile", "server", "--port", "0")
+        self.assertIn("USB authentication failed", again.wait_for("error", code="locked")["text"])
+        self.assert_ends(again, "error", 1)
+
+    def test_a_host_goes_with_its_stick_and_comes_back_with_it(self):
+        self.run_once("usb", "enrol", "--json", "--profile", "alice")
+        words = ["--json", "--profile", "alice", "--name", "alice", "--port", "0"]
+        alice = self.start("host", *words)
+        bob = self.client("bob", alice.wait_for("listening")["token"], ready=False)
+        alice.wait_for("request")
+        alice.type("/accept bob")
+        bob.wait_for("ready")
+        self.pull()
+        self.assertTrue(alice.wait_for("notice", locked=True)["keys_dropped"])
+        bob.wait_for("reconnecting")
+        self.plug_in()
+        alice.wait_for("notice", locked=False)
+        bob.wait_for("reconnected")
+        alice.wait_for("joined", name="bob")
+        bob.wait_for("joined", name="alice")
+        alice.say("here again")
+        self.assertEqual(bob.wait_for("message")["text"], "here again")
+
+    def test_a_stick_without_room_and_one_without_the_right_to_write(self):
+        words = ["usb", "enrol", "--json", "--profile", "alice"]
+        write_bytes_inside = ["sh", "-c", f"dd if=/dev/zero of={self.stick}/x bs=1k; true"]
+        self.must(*self.inside(), *write_bytes_inside)
+        code, output, errors = self.run_once(*words)
+        self.assertEqual((code, json.loads(output)["code"]), (1, "storage"), errors)
+        self.must(*self.inside(), "rm", f"{self.stick}/x")
+        self.assertEqual(self.run_once(*words)[0], 0)
+        self.must(*self.inside(), "mount", "-o", "remount,ro", self.stick)
+        code, _, errors = self.run_once("id", "--profile", "alice")
+        self.assertEqual((code, "could not be renewed" in errors), (0, True), errors)
+        self.must(*self.inside(), "mount", "-o", "remount,rw", self.stick)
+        self.assertEqual(self.run_once("id", "--profile", "alice")[2], "")
+
+
 # ==================================================================================================
 # The SFTP server: its machine, safe names, rooted folders, and real clients
 # ==================================================================================================

@@ -42,97 +42,86 @@ or thread: bytes in, events out) and each uses only parts above itself:
  26. Safe file names *
  27. SFTP client machine *
  28. Sealed records *
- 29. Sealed files *
- 30. Backups *
- 31. BMP pictures *
- 32. Steganography *
- 33. Conversations *
- 34. Keys and widths *
- 35. Line editor *
- 36. Screen *
- 37. Settings *
- 38. Security events *
- 39. Alert mails *
- 40. Settings and paths
- 41. Typed paths
- 42. Events and threads
- 43. Dependencies
- 44. Vault
- 45. Rooted folders
- 46. SFTP client
- 47. Files through SFTP
- 48. Hidden messages on disk
- 49. Mounts and disks
- 50. What to shred
- 51. Shredding
- 52. History and outbox
- 53. Contacts
- 54. Transfers on record
- 55. Backing up and restoring
- 56. SOCKS5
- 57. Network
- 58. Port mapping
- 59. A mapped port, and addresses
- 60. Tunnels
- 61. Tunnels through ngrok
- 62. Tunnels through ssh and tor
- 63. Runs of sftp
- 64. Files on SFTP servers
- 65. Sending mail
- 66. Alerts
- 67. Security log
- 68. Connections of a server
- 69. Relay server
- 70. Where to connect
- 71. Channels
- 72. Connections
- 73. Records of a chat
- 74. Files on their way
- 75. Shared folders
- 76. Files by way of a server
- 77. Offers of others
- 78. File desk
- 79. Hidden messages in the chat
- 80. Locking
- 81. Chat client
- 82. Commands
- 83. Chat commands: talking and rooms
- 84. Chat commands: people and servers
- 85. Chat commands: files
- 86. Chat commands: records
- 87. Chat commands: hidden messages
- 88. Console commands
- 89. Terminal input
- 90. Terminal
- 91. Words for events
- 92. Faces: terminal and JSON lines
- 93. Activities
- 94. Chatting directly
- 95. SFTP for other programs
- 96. Demonstration
- 97. Session
- 98. Shell commands
- 99. Hidden messages in the shell
-100. Backups in the shell
-101. Alerts in the shell
-102. Command line
-103. Menu and door
-100. Backups in the shell
-101. Alerts in the shell
-102. Command line
-103. Menu and door
-100. Backups in the shell
-101. Alerts in the shell
-102. Command line
-103. Menu and door
-100. Backups in the shell
-101. Alerts in the shell
-102. Command line
-103. Menu and door
-100. Backups in the shell
-101. Alerts in the shell
-102. Command line
-103. Menu and door
+ 29. USB keys *
+ 30. Sealed files *
+ 31. Backups *
+ 32. BMP pictures *
+ 33. Steganography *
+ 34. Conversations *
+ 35. Keys and widths *
+ 36. Line editor *
+ 37. Screen *
+ 38. Settings *
+ 39. Security events *
+ 40. Alert mails *
+ 41. Settings and paths
+ 42. Secret files
+ 43. Typed paths
+ 44. Events and threads
+ 45. Dependencies
+ 46. Mounts and disks
+ 47. Removable volumes
+ 48. The stick of a profile
+ 49. Vault
+ 50. Rooted folders
+ 51. SFTP client
+ 52. Files through SFTP
+ 53. Hidden messages on disk
+ 54. What to shred
+ 55. Shredding
+ 56. History and outbox
+ 57. Contacts
+ 58. Transfers on record
+ 59. Backing up and restoring
+ 60. SOCKS5
+ 61. Network
+ 62. Port mapping
+ 63. A mapped port, and addresses
+ 64. Tunnels
+ 65. Tunnels through ngrok
+ 66. Tunnels through ssh and tor
+ 67. Runs of sftp
+ 68. Files on SFTP servers
+ 69. Sending mail
+ 70. Alerts
+ 71. Security log
+ 72. Connections of a server
+ 73. Relay server
+ 74. Where to connect
+ 75. Channels
+ 76. Connections
+ 77. Records of a chat
+ 78. Files on their way
+ 79. Shared folders
+ 80. Files by way of a server
+ 81. Offers of others
+ 82. File desk
+ 83. Hidden messages in the chat
+ 84. Locking
+ 85. Chat client
+ 86. Commands
+ 87. Chat commands: talking and rooms
+ 88. Chat commands: people and servers
+ 89. Chat commands: files
+ 90. Chat commands: records
+ 91. Chat commands: hidden messages
+ 92. Console commands
+ 93. Terminal input
+ 94. Terminal
+ 95. Words for events
+ 96. Faces: terminal and JSON lines
+ 97. Activities
+ 98. Chatting directly
+ 99. SFTP for other programs
+100. Demonstration
+101. Session
+102. Shell
+103. Hidden messages in the shell
+104. USB keys in the shell
+105. Alerts in the shell
+106. Backups in the shell
+107. Command line
+108. Menu
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -6999,7 +6988,209 @@ def _next_attempt(data: bytes, start: int, stop: int, failed: list) -> int:
 
 
 # ==================================================================================================
-# Part 29. Sealed files | pure | uses 1-3, 8, 9, 26
+# Part 29. USB keys | pure | uses 1-3, 28
+#
+# A stick whose secret is needed to open a profile. The private keys are sealed under a random stick
+# key (and the passphrase, if there is one; see "Vault"), which stands in the profile's usb.json
+# twice: sealed under the secret of the stick, and under the recovery code, which goes to paper.
+#
+# The secret is not compared with anything: it opens, or it does not. It is rolled at each unlock,
+# and only the slot of the stick is sealed anew; the private keys stay as they are. So a copy of a
+# stick is worth nothing once the stick was used again, even to a thief of the disk, and whichever
+# of both comes second is told so. In this order, so that what is there opens after each step:
+#
+#   1. the stick gets the next secret, in a second file, which is read back
+#   2. usb.json gets the slot for the next secret, in place of that for the present one
+#   3. the second file takes the place of the first
+#
+# The key file, text: "trchat key file 1", lines that explain it and begin with #, then
+# "id ID", "counter N", "secret BASE64URL" (32 bytes) and "check HEX": the first 8 bytes of SHA-256
+# over all lines before. The slots are AES-256-GCM boxes (see seal_box) under HKDF of the secret, or
+# of the code's 18 bytes, with the ID as salt.
+# ==================================================================================================
+
+KEY_FILE_HEAD = "trchat key file 1"
+KEY_FILE_WORDS = (
+    "# It opens a trchat profile. Keep it; a copy stops working once the stick is used."
+)
+KEY_FILE_MOST = 4096  # bytes
+COUNTER_MOST = 1 << 53
+KEY_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base32: no I, L, O, U
+KEY_ID_LETTERS = 8
+CODE_LETTERS, CODE_CHECK_LETTERS = 28, 4  # 140 bits, and 20 that show a slip of the pen
+OLD_COPY = "is an old one: a copy of this stick is in use"
+TWO_COPIES = "is another one: stick or profile was copied, and both copies are in use"
+_KEY_ID = LazyPattern(r"[0-9A-HJKMNP-TV-Z]{8}")
+
+
+def key_letters(number: int, count: int) -> str:
+    """The last 5 * count bits of a number, as letters."""
+    return "".join(KEY_LETTERS[number >> 5 * i & 31] for i in reversed(range(count)))
+
+
+class KeyFile(Record):
+    """What a stick carries; `check` tells which secret it is without telling the secret."""
+
+    id: str
+    counter: int
+    secret: bytes
+
+    def encode(self) -> bytes:
+        lines = [KEY_FILE_HEAD, KEY_FILE_WORDS, f"id {self.id}", f"counter {self.counter}"]
+        text = "\n".join([*lines, f"secret {base64url(self.secret)}", ""])
+        return f"{text}check {_key_file_check(text)}\n".encode("ascii")
+
+    def check(self) -> bytes:
+        return hkdf(self.secret, self.id.encode("ascii"), PROTOCOL + b" usb check", 16)
+
+    def following(self) -> KeyFile:
+        return KeyFile(self.id, self.counter + 1, random_bytes(32))
+
+
+def _key_file_check(text: str) -> str:
+    return sha256(text.encode("utf-8")).hex()[:16]
+
+
+def create_key_file() -> KeyFile:
+    number = int.from_bytes(random_bytes(5), "big")
+    return KeyFile(key_letters(number, KEY_ID_LETTERS), 1, random_bytes(32))
+
+
+def parse_key_file(data: bytes) -> KeyFile:
+    """ValueError if it is none, or damaged anywhere."""
+    if len(data) > KEY_FILE_MOST:
+        raise ValueError("too long")
+    text, mark, check = data.decode("ascii").replace("\r\n", "\n").rpartition("check ")
+    lines = text.split("\n")
+    if not mark or lines[0] != KEY_FILE_HEAD or check != _key_file_check(text) + "\n":
+        raise ValueError("not a key file")
+    fields = dict(line.split(" ", 1) for line in lines[1:-1] if not line.startswith("#"))
+    if set(fields) != {"id", "counter", "secret"}:
+        raise ValueError("other fields")
+    found = KeyFile(fields["id"], int(fields["counter"]), from_base64url(fields["secret"]))
+    if not _KEY_ID.fullmatch(found.id) or not 0 < found.counter < COUNTER_MOST:
+        raise ValueError("a field out of range")
+    if len(found.secret) != 32:
+        raise ValueError("no secret")
+    return found
+
+
+def create_recovery_code() -> str:
+    """8 groups of 4 letters, for paper."""
+    letters = key_letters(int.from_bytes(random_bytes(18), "big"), CODE_LETTERS)
+    letters += _code_check(letters)
+    return "-".join(letters[i : i + 4] for i in range(0, len(letters), 4))
+
+
+def _code_check(letters: str) -> str:
+    digest = sha256(PROTOCOL + b" recovery code " + letters.encode("ascii"))
+    return key_letters(int.from_bytes(digest, "big"), CODE_CHECK_LETTERS)
+
+
+def parse_recovery_code(text: str) -> bytes:
+    """The 28 letters of a typed code (case, dashes and look-alikes do not matter), as bytes."""
+    letters = text.upper().translate({ord("O"): "0", ord("I"): "1", ord("L"): "1"})
+    letters = "".join(letters.replace("-", "").split())
+    secret, check = letters[:CODE_LETTERS], letters[CODE_LETTERS:]
+    strange = [letter for letter in letters if letter not in KEY_LETTERS]
+    if strange or len(secret) != CODE_LETTERS or check != _code_check(secret):
+        text = "That is not a recovery code: a letter is wrong, or some are missing."
+        raise ChatError(text, "It has 8 groups of 4 letters; type it again.")
+    return secret.encode("ascii")
+
+
+def _slot_key(secret: bytes, key_id: str, slot: bytes) -> bytes:
+    return hkdf(secret, key_id.encode("ascii"), PROTOCOL + b" usb " + slot)
+
+
+class StickLock(Record):
+    """What a profile keeps of its stick (usb.json).
+
+    `check` is that of the KeyFile that opens it, `stick` and `recovery` are the stick key, sealed;
+    `label` names the stick to people.
+    """
+
+    id: str
+    counter: int
+    check: bytes
+    stick: bytes
+    recovery: bytes
+    label: str
+
+    def to_json(self) -> dict:
+        boxes = {name: base64url(getattr(self, name)) for name in ("check", "stick", "recovery")}
+        return {"version": 1, "id": self.id, "counter": self.counter, "label": self.label, **boxes}
+
+    def open(self, key_file: KeyFile) -> bytes:
+        """The stick key, 32 bytes; RemoteProtocolError if the secret is another."""
+        return open_box(_slot_key(key_file.secret, self.id, b"stick"), b"stick key", self.stick)
+
+    def recover(self, code: bytes) -> bytes:
+        """The stick key, by parse_recovery_code's bytes; RemoteProtocolError likewise."""
+        return open_box(_slot_key(code, self.id, b"recovery"), b"stick key", self.recovery)
+
+    def rolled(self, stick_key: bytes, following: KeyFile) -> StickLock:
+        """The same for the next secret."""
+        box = seal_box(_slot_key(following.secret, self.id, b"stick"), b"stick key", stick_key)
+        places = (self.id, following.counter, following.check(), box)
+        return StickLock(*places, self.recovery, self.label)
+
+    def judge(self, found: KeyFile) -> str:
+        """What is wrong with a key file (the end of a sentence), "" if it is the one."""
+        if found.id != self.id:
+            return "belongs to another profile"
+        if same(found.check(), self.check):
+            return ""
+        if found.counter < self.counter:
+            return OLD_COPY
+        if found.counter > self.counter:
+            return "is newer than this profile, which seems to come from a backup"
+        return TWO_COPIES
+
+
+def create_stick_lock(stick_key: bytes, key_file: KeyFile, code: str, label: str) -> StickLock:
+    slot = _slot_key(parse_recovery_code(code), key_file.id, b"recovery")
+    recovery = seal_box(slot, b"stick key", stick_key)
+    return StickLock(key_file.id, 0, b"", b"", recovery, label).rolled(stick_key, key_file)
+
+
+def parse_stick_lock(data: dict) -> StickLock:
+    """ValueError if it is none."""
+    try:
+        boxes = [from_base64url(data[name]) for name in ("check", "stick", "recovery")]
+        lock = StickLock(data["id"], data["counter"], *boxes, data["label"])
+        if data["version"] != 1 or not _KEY_ID.fullmatch(lock.id) or len(lock.check) != 16:
+            raise ValueError("a field out of range")
+        if type(lock.counter) is not int or type(lock.label) is not str:
+            raise ValueError("a field of another type")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None
+    return lock
+
+
+def stick_key_check(stick_key: bytes) -> bytes:
+    """8 bytes that tell which stick key sealed something."""
+    return hkdf(stick_key, b"", PROTOCOL + b" usb key check", 8)
+
+
+FREE_ATTEMPTS = 5
+LOCKOUT_FIRST, LOCKOUT_MOST = 30, 3600  # seconds
+
+
+def lockout_seconds(failures: int) -> int:
+    """How long to wait after that many failures in a row: 0 at first, then doubling."""
+    beyond = failures - FREE_ATTEMPTS
+    return 0 if beyond < 0 else min(LOCKOUT_FIRST << min(beyond, 20), LOCKOUT_MOST)
+
+
+def lockout_left(failures: int, last: float, now: float) -> float:
+    """Seconds until the next attempt; a clock that was set back does not make them more."""
+    wait = lockout_seconds(failures)
+    return min(wait, max(0.0, last + wait - now))
+
+
+# ==================================================================================================
+# Part 30. Sealed files | pure | uses 1-3, 8, 9, 26
 #
 # A file for somebody who fetches it later, from a server that nobody needs to trust. It is sealed
 # chunk by chunk with STREAM (Hoang, Reyhanitabar, Rogaway, Vizár: "Online Authenticated-Encryption
@@ -7309,7 +7500,7 @@ class SealedReference(Record):
 
 
 # ==================================================================================================
-# Part 30. Backups | pure | uses 1-3, 26
+# Part 31. Backups | pure | uses 1-3, 26
 #
 # A profile as one file. It begins with what its passphrase takes (integers big-endian):
 #
@@ -7332,7 +7523,7 @@ BACKUP_LABEL = PROTOCOL + b" backup"
 BACKUP_LOG_N = range(10, 21)  # what is taken: 1 MiB to 1 GiB of memory
 BACKUP_DEPTH, BACKUP_PATH_MOST = 32, 4096  # names in a path, bytes of it
 # Runs, not states: what a profile holds besides, and what others have sent unless it is asked for.
-NOT_BACKED_UP = ("logs", "tunnel.json", "mapping.json")
+NOT_BACKED_UP = ("logs", "tunnel.json", "mapping.json", "usb-attempts.json")
 NO_BACKUP = "This is no backup made by trchat, or its beginning is damaged."
 
 
@@ -7442,7 +7633,7 @@ class BackupReader:
 
 
 # ==================================================================================================
-# Part 31. BMP pictures | pure | uses 1
+# Part 32. BMP pictures | pure | uses 1
 #
 # Uncompressed pictures of 24 and 32 bits a pixel (Microsoft: BITMAPFILEHEADER and what may follow
 # it), as the colour samples that can be changed; everything else is refused with its reason.
@@ -7623,7 +7814,7 @@ def _block_step(rows: list) -> float:
 
 
 # ==================================================================================================
-# Part 32. Steganography | pure | uses 1-3, 26
+# Part 33. Steganography | pure | uses 1-3, 26
 #
 # A message in the noise of a BMP picture. Only the colour samples count, rows from the top down; of
 # each sixteenth of them the first 256 never change, and SHA-256 of label, u32 width, u32 height and
@@ -8071,7 +8262,7 @@ LOCKED_HINT = (
 
 
 # ==================================================================================================
-# Part 33. Conversations | pure | uses 1, 2
+# Part 34. Conversations | pure | uses 1, 2
 #
 # Rooms and people on all servers of a chat, as a person moves between them: which is in view, what
 # is unread elsewhere, and which messages are to disappear when.
@@ -8189,7 +8380,7 @@ def vanishing_time(now: float, lifetime: int) -> int:
 
 
 # ==================================================================================================
-# Part 34. Keys and widths | pure | uses 2
+# Part 35. Keys and widths | pure | uses 2
 #
 # How wide text stands on a screen, and what a terminal's bytes mean as keys. Terminals disagree
 # about emoji widths, so nothing breaks when one is wrong; every sequence of bytes may be cut
@@ -8515,7 +8706,7 @@ def _without_partial_marker(buffer: bytes, position: int) -> int:
 
 
 # ==================================================================================================
-# Part 35. Line editor | pure | uses 2, 34
+# Part 36. Line editor | pure | uses 2, 35
 #
 # The line being typed. Every character carries a mark, because pasted text must never be a command.
 # ==================================================================================================
@@ -8862,7 +9053,7 @@ def _within(text: str, columns: int) -> str:
 
 
 # ==================================================================================================
-# Part 36. Screen | pure | uses 34
+# Part 37. Screen | pure | uses 35
 #
 # The picture of the line being typed: an optional status row, the prompt and the text. Rows are
 # broken here and automatic wrapping is off while they are painted, so the row count holds even
@@ -9065,7 +9256,7 @@ class Screen:
 
 
 # ==================================================================================================
-# Part 37. Settings | pure | uses 1, 2
+# Part 38. Settings | pure | uses 1, 2
 #
 # What a person may choose. Each choice is text as somebody wrote it and a value as the program uses
 # it; the default gives way to the file, the file to the environment, that to the command line.
@@ -9270,7 +9461,7 @@ def command_line_layer(words: list) -> dict:
 
 
 # ==================================================================================================
-# Part 38. Security events | pure | uses 2
+# Part 39. Security events | pure | uses 2
 #
 # What concerns somebody's safety: the kinds there are, their words, and which events of servers and
 # chats are of which kind. An entry is a dict of `time` (RFC 3339), `kind`, `severity` and details;
@@ -9480,7 +9671,7 @@ def _with_more(entry: dict, count: int) -> dict:
 
 
 # ==================================================================================================
-# Part 39. Alert mails | pure | uses 1-3, 9, 29, 38
+# Part 40. Alert mails | pure | uses 1-3, 9, 30, 39
 #
 # E-mail alerts without their sending: the mail server's address, which kinds are mailed, when, and
 # what a mail says. Mails come few: events that follow each other share one, and a queue holds what
@@ -9798,7 +9989,7 @@ def make_mail(settings: AlertSettings, subject: str, body: str, number: str, now
 
 
 # ==================================================================================================
-# Part 40. Settings and paths | uses 1, 2, 4, 37, 38
+# Part 41. Settings and paths | uses 1, 2, 4, 38, 39
 #
 # Where things are kept, and how a file is written: private, whole or not at all. Paths are worked
 # out once, at the door, and handed down. Nothing is ever written beside the script.
@@ -9921,9 +10112,17 @@ def write_file(path: str, data: bytes | bytearray) -> None:
         os.replace(temporary, path)
         _sync_folder(folder)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary:
+            _remove_quietly(temporary)
         raise storage_error("Writing", path, error) from None
+
+
+def _remove_quietly(path: str) -> None:
+    """Removes what nobody needs, if it can be; it may never have been there."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
 
 
 def _sync_folder(folder: str) -> None:
@@ -9934,6 +10133,23 @@ def _sync_folder(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _plain_open(path: str, flags: int) -> int:
+    """A descriptor of a file that is not reached through a link, and is no pipe."""
+    extra = ("O_NOFOLLOW", "O_BINARY", "O_NONBLOCK")
+    handle = os.open(path, flags | sum(getattr(os, name, 0) for name in extra), 0o600)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "it is no file")
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    """One call, unless the disk takes only a part; then the next call says why."""
+    done = 0
+    while done < len(data):
+        done += os.write(handle, data[done:] if done else data)
 
 
 def read_file(path: str, most: int = 16 << 20) -> bytes | None:
@@ -10134,7 +10350,126 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 41. Typed paths | uses 1, 40
+# Part 42. Secret files | uses 3, 31, 41
+#
+# The files of which no old state may stay on the disk: each is replaced whole, several of them
+# together or not at all, and what was there before is overwritten, as far as a disk does that.
+# ==================================================================================================
+
+
+def remove_leftovers(paths: Paths) -> None:
+    """Finishes what a kill has interrupted, or overwrites and removes what it left of secrets."""
+    finish_replacing(paths)
+    for path in [*secret_files(paths), paths.file(COMMITTED)]:
+        folder, ours = os.path.split(path)
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            if name.startswith(f".{ours}.") or name == ours + NEW_ENDING:
+                _remove_secret(os.path.join(folder, name), path)
+
+
+def secret_files(paths: Paths) -> list:
+    """The files of a profile of which no old state may stay on the disk."""
+    return [
+        paths.file(*name.split("/"))
+        for name in (
+            "cert/client_key.pem", "cert/client_cert.pem", "cert/server_key.pem",
+            "cert/server_cert.pem", "contacts.json", "vault.key", "usb.json",
+        )
+    ]  # fmt: skip
+
+
+def _remove_secret(path: str, current: str) -> None:
+    """Overwrites and removes a leftover, unless it is but another name of the current file."""
+    try:
+        if not (os.path.exists(current) and os.path.samefile(path, current)):
+            _overwrite(path)
+        os.unlink(path)
+    except OSError:
+        pass  # it will be tried again
+
+
+class Replacement:
+    """Replaces several of the secret files together: after a kill at any moment all of them are
+    the old ones or, once finish_replacing has run, all the new ones."""
+
+    def __init__(self, paths: Paths):
+        self._paths = paths
+        paths.make_folders()
+        remove_leftovers(paths)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes what is to take a file's place; ChatError `storage` as write_file."""
+        write_file(path + NEW_ENDING, data)
+
+    def commit(self) -> None:
+        write_file(self._paths.file(COMMITTED), b"")
+        finish_replacing(self._paths)
+
+
+def finish_replacing(paths: Paths) -> None:
+    """Puts the new files in their places, once all of them are there; also after a kill."""
+    mark = paths.file(COMMITTED)
+    if not os.path.exists(mark):
+        return
+    try:
+        for path in secret_files(paths):
+            if os.path.exists(path + NEW_ENDING):
+                _put_in_place(path + NEW_ENDING, path)
+        os.unlink(mark)
+        _sync_folder(paths.folder)
+    except FileNotFoundError:
+        pass  # another process has done the same
+    except OSError as error:
+        raise storage_error("Replacing the keys in", paths.folder, error) from None
+
+
+def _put_in_place(new: str, path: str) -> None:
+    """Renames a file over another, and overwrites what was there, if need be at the next start."""
+    folder, name = os.path.split(path)
+    old = os.path.join(folder, f".{name}.old")
+    _remove_secret(old, path)
+    before: Any = None
+    if os.path.exists(path):
+        try:
+            os.link(path, old)  # so that it is found after a kill, too
+        except OSError:  # not every file system has links
+            before = open(path, "r+b") if os.name == "posix" else None  # noqa: SIM115 - across it
+    os.replace(new, path)
+    _sync_folder(folder)
+    if before is not None:
+        with before:
+            _overwrite_open(before)
+    _remove_secret(old, path)
+
+
+def replace_secret(path: str, data: bytes) -> None:
+    """write_file, and random bytes over what was there before."""
+    new = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}{NEW_ENDING}")
+    write_file(new, data)
+    try:
+        _put_in_place(new, path)
+    except OSError as error:
+        raise storage_error("Writing", path, error) from None
+
+
+def _overwrite(path: str) -> None:
+    """Random bytes in place of a file's, as far as its medium writes in place."""
+    if os.path.isfile(path):
+        with open(path, "r+b") as file:
+            _overwrite_open(file)
+
+
+def _overwrite_open(file) -> None:
+    try:
+        file.write(random_bytes(os.fstat(file.fileno()).st_size))
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError:
+        pass  # a full disk, say: what matters more is that it goes
+
+
+# ==================================================================================================
+# Part 43. Typed paths | uses 1, 41
 #
 # Paths in a line that somebody types: one with spaces stands in quotes, wherever a path may stand.
 # ==================================================================================================
@@ -10180,7 +10515,7 @@ def quoted_path(path: str) -> str:
 
 
 # ==================================================================================================
-# Part 42. Events and threads | uses 2, 38, 40
+# Part 44. Events and threads | uses 2, 39, 41
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -10322,7 +10657,7 @@ class Publisher:
 
 
 # ==================================================================================================
-# Part 43. Dependencies | uses 1, 40
+# Part 45. Dependencies | uses 1, 41
 #
 # Brings in the one package outside the standard library. Every start pays for
 # Dependencies.ensure, so that reads a version number and imports nothing heavy; ML-KEM and TLS are
@@ -10683,7 +11018,734 @@ class Dependencies:
 
 
 # ==================================================================================================
-# Part 44. Vault | uses 1-4, 30, 38, 40
+# Part 46. Mounts and disks | uses 2, 41
+#
+# On what a path lies, and whether overwriting a file there reaches the place where it was. What is
+# not known for sure is called unknown: that is the honest answer for most disks of today.
+# ==================================================================================================
+
+YES, UNKNOWN, NO = "yes", "unknown", "no"
+MEMORY_SYSTEMS = ("tmpfs", "ramfs")
+IN_PLACE_SYSTEMS = (
+    "ext2", "ext3", "ext4", "exfat", "fat32", "hfs", "hfsplus", "jfs", "minix", "msdos", "ntfs",
+    "ntfs3", "reiserfs", "ufs", "vfat", "xfs",
+)  # fmt: skip
+JOURNALLING_SYSTEMS = ("ext3", "ext4", "hfsplus", "jfs", "ntfs", "ntfs3", "reiserfs", "xfs")
+COPYING_SYSTEMS = (
+    "apfs", "bcachefs", "btrfs", "f2fs", "jffs2", "nilfs2", "refs", "ubifs", "zfs",
+)  # fmt: skip
+NETWORK_SYSTEMS = (
+    "9p", "afpfs", "afs", "ceph", "cifs", "fuse.davfs", "fuse.glusterfs", "fuse.rclone",
+    "fuse.s3fs", "fuse.sshfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "vboxsf",
+    "virtiofs", "webdav",
+)  # fmt: skip
+VIRTUAL_DISKS = ("/virtio", "/vmbus", "/VMBUS", "/xen", "/vbd-")  # in a disk's place in sysfs
+POOLED = ("-tpool", "-real", "-cow")  # how LVM calls what lies under thin volumes and snapshots
+MOUNT_LINE = LazyPattern(r"(.*?) on (.*) \(([^,)]+)(.*)\)")  # of the program `mount`, on macOS
+OCTAL = LazyPattern(r"\\([0-7]{3})")
+DRIVE_REMOTE = 4  # GetDriveTypeW
+LOOPS_MOST = 4  # images of disks within each other
+
+WHOLE_DISK = (
+    "What helps: a disk that was encrypted before anything was written to it, or its own command "
+    "to erase all of it (secure erase)."
+)
+SNAPSHOTS = "What helps: delete its snapshots, too; better is a disk that is encrypted as a whole."
+HOST_SIDE = (
+    "What helps: destroy the image of that disk on its host, with its snapshots and backups."
+)
+SERVER_SIDE = "What helps: whoever runs the server deletes its copies, snapshots and backups."
+
+
+class Medium(Record):
+    """What files lie on. `in_place` is yes, no or unknown; the others are sentences, or ""."""
+
+    in_place: str
+    reason: str
+    advice: str
+
+
+class Mount(Record):
+    """A row of the table of mounts; `device` is major:minor, `options` a set."""
+
+    device: str
+    point: str
+    kind: str
+    options: set
+
+
+def parse_mountinfo(text: str) -> list:
+    """The Mounts of /proc/self/mountinfo (proc_pid_mountinfo(5)), in its order."""
+    mounts = []
+    for line in text.splitlines():
+        fields, _, more = (part.split(" ") for part in line.partition(" - "))
+        if len(fields) >= 6 and len(more) >= 3:
+            point = OCTAL.sub(lambda found: chr(int(found[1], 8)), fields[4])
+            point = point.encode("latin-1", "replace").decode("utf-8", "surrogateescape")
+            options = {*fields[5].split(","), *more[2].split(",")}
+            mounts.append(Mount(fields[2], point, more[0], options))
+    return mounts
+
+
+def parse_mount_output(text: str) -> list:
+    """The Mounts that `mount` prints on macOS and the BSDs; they have no device numbers."""
+    found = [MOUNT_LINE.fullmatch(line) for line in text.splitlines()]
+    return [Mount("", m[2], m[3], set(m[4].strip(", ").split(", "))) for m in found if m]
+
+
+def find_mount(mounts: list, path: str) -> Mount | None:
+    """The mount that an absolute path without links lies on; of two in one place the later."""
+    best = None
+    for mount in mounts:
+        inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
+        if inside and (best is None or len(mount.point) >= len(best.point)):
+            best = mount
+    return best
+
+
+def judge_mount(mount: Mount, disk) -> Medium:
+    """What overwriting does there; `disk()` gives the Medium below a file system."""
+    kind = mount.kind.lower()
+    if kind in MEMORY_SYSTEMS:
+        return Medium(YES, f"{kind} is memory; what was swapped out is not reached", "")
+    if kind in COPYING_SYSTEMS:
+        return Medium(NO, f"{kind} writes new content elsewhere and leaves the old", SNAPSHOTS)
+    if kind in ("ext3", "ext4") and "data=journal" in mount.options:
+        text = f"{kind} with data=journal has copies of content in its journal"
+        return Medium(NO, text, WHOLE_DISK)
+    if kind in NETWORK_SYSTEMS:
+        return Medium(UNKNOWN, f"{kind}: the disk is another computer's", SERVER_SIDE)
+    if kind == "overlay":
+        text = "overlay: what came with a container's image stays in the image"
+        return Medium(UNKNOWN, text, "What helps: delete the image, too.")
+    if kind not in IN_PLACE_SYSTEMS:
+        text = f"it is not known what {one_line(mount.kind)} does with overwritten content"
+        return Medium(UNKNOWN, text, WHOLE_DISK)
+    below = disk()
+    journal = " (old names may stay in its journal)" if kind in JOURNALLING_SYSTEMS else ""
+    reason = f"{kind} writes in place{journal}, {below.reason}"
+    return Medium(below.in_place, reason, below.advice)
+
+
+def worst_medium(media: list) -> Medium:
+    """The least sure of them."""
+    return min(media, key=lambda medium: (NO, UNKNOWN, YES).index(medium.in_place))
+
+
+def judge_disk(device: str, sysfs: str, medium_below) -> Medium:
+    """The answer of the disks under a block device (major:minor), by what sysfs tells of them.
+
+    `medium_below(path)` answers for the file behind a loop device.
+    """
+    layers, disks = block_layers(os.path.join(sysfs, "dev", "block", device))
+    if any(_read_word(os.path.join(place, "dm", "name")).endswith(POOLED) for place in layers):
+        text = "but the volume has snapshots or shares a pool, which keep what was before"
+        return Medium(UNKNOWN, text, SNAPSHOTS)
+    return worst_medium([_judge_one_disk(place, medium_below) for place in disks])
+
+
+def block_layers(place: str) -> tuple:
+    """(folders in sysfs of all that a block device lies on, those of whole disks among them)."""
+    waiting, layers, disks = [os.path.realpath(place)], [], []
+    while waiting:
+        place = waiting.pop()
+        layers.append(place)
+        slaves = os.path.join(place, "slaves")
+        below = os.listdir(slaves) if os.path.isdir(slaves) else []
+        waiting += [os.path.realpath(os.path.join(slaves, name)) for name in below]
+        if not below:
+            is_partition = os.path.exists(os.path.join(place, "partition"))
+            disks.append(os.path.dirname(place) if is_partition else place)
+    return layers, disks
+
+
+def _judge_one_disk(place: str, medium_below) -> Medium:
+    backing = _read_word(os.path.join(place, "loop", "backing_file"))
+    if backing:
+        below = medium_below(backing)
+        return Medium(below.in_place, f"in a file: {below.reason}", below.advice)
+    rotational = _read_word(os.path.join(place, "queue", "rotational"))
+    if rotational == "0":
+        return Medium(NO, "but an SSD writes new content into other cells", WHOLE_DISK)
+    if rotational != "1":
+        return Medium(UNKNOWN, "but nothing is known of its disk", WHOLE_DISK)
+    if any(mark in place for mark in VIRTUAL_DISKS):
+        return Medium(UNKNOWN, "but the disk is a virtual one: its host decides", HOST_SIDE)
+    if "/usb" in place:
+        return Medium(UNKNOWN, "but a USB stick writes new content into other cells", WHOLE_DISK)
+    return Medium(YES, "and the disk is a magnetic one", "")
+
+
+def _read_word(path: str) -> str:
+    """A small file of the system, "" if there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20).strip()
+    except OSError:
+        return ""
+
+
+def medium_of(path: str) -> Medium:
+    """What an absolute path without links lies on."""
+    if os.name == "nt":
+        return _windows_medium(path)
+    if sys.platform == "linux":
+        return _linux_medium(path, LOOPS_MOST)
+    mount = find_mount(parse_mount_output(_mount_output()), path)
+    unsure = Medium(UNKNOWN, "but nothing is known of its disk", WHOLE_DISK)
+    return judge_mount(mount, lambda: unsure) if mount else unsure
+
+
+def _linux_medium(path: str, loops: int) -> Medium:
+    mount = find_mount(parse_mountinfo(_read_word("/proc/self/mountinfo")), path)
+    if mount is None or not loops:
+        return Medium(UNKNOWN, "it is not known what it lies on", WHOLE_DISK)
+    deeper = functools.partial(_linux_medium, loops=loops - 1)
+    return judge_mount(mount, lambda: judge_disk(mount.device, "/sys", deeper))
+
+
+def _mount_output() -> str:
+    try:
+        return subprocess.run(
+            ["mount"], capture_output=True, timeout=10, check=False, encoding="utf-8",
+            errors="surrogateescape", stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _windows_medium(path: str) -> Medium:
+    """From GetDriveTypeW and GetVolumeInformationW; they tell nothing of the disk itself."""
+    root = os.path.splitdrive(path)[0] + "\\"
+    kernel, kind = ctypes.windll.kernel32, ctypes.create_unicode_buffer(64)
+    if kernel.GetDriveTypeW(root) == DRIVE_REMOTE:
+        kind.value = "smb3"
+    else:
+        kernel.GetVolumeInformationW(root, None, 0, None, None, None, kind, 64)
+    mount = Mount("", root, kind.value or "this drive", set())
+    text = "but Windows does not tell whether the disk is an SSD"
+    return judge_mount(mount, lambda: Medium(UNKNOWN, text, WHOLE_DISK))
+
+
+# ==================================================================================================
+# Part 47. Removable volumes | uses 2, 41, 46
+#
+# Which sticks are plugged in, and whether one still is. What a system tells is parsed by functions
+# that take it as text or bytes; each system has one small class around them.
+#
+# Linux calls many USB disks not removable, and card readers removable that are not USB: either
+# counts. Serial numbers can be forged, and names chosen: both are for people only.
+# ==================================================================================================
+
+plistlib = Lazy("plistlib")
+
+SYSTEM_POINTS = LazyPattern(r"/|/boot(/.*)?")  # of a system that itself runs from a stick
+STORAGE_QUERY = 0x2D1400  # IOCTL_STORAGE_QUERY_PROPERTY
+DRIVE_REMOVABLE, DRIVE_FIXED, BUS_USB = 2, 3, 7
+READ_ONLY_VOLUME = 0x80000  # FILE_READ_ONLY_VOLUME
+NO_ERROR_BOXES = 1  # SEM_FAILCRITICALERRORS: Windows asks nobody to insert a disk
+STICK_SECONDS = 1.0
+
+
+class Volume(Record):
+    """A file system on a stick; `device` tells it from others while it is mounted."""
+
+    path: str
+    label: str
+    size: int
+    system: str
+    writable: bool
+    model: str
+    device: str
+
+
+def linux_volumes(mountinfo: str, sysfs: str, labels: dict) -> list:
+    """The removable or USB Volumes of /proc/self/mountinfo, their sizes 0.
+
+    `labels` has the label of a device node's name, as /dev/disk/by-label shows it.
+    """
+    found: dict = {}
+    for mount in parse_mountinfo(mountinfo):
+        if SYSTEM_POINTS.fullmatch(mount.point) or mount.device in found:
+            continue
+        place = os.path.realpath(os.path.join(sysfs, "dev", "block", mount.device))
+        disks = block_layers(place)[1]
+        if any(_is_stick(disk) for disk in disks):
+            label = labels.get(os.path.basename(place)) or os.path.basename(mount.point)
+            volume = Volume(mount.point, one_line(label), 0, mount.kind, "ro" not in mount.options)
+            volume.model, volume.device = _usb_model(disks[0]), mount.device
+            found[mount.device] = volume
+    return list(found.values())
+
+
+def _is_stick(disk: str) -> bool:
+    return "/usb" in disk or _read_word(os.path.join(disk, "removable")) == "1"
+
+
+def _usb_model(disk: str) -> str:
+    """Maker, product and serial number, of a USB device."""
+    while disk and disk != os.path.dirname(disk):
+        if os.path.exists(os.path.join(disk, "idVendor")):
+            names = ("manufacturer", "product", "serial")
+            return one_line(" ".join(_read_word(os.path.join(disk, name)) for name in names))
+        disk = os.path.dirname(disk)
+    return ""
+
+
+def mac_volume(plist: bytes) -> Volume | None:
+    """The Volume of `diskutil info -plist`, None if it is no stick."""
+    try:
+        info = plistlib.loads(plist)
+        external = info.get("RemovableMediaOrExternalDevice") or info.get("BusProtocol") == "USB"
+        if not external or info.get("BusProtocol") == "Disk Image" or not info.get("MountPoint"):
+            return None
+        size = info.get("VolumeSize") or info.get("TotalSize") or 0
+        kind = str(info.get("FilesystemType") or "")
+        label = one_line(str(info.get("VolumeName") or ""))
+        values = (info["MountPoint"], label, int(size), kind)
+        writable = bool(info.get("WritableVolume", info.get("Writable")))
+        model = one_line(str(info.get("MediaName") or info.get("IORegistryEntryName") or ""))
+        return Volume(*values, writable, model, str(info.get("DeviceIdentifier") or ""))
+    except Exception:  # plistlib raises what its parsers raise
+        return None
+
+
+def parse_storage_descriptor(data: bytes) -> tuple:
+    """(removable, bus type, maker, product and serial) of a Windows STORAGE_DEVICE_DESCRIPTOR."""
+    if len(data) < 32:
+        return False, 0, ""
+    removable, *offsets, bus = struct.unpack_from("<8x2xBxIIxxxxII", data)
+    words = [data[start:].split(b"\0", 1)[0] if 0 < start < len(data) else b"" for start in offsets]
+    text = " ".join(word.decode("ascii", "replace").strip() for word in words)
+    return bool(removable), bus, one_line(" ".join(text.split()))
+
+
+class Volumes:
+    """The sticks of this computer, as any system can tell."""
+
+    def all(self) -> list:
+        """The Volumes that are mounted now."""
+        return []
+
+    def is_there(self, volume: Volume) -> bool:
+        return any(v.device == volume.device and v.path == volume.path for v in self.all())
+
+    def wait(self, seconds: float) -> None:
+        """Until something may have changed, or the time is over."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+
+
+class LinuxVolumes(Volumes):
+    def __init__(self):
+        self._table = None
+
+    def all(self) -> list:
+        found = linux_volumes(_read_word("/proc/self/mountinfo"), "/sys", _labels())
+        for volume in found:
+            volume.size = _size_of(volume.path)
+            volume.writable = volume.writable and os.access(volume.path, os.W_OK)
+        return found
+
+    def is_there(self, volume: Volume) -> bool:
+        """Without touching the stick. One that was pulled may stay mounted: its device is gone."""
+        mounts = parse_mountinfo(_read_word("/proc/self/mountinfo"))
+        mounted = any((m.device, m.point) == (volume.device, volume.path) for m in mounts)
+        return mounted and os.path.exists(os.path.join("/sys/dev/block", volume.device))
+
+    def wait(self, seconds: float) -> None:
+        """The table of mounts is ready "with an exception" when it has changed (proc(5))."""
+        if self._table is None:
+            self._table = open("/proc/self/mountinfo", "rb")  # noqa: SIM115 - as long as we live
+        poll = select.poll()
+        poll.register(self._table, select.POLLPRI | select.POLLERR)
+        poll.poll(seconds * 1000)
+
+    def close(self) -> None:
+        if self._table is not None:
+            self._table.close()
+
+
+def _labels() -> dict:
+    folder, labels = "/dev/disk/by-label", {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        node = os.path.basename(os.path.realpath(os.path.join(folder, name)))
+        labels[node] = re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), name)
+    return labels
+
+
+def _size_of(path: str) -> int:
+    try:
+        return shutil.disk_usage(path).total
+    except OSError:
+        return 0
+
+
+class MacVolumes(Volumes):
+    def all(self) -> list:
+        try:
+            names = sorted(os.listdir("/Volumes"))
+        except OSError:
+            return []
+        paths = [os.path.join("/Volumes", name) for name in names]
+        found = [mac_volume(_diskutil(path)) for path in paths if os.path.ismount(path)]
+        return [volume for volume in found if volume is not None]
+
+    def is_there(self, volume: Volume) -> bool:
+        return os.path.ismount(volume.path)
+
+
+def _diskutil(path: str) -> bytes:
+    try:
+        return subprocess.run(
+            ["diskutil", "info", "-plist", path], capture_output=True, timeout=10, check=False,
+            stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return b""
+
+
+class WindowsVolumes(Volumes):
+    def all(self) -> list:
+        kernel = ctypes.windll.kernel32
+        kernel.SetErrorMode(NO_ERROR_BOXES)
+        letters = [chr(65 + i) for i in range(26) if kernel.GetLogicalDrives() >> i & 1]
+        found = [self._volume(kernel, f"{letter}:\\") for letter in letters]
+        return [volume for volume in found if volume is not None]
+
+    def _volume(self, kernel, root: str) -> Volume | None:
+        kind = kernel.GetDriveTypeW(root)
+        if kind not in (DRIVE_REMOVABLE, DRIVE_FIXED):
+            return None
+        removable, bus, model = parse_storage_descriptor(_storage_descriptor(kernel, root[:2]))
+        if kind == DRIVE_FIXED and bus != BUS_USB and not removable:
+            return None
+        label, system = ctypes.create_unicode_buffer(64), ctypes.create_unicode_buffer(64)
+        serial, flags = ctypes.c_uint32(), ctypes.c_uint32()
+        numbers = (ctypes.byref(serial), None, ctypes.byref(flags))
+        if not kernel.GetVolumeInformationW(root, label, 64, *numbers, system, 64):
+            return None  # a reader without a card
+        writable = not flags.value & READ_ONLY_VOLUME
+        known = (_size_of(root), system.value, writable, model, f"{serial.value:08x}")
+        return Volume(root, one_line(label.value) or root[:2], *known)
+
+    def is_there(self, volume: Volume) -> bool:
+        number = ord(volume.path[0].upper()) - 65
+        drives = ctypes.windll.kernel32.GetLogicalDrives()
+        return bool(drives >> number & 1) and os.path.isdir(volume.path)
+
+
+def _storage_descriptor(kernel, drive: str) -> bytes:
+    """What IOCTL_STORAGE_QUERY_PROPERTY tells of a drive; b"" if nothing."""
+    kernel.CreateFileW.restype = ctypes.c_void_p
+    handle = kernel.CreateFileW("\\\\.\\" + drive, 0, 3, None, 3, 0, None)  # share, open existing
+    if handle in (None, ctypes.c_void_p(-1).value):
+        return b""
+    try:
+        query, answer, size = bytes(12), ctypes.create_string_buffer(1024), ctypes.c_uint32()
+        device = ctypes.c_void_p(handle)
+        places = (answer, len(answer), ctypes.byref(size), None)
+        good = kernel.DeviceIoControl(device, STORAGE_QUERY, query, len(query), *places)
+        return answer.raw[: size.value] if good else b""
+    finally:
+        kernel.CloseHandle(ctypes.c_void_p(handle))
+
+
+def this_systems_volumes() -> Volumes:
+    if os.name == "nt":
+        return WindowsVolumes()
+    if sys.platform == "darwin":
+        return MacVolumes()
+    return LinuxVolumes() if sys.platform == "linux" else Volumes()
+
+
+# ==================================================================================================
+# Part 48. The stick of a profile | uses 1, 2, 29, 41, 42, 47
+#
+# Finding, reading and rolling the key file of "USB keys" on real sticks, and counting attempts.
+# What is on a stick is a stranger's until its secret has opened something: only regular files are
+# read, bounded, and never through a link. One process at a time: unlocking rolls the secret, and
+# who looked in the middle of that would see a copy.
+#
+# The count of failed attempts is written before each attempt, so that pulling the plug gains
+# nothing. It holds up whoever sits at this computer; a thief of the disk takes the files elsewhere,
+# and is held up by the secrets alone.
+# ==================================================================================================
+
+KEY_PREFIX, KEY_ENDING, NEXT_ENDING = "trchat-key-", ".key", ".next"
+USB_FAILED = "USB authentication failed"
+READ_ONLY_WARNING = (
+    "The USB key could not be renewed ({reason}): it opens, but a copy of it would not be noticed."
+)
+
+
+def read_key_file(path: str) -> KeyFile | None:
+    """None if there is no such file; ValueError with the end of a sentence if it is not good."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):  # to open a device may do something
+            raise ValueError("is a link, or no file")
+        handle = _plain_open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    try:
+        with os.fdopen(handle, "rb") as file:
+            return parse_key_file(file.read(KEY_FILE_MOST + 1))
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ValueError("is damaged") from None
+
+
+def write_key_file(path: str, key_file: KeyFile) -> None:
+    """A new file, which must have reached the stick; OSError if it did not."""
+    data = key_file.encode()
+    handle = _plain_open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        _write_all(handle, data)
+        os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):  # what is read back shall come from the stick
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+    _sync_stick(os.path.dirname(path))
+    with open(path, "rb") as file:
+        if file.read(len(data) + 1) != data:
+            raise OSError(errno.EIO, "what was written is not what is read")
+
+
+def _sync_stick(folder: str) -> None:
+    try:
+        _sync_folder(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
+
+
+class Stick(Record):
+    """A stick that opens a profile: where it is, and which of its files does."""
+
+    volume: Volume
+    key_file: KeyFile
+    path: str  # of the key file
+    source: str  # what was read: `path`, or the second file of an interrupted renewal
+
+
+def key_path(volume: Volume, key_id: str, ending: str = KEY_ENDING) -> str:
+    return os.path.join(volume.path, KEY_PREFIX + key_id + ending)
+
+
+class StickError(ChatError):
+    """The stick is missing or not good; `kind` is that of the security log."""
+
+    def __init__(self, problem: str, kind: str):
+        hint = "Plug the right one in and try again; if it is lost or broken, 'usb recover' takes "
+        super().__init__(f"{USB_FAILED}: {problem}.", hint + "the recovery code.", "locked")
+        self.problem, self.kind = problem, kind
+
+
+def find_stick(lock: StickLock, volumes: list) -> Stick:
+    """The stick of a profile; StickError if it is not there, or not good."""
+    problems = []
+    for volume in volumes:
+        path = key_path(volume, lock.id)
+        for source in (path, key_path(volume, lock.id, NEXT_ENDING)):
+            try:
+                found = read_key_file(source)
+                problem = "" if found is None else lock.judge(found)
+                if found is not None and not problem:
+                    return Stick(volume, found, path, source)
+            except ValueError as error:
+                problem = str(error)
+            if problem:
+                kind = "usb-copied" if problem in (OLD_COPY, TWO_COPIES) else "usb-refused"
+                problems.append((f"the key on {one_line(volume.path)} {problem}", kind))
+    named = f" {one_line(lock.label)}" if lock.label else ""
+    problems.append((f"the stick{named} with the key {lock.id} is not plugged in", "usb-missing"))
+    raise StickError(*problems[0])
+
+
+class UsbKey:
+    """The USB key of one profile."""
+
+    def __init__(self, paths: Paths):
+        self._paths, self.path = paths, paths.file("usb.json")
+        self.attempts = Attempts(paths)
+
+    def _alone(self) -> LockedFile:
+        """Keeps other processes from stick and usb.json for a moment."""
+        return LockedFile(self._paths.file("usb.lock"))
+
+    def lock(self) -> StickLock | None:
+        """What usb.json says; None if there is none."""
+        data = read_json(self.path, {})
+        try:
+            return parse_stick_lock(data) if data else None
+        except ValueError:
+            raise damaged_file(self.path) from None
+
+    def require(self) -> StickLock:
+        lock = self.lock()
+        if lock is None:
+            hint = "Restore it from a backup: without it neither stick nor recovery code helps."
+            text = f"{USB_FAILED}: {self.path} is missing."
+            raise ChatError(text, hint, "locked")
+        return lock
+
+    def open(self) -> bytes:
+        """The stick key, by the stick; ChatError `locked`, which is noted."""
+        try:
+            with self._alone():
+                lock = self.require()
+                return self._opened(lock, find_stick(lock, this_systems_volumes().all()))
+        except StickError as error:
+            self._paths.security.note(error.kind, text=error.problem)
+            raise
+
+    def find(self, volumes: Volumes) -> Volume | None:
+        """Where the stick is, None if it is not there or not good."""
+        try:
+            with self._alone():
+                return find_stick(self.require(), volumes.all()).volume
+        except ChatError:
+            return None
+
+    def _opened(self, lock: StickLock, stick: Stick) -> bytes:
+        try:
+            return lock.open(stick.key_file)
+        except RemoteProtocolError:
+            raise damaged_file(self.path) from None
+
+    def recover(self, code: bytes) -> bytes:
+        """The stick key, by the recovery code; ChatError `locked`."""
+        lock = self.require()
+        self.attempts.begin()
+        try:
+            stick_key = lock.recover(code)
+        except RemoteProtocolError:
+            self._paths.security.note("wrong-passphrase", text="it was a recovery code")
+            text = "This recovery code belongs to another stick or profile."
+            raise ChatError(text, "Each `usb enrol` printed one of its own.", "locked") from None
+        self.attempts.succeed()
+        return stick_key
+
+    def enrol(self, volume: Volume, stick_key: bytes, code: str, write=None) -> StickLock:
+        """Writes a key file and, with replace_secret or `write`, what belongs to it here."""
+        with self._alone():
+            key_file = create_key_file()
+            path = key_path(volume, key_file.id)
+            try:
+                write_key_file(path, key_file)
+            except OSError as error:
+                _remove_quietly(path)
+                raise storage_error("Writing", path, error) from None
+            lock = create_stick_lock(stick_key, key_file, code, volume.label)
+            (write or replace_secret)(self.path, json_bytes(lock.to_json(), 1))
+        return lock
+
+    def end(self, before: StickLock | None, text: str) -> None:
+        """What was enrolled before opens nothing any more; `text` goes to the security log."""
+        self.attempts.succeed()
+        self._paths.security.note("usb-changed", text=text)
+        for volume in this_systems_volumes().all() if before is not None else ():
+            for ending in (KEY_ENDING, NEXT_ENDING):
+                _remove_key_file(key_path(volume, before.id, ending), before)
+
+    def roll(self) -> str:
+        """Renews the secret of a stick that is there; "" or a warning."""
+        try:
+            with self._alone():
+                lock = self.require()
+                stick = find_stick(lock, this_systems_volumes().all())
+                return self._roll(lock, stick, self._opened(lock, stick))
+        except ChatError as error:
+            return "" if error.code == "locked" else READ_ONLY_WARNING.format(reason=error.text)
+
+    def _roll(self, lock: StickLock, stick: Stick, stick_key: bytes) -> str:
+        next_path = key_path(stick.volume, lock.id, NEXT_ENDING)
+        following = stick.key_file.following()
+        try:
+            if stick.source != stick.path:  # usb.json came as far as this one, the stick did not
+                _move_up(stick.source, stick.path)
+            elif os.path.lexists(next_path):
+                os.unlink(next_path)
+            write_key_file(next_path, following)
+        except OSError as error:
+            return READ_ONLY_WARNING.format(reason=error.strerror)
+        # If this fails, either of both may be the one that counts: both stay.
+        replace_secret(self.path, json_bytes(lock.rolled(stick_key, following).to_json(), 1))
+        try:
+            _move_up(next_path, stick.path)
+        except OSError:
+            pass  # pulled: the next unlock does it
+        return ""
+
+    def forget(self) -> None:
+        """Removes usb.json, and the key file if its stick is there."""
+        lock = self.lock()
+        try:
+            os.unlink(self.path)
+            _sync_folder(self._paths.folder)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise storage_error("Removing", self.path, error) from None
+        self.end(lock, "none is needed any more")
+
+
+def _remove_key_file(path: str, lock: StickLock) -> None:
+    """A copy of the profile may still need one that is not exactly ours."""
+    try:
+        found = read_key_file(path)
+    except ValueError:
+        return
+    if found is not None and not lock.judge(found):
+        _remove_quietly(path)
+
+
+def _move_up(source: str, path: str) -> None:
+    os.replace(source, path)
+    _sync_stick(os.path.dirname(path))
+
+
+class Attempts:
+    """How many attempts with a passphrase or recovery code have failed in a row."""
+
+    def __init__(self, paths: Paths):
+        self._path, self._security = paths.file("usb-attempts.json"), paths.security
+
+    def check(self) -> None:
+        """ChatError `locked` if one has to wait."""
+        failures, last = self._read()
+        left = int(lockout_left(failures, last, time.time()) + 0.999)
+        if left > 0:
+            self._security.note("locked-out", text=f"{failures} in a row")
+            text = f"After {failures} failed attempts the profile is locked for {left} seconds."
+            raise ChatError(text, "Wait, and try again.", "locked")
+
+    def begin(self) -> None:
+        """Counts an attempt as failed before it is made."""
+        self.check()
+        write_json(self._path, {"failures": self._read()[0] + 1, "last": int(time.time())})
+
+    def succeed(self) -> None:
+        _remove_quietly(self._path)
+
+    def _read(self) -> tuple:
+        try:
+            data = read_json(self._path, {})
+        except ChatError:
+            data = {}  # it shall not lock out anybody that it is damaged
+        failures, last = data.get("failures", 0), data.get("last", 0)
+        good = type(failures) is int and type(last) is int and failures >= 0
+        return (failures, last) if good else (0, 0)
+
+
+# ==================================================================================================
+# Part 49. Vault | uses 1-4, 29, 39, 41, 42, 48
 #
 # Private keys at rest. A pair of files that is there is used or refused, never overwritten.
 # ==================================================================================================
@@ -10695,12 +11757,22 @@ SEALED_BEGIN, SEALED_END = "-----BEGIN TRCHAT SEALED KEY-----", "-----END TRCHAT
 SEAL_LABEL = PROTOCOL + b" sealed key"
 
 
-def seal_key(der: bytes, passphrase: str) -> bytes:
-    """A private key (PKCS#8 DER) as sealed PEM: u8 log2 N, 16 salt, 12 nonce, AES-256-GCM."""
-    salt, nonce = random_bytes(16), random_bytes(12)
-    head = u8(SCRYPT_LOG_N) + salt + nonce
-    key = passphrase_key(passphrase, salt, SCRYPT_LOG_N)
-    sealed = head + seal(key, nonce, der, SEAL_LABEL + head)
+SEAL_WITH_STICK = 2  # the first byte of a key that needs a stick; else it is log2 N, 10 or more
+
+
+def seal_key(der: bytes, passphrase: str, stick_key: bytes = b"") -> bytes:
+    """A private key (PKCS#8 DER) as sealed PEM: a head and AES-256-GCM.
+
+    The head: u8 log2 N, 16 salt, 12 nonce. With a stick: u8 2, u8 log2 N (0: no passphrase),
+    8 check of the stick key, 16 salt, 12 nonce.
+    """
+    log_n = SCRYPT_LOG_N if passphrase else 0
+    head = u8(log_n)
+    if stick_key:
+        head = u8(SEAL_WITH_STICK) + head + stick_key_check(stick_key)
+    head += random_bytes(16) + random_bytes(12)
+    sealed_key = SealedKey(head)
+    sealed = head + seal(sealed_key.key(passphrase, stick_key), head[-12:], der, SEAL_LABEL + head)
     data = binascii.b2a_base64(sealed, newline=False).decode("ascii")
     lines = [data[i : i + 64] for i in range(0, len(data), 64)]
     return "\n".join([SEALED_BEGIN, *lines, SEALED_END, ""]).encode("ascii")
@@ -10710,22 +11782,51 @@ def is_sealed(pem: bytes) -> bool:
     return pem.lstrip().startswith(SEALED_BEGIN.encode("ascii"))
 
 
-def open_key(pem: bytes, passphrase: str, path: str) -> bytes:
-    """The PKCS#8 DER of a sealed PEM; ChatError `locked` if the passphrase is wrong."""
+class SealedKey:
+    """What a sealed PEM says of itself: `log_n` is 0 without a passphrase, `check` b"" without a
+    stick. ValueError if it is none."""
+
+    def __init__(self, data: bytes):
+        with_stick = data[:1] == u8(SEAL_WITH_STICK)
+        size = 38 if with_stick else 29
+        self.head, self.ciphertext = data[:size], data[size:]
+        if len(self.head) != size:
+            raise ValueError("too short")
+        self.log_n = data[1] if with_stick else data[0]
+        self.check = data[2:10] if with_stick else b""
+        if not (10 <= self.log_n <= 20 or with_stick and self.log_n == 0):
+            raise ValueError("a field out of range")
+
+    def key(self, passphrase: str, stick_key: bytes) -> bytes:
+        """scrypt(passphrase), with a stick HKDF(scrypt(passphrase) or nothing, stick key)."""
+        salt = self.head[-28:-12]
+        key = passphrase_key(passphrase, salt, self.log_n) if self.log_n else b""
+        return hkdf(key + stick_key, salt, SEAL_LABEL + b" with a stick") if self.check else key
+
+    def open(self, passphrase: str, stick_key: bytes) -> bytes:
+        """The PKCS#8 DER; RemoteProtocolError if passphrase or stick key is another."""
+        key = self.key(passphrase, stick_key)
+        return open_sealed(key, self.head[-12:], self.ciphertext, SEAL_LABEL + self.head)
+
+
+def parse_sealed_key(pem: bytes, path: str) -> SealedKey:
     try:
         text = pem.decode("ascii").strip()
         if not text.endswith(SEALED_END):
             raise ValueError
         body = "".join(text[len(SEALED_BEGIN) : -len(SEALED_END)].split())
-        data = binascii.a2b_base64(body)
+        sealed = SealedKey(binascii.a2b_base64(body))
+        if len(sealed.ciphertext) < 16:
+            raise ValueError
+        return sealed
     except ValueError:
         raise damaged_file(path) from None
-    head, ciphertext = data[:29], data[29:]
-    if len(ciphertext) < 16 or not 10 <= head[0] <= 20:
-        raise damaged_file(path)
+
+
+def open_key(pem: bytes, passphrase: str, path: str, stick_key: bytes = b"") -> bytes:
+    """The PKCS#8 DER of a sealed PEM; ChatError `locked` if the passphrase is wrong."""
     try:
-        key = passphrase_key(passphrase, head[1:17], head[0])
-        return open_sealed(key, head[17:], ciphertext, SEAL_LABEL + head)
+        return parse_sealed_key(pem, path).open(passphrase, stick_key)
     except RemoteProtocolError:
         hint = "Try again; it cannot be recovered without it."
         text = f"{WRONG_PASSPHRASE}, or the key file is damaged."
@@ -10733,10 +11834,17 @@ def open_key(pem: bytes, passphrase: str, path: str) -> bytes:
 
 
 class KeyPair:
-    """A private key with its self-signed certificate, in two PEM files of a profile."""
+    """A private key with its self-signed certificate, in two PEM files of a profile.
 
-    def __init__(self, paths: Paths, role: str):
+    Once loaded, `passphrase` and `stick_key` are those that it is sealed with, or "" and b"".
+    A `stick_key` that is given (by the recovery code) takes the place of the stick.
+    """
+
+    def __init__(self, paths: Paths, role: str, stick_key: bytes = b""):
         self.role, self._paths = role, paths
+        self.passphrase, self.stick_key = "", stick_key
+        self._usb = UsbKey(paths)
+        self._sibling = paths.file("cert", "client_key.pem")
         self.key_path = paths.file("cert", f"{role}_key.pem")
         self.certificate_path = paths.file("cert", f"{role}_cert.pem")
 
@@ -10766,11 +11874,8 @@ class KeyPair:
     def _load_key(self, pem: bytes, ask_passphrase):
         try:
             if is_sealed(pem):
-                der = open_key(
-                    pem, ask_passphrase(f"Passphrase of the {self.role} key: "), self.key_path
-                )
                 key = _serialization.load_der_private_key(
-                    der, None, unsafe_skip_rsa_key_validation=True
+                    self._unseal(pem, ask_passphrase), None, unsafe_skip_rsa_key_validation=True
                 )
             else:
                 key = _serialization.load_pem_private_key(
@@ -10785,6 +11890,36 @@ class KeyPair:
         ):
             raise damaged_file(self.key_path) from None
         return key
+
+    def _unseal(self, pem: bytes, ask_passphrase) -> bytes:
+        """The PKCS#8 DER, by passphrase and stick, whichever it takes."""
+        sealed, question = (
+            parse_sealed_key(pem, self.key_path),
+            f"Passphrase of the {self.role} key: ",
+        )
+        if not sealed.check:
+            self.passphrase, self.stick_key = ask_passphrase(question), b""
+            return open_key(pem, self.passphrase, self.key_path)
+        self._take_stick(sealed.check)
+        if sealed.log_n:
+            self._usb.attempts.check()
+            self.passphrase = ask_passphrase(question)
+            self._usb.attempts.begin()
+        der = open_key(pem, self.passphrase, self.key_path, self.stick_key)
+        self._usb.attempts.succeed()
+        self._roll()
+        return der
+
+    def _take_stick(self, check: bytes) -> None:
+        self.stick_key = self.stick_key or self._usb.open()
+        if not same(stick_key_check(self.stick_key), check):
+            text = f"{self._usb.path} does not belong to {self.key_path}."
+            raise ChatError(text, "Restore both from one backup.", "storage")
+
+    def _roll(self) -> None:
+        warning = self._usb.roll()
+        if warning and threading.current_thread() is threading.main_thread():  # no chat is shown
+            sys.stderr.write(f"trchat: {warning}\n")
 
     def _prove(self, key) -> None:
         """One signature shows what the skipped validation (87 ms) would: the numbers fit."""
@@ -10801,6 +11936,9 @@ class KeyPair:
         key = generate_rsa() if client else _ec.generate_private_key(_ec.SECP256R1())
         certificate = self_signed(key, f"trchat {self.role}")
         passphrase = os.environ.get("TRCHAT_PASSPHRASE", "")
+        if not client and needs_stick(read_file(self._sibling) or b"", self._sibling):
+            self.stick_key = self._usb.open()  # what is made later is sealed like the identity
+            self._roll()
         both = Replacement(self._paths)
         self.store_key(key, passphrase, both.put)
         both.put(self.certificate_path, certificate.public_bytes(_serialization.Encoding.PEM))
@@ -10808,11 +11946,12 @@ class KeyPair:
         return key, certificate.public_bytes(_serialization.Encoding.DER)
 
     def store_key(self, key, passphrase: str, write=None) -> None:
-        """Writes the key, sealed if there is a passphrase; `write` is replace_secret, or the put
-        of a Replacement."""
+        """Writes the key, sealed if there is a passphrase or a stick; `write` is replace_secret,
+        or the put of a Replacement."""
         form = (_serialization.PrivateFormat.PKCS8, _serialization.NoEncryption())
-        if passphrase:
-            pem = seal_key(key.private_bytes(_serialization.Encoding.DER, *form), passphrase)
+        if passphrase or self.stick_key:
+            der = key.private_bytes(_serialization.Encoding.DER, *form)
+            pem = seal_key(der, passphrase, self.stick_key)
         else:
             pem = key.private_bytes(_serialization.Encoding.PEM, *form)
         (write or replace_secret)(self.key_path, pem)
@@ -10830,8 +11969,32 @@ class KeyPair:
     def sealed(self) -> bool:
         return is_sealed(read_file(self.key_path) or b"")
 
+    def seals(self) -> str:
+        """Words for what the key is sealed with, "" if it is not."""
+        pem = read_file(self.key_path) or b""
+        if not is_sealed(pem):
+            return ""
+        sealed = parse_sealed_key(pem, self.key_path)
+        ways = (sealed.log_n and "a passphrase", sealed.check and "a USB key")
+        return "sealed with " + " and ".join(way for way in ways if way)
+
+    def needs_passphrase(self) -> bool:
+        pem = read_file(self.key_path) or b""
+        return is_sealed(pem) and bool(parse_sealed_key(pem, self.key_path).log_n)
+
+    def check_stick(self) -> None:
+        """ChatError unless the stick key that was given is the one that it takes."""
+        self._take_stick(parse_sealed_key(read_file(self.key_path) or b"", self.key_path).check)
+
+    def needs_stick(self) -> bool:
+        return needs_stick(read_file(self.key_path) or b"", self.key_path)
+
     def exists(self) -> bool:
         return os.path.exists(self.key_path)
+
+
+def needs_stick(pem: bytes, path: str) -> bool:
+    return is_sealed(pem) and bool(parse_sealed_key(pem, path).check)
 
 
 def self_signed(key, name: str):
@@ -10937,123 +12100,12 @@ def finish_wipes(home: str) -> None:
 def _destroy_folder(folder: str) -> None:
     """Overwrites the keys in a profile's folder, and removes it."""
     try:
-        for secret in ("cert/client_key.pem", "cert/server_key.pem", "vault.key"):
+        for secret in ("cert/client_key.pem", "cert/server_key.pem", "vault.key", "usb.json"):
             _overwrite(os.path.join(folder, *secret.split("/")))
         if os.path.lexists(folder):
             shutil.rmtree(folder)
     except OSError as error:
         raise storage_error("Destroying", folder, error) from None
-
-
-def remove_leftovers(paths: Paths) -> None:
-    """Finishes what a kill has interrupted, or overwrites and removes what it left of secrets."""
-    finish_replacing(paths)
-    for path in [*secret_files(paths), paths.file(COMMITTED)]:
-        folder, ours = os.path.split(path)
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            if name.startswith(f".{ours}.") or name == ours + NEW_ENDING:
-                _remove_secret(os.path.join(folder, name), path)
-
-
-def secret_files(paths: Paths) -> list:
-    """The files of a profile of which no old state may stay on the disk."""
-    return [
-        paths.file(*name.split("/"))
-        for name in (
-            "cert/client_key.pem", "cert/client_cert.pem", "cert/server_key.pem",
-            "cert/server_cert.pem", "contacts.json", "vault.key",
-        )
-    ]  # fmt: skip
-
-
-def _remove_secret(path: str, current: str) -> None:
-    """Overwrites and removes a leftover, unless it is but another name of the current file."""
-    try:
-        if not (os.path.exists(current) and os.path.samefile(path, current)):
-            _overwrite(path)
-        os.unlink(path)
-    except OSError:
-        pass  # it will be tried again
-
-
-class Replacement:
-    """Replaces several of the secret files together: after a kill at any moment all of them are
-    the old ones or, once finish_replacing has run, all the new ones."""
-
-    def __init__(self, paths: Paths):
-        self._paths = paths
-        paths.make_folders()
-        remove_leftovers(paths)
-
-    def put(self, path: str, data: bytes) -> None:
-        """Writes what is to take a file's place; ChatError `storage` as write_file."""
-        write_file(path + NEW_ENDING, data)
-
-    def commit(self) -> None:
-        write_file(self._paths.file(COMMITTED), b"")
-        finish_replacing(self._paths)
-
-
-def finish_replacing(paths: Paths) -> None:
-    """Puts the new files in their places, once all of them are there; also after a kill."""
-    mark = paths.file(COMMITTED)
-    if not os.path.exists(mark):
-        return
-    try:
-        for path in secret_files(paths):
-            if os.path.exists(path + NEW_ENDING):
-                _put_in_place(path + NEW_ENDING, path)
-        os.unlink(mark)
-        _sync_folder(paths.folder)
-    except FileNotFoundError:
-        pass  # another process has done the same
-    except OSError as error:
-        raise storage_error("Replacing the keys in", paths.folder, error) from None
-
-
-def _put_in_place(new: str, path: str) -> None:
-    """Renames a file over another, and overwrites what was there, if need be at the next start."""
-    folder, name = os.path.split(path)
-    old = os.path.join(folder, f".{name}.old")
-    _remove_secret(old, path)
-    before: Any = None
-    if os.path.exists(path):
-        try:
-            os.link(path, old)  # so that it is found after a kill, too
-        except OSError:  # not every file system has links
-            before = open(path, "r+b") if os.name == "posix" else None  # noqa: SIM115 - across it
-    os.replace(new, path)
-    _sync_folder(folder)
-    if before is not None:
-        with before:
-            _overwrite_open(before)
-    _remove_secret(old, path)
-
-
-def replace_secret(path: str, data: bytes) -> None:
-    """write_file, and random bytes over what was there before."""
-    new = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}{NEW_ENDING}")
-    write_file(new, data)
-    try:
-        _put_in_place(new, path)
-    except OSError as error:
-        raise storage_error("Writing", path, error) from None
-
-
-def _overwrite(path: str) -> None:
-    """Random bytes in place of a file's, as far as its medium writes in place."""
-    if os.path.isfile(path):
-        with open(path, "r+b") as file:
-            _overwrite_open(file)
-
-
-def _overwrite_open(file) -> None:
-    try:
-        file.write(random_bytes(os.fstat(file.fileno()).st_size))
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError:
-        pass  # a full disk, say: what matters more is that it goes
 
 
 def load_identity(paths: Paths, ask_passphrase) -> tuple:
@@ -11064,7 +12116,7 @@ def load_identity(paths: Paths, ask_passphrase) -> tuple:
 
 
 # ==================================================================================================
-# Part 45. Rooted folders | uses 1, 2, 24-26, 40
+# Part 50. Rooted folders | uses 1, 2, 24-26, 41
 #
 # A folder of this computer as an SFTP server shows it, with no way out. A path is walked name by
 # name, each opened in the folder before it and never through a link, so that it does not help to
@@ -11516,7 +12568,7 @@ def free_name(folder_path: str, name: str) -> str:
 
 
 # ==================================================================================================
-# Part 46. SFTP client | uses 1, 2, 24, 27, 40
+# Part 51. SFTP client | uses 1, 2, 24, 27, 41
 #
 # Files and folders over an SFTP stream, as blocking calls for a thread of their own. Never more
 # than a window of a file is in memory, and its hash is made in the same pass.
@@ -11770,7 +12822,7 @@ def changed_meanwhile(path: str, done: str) -> ChatError:
 
 
 # ==================================================================================================
-# Part 47. Files through SFTP | uses 1, 2, 24, 26, 27, 40, 46
+# Part 52. Files through SFTP | uses 1, 2, 24, 26, 27, 41, 51
 #
 # Whole files and folders. A file grows under a name ending in .part and gets its own when it is
 # whole and on the disk; what an interruption left there is compared with the original before the
@@ -12163,7 +13215,7 @@ def _received_before(client, remote: str, path: str, size) -> Transferred | None
 
 
 # ==================================================================================================
-# Part 48. Hidden messages on disk | uses 1, 2, 26, 32, 40
+# Part 53. Hidden messages on disk | uses 1, 2, 26, 33, 41
 #
 # Which files are read to hide something and where results go, for the shell and the chat. Nothing
 # here ever overwrites a file.
@@ -12237,210 +13289,7 @@ def write_new(path: str, data: bytes | bytearray, mode: int) -> None:
 
 
 # ==================================================================================================
-# Part 49. Mounts and disks | uses 2, 40
-#
-# On what a path lies, and whether overwriting a file there reaches the place where it was. What is
-# not known for sure is called unknown: that is the honest answer for most disks of today.
-# ==================================================================================================
-
-YES, UNKNOWN, NO = "yes", "unknown", "no"
-MEMORY_SYSTEMS = ("tmpfs", "ramfs")
-IN_PLACE_SYSTEMS = (
-    "ext2", "ext3", "ext4", "exfat", "fat32", "hfs", "hfsplus", "jfs", "minix", "msdos", "ntfs",
-    "ntfs3", "reiserfs", "ufs", "vfat", "xfs",
-)  # fmt: skip
-JOURNALLING_SYSTEMS = ("ext3", "ext4", "hfsplus", "jfs", "ntfs", "ntfs3", "reiserfs", "xfs")
-COPYING_SYSTEMS = (
-    "apfs", "bcachefs", "btrfs", "f2fs", "jffs2", "nilfs2", "refs", "ubifs", "zfs",
-)  # fmt: skip
-NETWORK_SYSTEMS = (
-    "9p", "afpfs", "afs", "ceph", "cifs", "fuse.davfs", "fuse.glusterfs", "fuse.rclone",
-    "fuse.s3fs", "fuse.sshfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "vboxsf",
-    "virtiofs", "webdav",
-)  # fmt: skip
-VIRTUAL_DISKS = ("/virtio", "/vmbus", "/VMBUS", "/xen", "/vbd-")  # in a disk's place in sysfs
-POOLED = ("-tpool", "-real", "-cow")  # how LVM calls what lies under thin volumes and snapshots
-MOUNT_LINE = LazyPattern(r"(.*?) on (.*) \(([^,)]+)(.*)\)")  # of the program `mount`, on macOS
-OCTAL = LazyPattern(r"\\([0-7]{3})")
-DRIVE_REMOTE = 4  # GetDriveTypeW
-LOOPS_MOST = 4  # images of disks within each other
-
-WHOLE_DISK = (
-    "What helps: a disk that was encrypted before anything was written to it, or its own command "
-    "to erase all of it (secure erase)."
-)
-SNAPSHOTS = "What helps: delete its snapshots, too; better is a disk that is encrypted as a whole."
-HOST_SIDE = (
-    "What helps: destroy the image of that disk on its host, with its snapshots and backups."
-)
-SERVER_SIDE = "What helps: whoever runs the server deletes its copies, snapshots and backups."
-
-
-class Medium(Record):
-    """What files lie on. `in_place` is yes, no or unknown; the others are sentences, or ""."""
-
-    in_place: str
-    reason: str
-    advice: str
-
-
-class Mount(Record):
-    """A row of the table of mounts; `device` is major:minor, `options` a set."""
-
-    device: str
-    point: str
-    kind: str
-    options: set
-
-
-def parse_mountinfo(text: str) -> list:
-    """The Mounts of /proc/self/mountinfo (proc_pid_mountinfo(5)), in its order."""
-    mounts = []
-    for line in text.splitlines():
-        fields, _, more = (part.split(" ") for part in line.partition(" - "))
-        if len(fields) >= 6 and len(more) >= 3:
-            point = OCTAL.sub(lambda found: chr(int(found[1], 8)), fields[4])
-            point = point.encode("latin-1", "replace").decode("utf-8", "surrogateescape")
-            options = {*fields[5].split(","), *more[2].split(",")}
-            mounts.append(Mount(fields[2], point, more[0], options))
-    return mounts
-
-
-def parse_mount_output(text: str) -> list:
-    """The Mounts that `mount` prints on macOS and the BSDs; they have no device numbers."""
-    found = [MOUNT_LINE.fullmatch(line) for line in text.splitlines()]
-    return [Mount("", m[2], m[3], set(m[4].strip(", ").split(", "))) for m in found if m]
-
-
-def find_mount(mounts: list, path: str) -> Mount | None:
-    """The mount that an absolute path without links lies on; of two in one place the later."""
-    best = None
-    for mount in mounts:
-        inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
-        if inside and (best is None or len(mount.point) >= len(best.point)):
-            best = mount
-    return best
-
-
-def judge_mount(mount: Mount, disk) -> Medium:
-    """What overwriting does there; `disk()` gives the Medium below a file system."""
-    kind = mount.kind.lower()
-    if kind in MEMORY_SYSTEMS:
-        return Medium(YES, f"{kind} is memory; what was swapped out is not reached", "")
-    if kind in COPYING_SYSTEMS:
-        return Medium(NO, f"{kind} writes new content elsewhere and leaves the old", SNAPSHOTS)
-    if kind in ("ext3", "ext4") and "data=journal" in mount.options:
-        text = f"{kind} with data=journal has copies of content in its journal"
-        return Medium(NO, text, WHOLE_DISK)
-    if kind in NETWORK_SYSTEMS:
-        return Medium(UNKNOWN, f"{kind}: the disk is another computer's", SERVER_SIDE)
-    if kind == "overlay":
-        text = "overlay: what came with a container's image stays in the image"
-        return Medium(UNKNOWN, text, "What helps: delete the image, too.")
-    if kind not in IN_PLACE_SYSTEMS:
-        text = f"it is not known what {one_line(mount.kind)} does with overwritten content"
-        return Medium(UNKNOWN, text, WHOLE_DISK)
-    below = disk()
-    journal = " (old names may stay in its journal)" if kind in JOURNALLING_SYSTEMS else ""
-    reason = f"{kind} writes in place{journal}, {below.reason}"
-    return Medium(below.in_place, reason, below.advice)
-
-
-def worst_medium(media: list) -> Medium:
-    """The least sure of them."""
-    return min(media, key=lambda medium: (NO, UNKNOWN, YES).index(medium.in_place))
-
-
-def judge_disk(device: str, sysfs: str, medium_below) -> Medium:
-    """The answer of the disks under a block device (major:minor), by what sysfs tells of them.
-
-    `medium_below(path)` answers for the file behind a loop device.
-    """
-    waiting, disks = [os.path.realpath(os.path.join(sysfs, "dev", "block", device))], []
-    while waiting:
-        place = waiting.pop()
-        if _read_word(os.path.join(place, "dm", "name")).endswith(POOLED):
-            text = "but the volume has snapshots or shares a pool, which keep what was before"
-            return Medium(UNKNOWN, text, SNAPSHOTS)
-        slaves = os.path.join(place, "slaves")
-        below = os.listdir(slaves) if os.path.isdir(slaves) else []
-        waiting += [os.path.realpath(os.path.join(slaves, name)) for name in below]
-        if not below:
-            is_partition = os.path.exists(os.path.join(place, "partition"))
-            disks.append(os.path.dirname(place) if is_partition else place)
-    return worst_medium([_judge_one_disk(place, medium_below) for place in disks])
-
-
-def _judge_one_disk(place: str, medium_below) -> Medium:
-    backing = _read_word(os.path.join(place, "loop", "backing_file"))
-    if backing:
-        below = medium_below(backing)
-        return Medium(below.in_place, f"in a file: {below.reason}", below.advice)
-    rotational = _read_word(os.path.join(place, "queue", "rotational"))
-    if rotational == "0":
-        return Medium(NO, "but an SSD writes new content into other cells", WHOLE_DISK)
-    if rotational != "1":
-        return Medium(UNKNOWN, "but nothing is known of its disk", WHOLE_DISK)
-    if any(mark in place for mark in VIRTUAL_DISKS):
-        return Medium(UNKNOWN, "but the disk is a virtual one: its host decides", HOST_SIDE)
-    if "/usb" in place:
-        return Medium(UNKNOWN, "but a USB stick writes new content into other cells", WHOLE_DISK)
-    return Medium(YES, "and the disk is a magnetic one", "")
-
-
-def _read_word(path: str) -> str:
-    """A small file of the system, "" if there is none."""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read(1 << 20).strip()
-    except OSError:
-        return ""
-
-
-def medium_of(path: str) -> Medium:
-    """What an absolute path without links lies on."""
-    if os.name == "nt":
-        return _windows_medium(path)
-    if sys.platform == "linux":
-        return _linux_medium(path, LOOPS_MOST)
-    mount = find_mount(parse_mount_output(_mount_output()), path)
-    unsure = Medium(UNKNOWN, "but nothing is known of its disk", WHOLE_DISK)
-    return judge_mount(mount, lambda: unsure) if mount else unsure
-
-
-def _linux_medium(path: str, loops: int) -> Medium:
-    mount = find_mount(parse_mountinfo(_read_word("/proc/self/mountinfo")), path)
-    if mount is None or not loops:
-        return Medium(UNKNOWN, "it is not known what it lies on", WHOLE_DISK)
-    deeper = functools.partial(_linux_medium, loops=loops - 1)
-    return judge_mount(mount, lambda: judge_disk(mount.device, "/sys", deeper))
-
-
-def _mount_output() -> str:
-    try:
-        return subprocess.run(
-            ["mount"], capture_output=True, timeout=10, check=False, encoding="utf-8",
-            errors="surrogateescape", stdin=subprocess.DEVNULL,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _windows_medium(path: str) -> Medium:
-    """From GetDriveTypeW and GetVolumeInformationW; they tell nothing of the disk itself."""
-    root = os.path.splitdrive(path)[0] + "\\"
-    kernel, kind = ctypes.windll.kernel32, ctypes.create_unicode_buffer(64)
-    if kernel.GetDriveTypeW(root) == DRIVE_REMOTE:
-        kind.value = "smb3"
-    else:
-        kernel.GetVolumeInformationW(root, None, 0, None, None, None, kind, 64)
-    mount = Mount("", root, kind.value or "this drive", set())
-    text = "but Windows does not tell whether the disk is an SSD"
-    return judge_mount(mount, lambda: Medium(UNKNOWN, text, WHOLE_DISK))
-
-
-# ==================================================================================================
-# Part 50. What to shred | uses 1, 2, 16, 26, 40, 45, 49
+# Part 54. What to shred | uses 1, 2, 16, 26, 41, 46, 50
 #
 # First a survey that changes nothing: what there is under some names, what of it is refused and
 # why. What it found is known again by device and inode: a link or another file that is swapped in
@@ -12892,7 +13741,7 @@ def _names(paths: list) -> str:
 
 
 # ==================================================================================================
-# Part 51. Shredding | uses 2, 3, 16, 40, 42, 50
+# Part 55. Shredding | uses 2, 3, 16, 41, 44, 54
 #
 # What a survey found is overwritten with the keystream of AES-256 in counter mode, whose key is
 # drawn for each file and forgotten, then emptied, renamed at random and removed; the disk is synced
@@ -13215,7 +14064,7 @@ def shred_words(done: int, total: int) -> str:
 
 
 # ==================================================================================================
-# Part 52. History and outbox | uses 1-3, 28, 40, 42
+# Part 56. History and outbox | uses 1-3, 28, 41, 44
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -13227,23 +14076,6 @@ def shred_words(done: int, total: int) -> str:
 itertools = Lazy("itertools")
 
 LOG_MOST = 1 << 30  # bytes of one log
-
-
-def _plain_open(path: str, flags: int) -> int:
-    """A descriptor of a file that is not reached through a link, and is no pipe."""
-    extra = ("O_NOFOLLOW", "O_BINARY", "O_NONBLOCK")
-    handle = os.open(path, flags | sum(getattr(os, name, 0) for name in extra), 0o600)
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
-    os.close(handle)
-    raise OSError(errno.EINVAL, "it is no file")
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    """One call, unless the disk takes only a part; then the next call says why."""
-    done = 0
-    while done < len(data):
-        done += os.write(handle, data[done:] if done else data)
 
 
 def _log_error(action: str, path: str, error: OSError) -> ChatError:
@@ -13695,7 +14527,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 53. Contacts | uses 1-4, 6, 40
+# Part 57. Contacts | uses 1-4, 6, 41
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -14136,7 +14968,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 54. Transfers on record | uses 1, 2, 28, 40
+# Part 58. Transfers on record | uses 1, 2, 28, 41
 #
 # What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
 # a transfer by a number, `f3`, programs by the id of the message that offered it.
@@ -14270,7 +15102,7 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 55. Backing up and restoring | uses 1, 2, 26, 29, 30, 40, 44, 45, 52
+# Part 59. Backing up and restoring | uses 1, 2, 26, 30, 31, 41, 49, 50
 #
 # Reads and writes backups block by block, so that memory stays small. A backup appears under its
 # name when it is whole; a profile is unpacked beside the others and gets its name at the end.
@@ -14628,7 +15460,7 @@ def _remove_unpacked(home: str) -> None:
 
 
 # ==================================================================================================
-# Part 56. SOCKS5 | uses 1, 2, 4, 40
+# Part 60. SOCKS5 | uses 1, 2, 4, 41
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -14712,7 +15544,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 57. Network | uses 1-4, 40, 44, 56
+# Part 61. Network | uses 1-4, 41, 49, 60
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -14981,7 +15813,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 58. Port mapping | uses 1-3, 9, 10, 40, 42, 57
+# Part 62. Port mapping | uses 1-3, 9, 10, 41, 44, 61
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -15447,7 +16279,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 59. A mapped port, and addresses | uses 1-4, 9, 10, 40, 42, 57, 58
+# Part 63. A mapped port, and addresses | uses 1-4, 9, 10, 41, 44, 61, 62
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -15806,7 +16638,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 60. Tunnels | uses 1, 2, 40, 42
+# Part 64. Tunnels | uses 1, 2, 41, 44
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -16202,7 +17034,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 61. Tunnels through ngrok | uses 2, 3, 40, 60
+# Part 65. Tunnels through ngrok | uses 2, 3, 41, 64
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -16449,7 +17281,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 62. Tunnels through ssh and tor | uses 1-4, 40, 42, 60, 61
+# Part 66. Tunnels through ssh and tor | uses 1-4, 41, 44, 64, 65
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -16805,7 +17637,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 63. Runs of sftp | uses 1-3, 29, 40, 60, 62
+# Part 67. Runs of sftp | uses 1-3, 30, 41, 64, 66
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -17076,7 +17908,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 64. Files on SFTP servers | uses 1, 2, 26, 29, 40, 47, 52, 63
+# Part 68. Files on SFTP servers | uses 1, 2, 26, 30, 41, 52, 67
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -17388,7 +18220,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 65. Sending mail | uses 1, 2, 40, 42
+# Part 69. Sending mail | uses 1, 2, 41, 44
 #
 # One mail to one server (SMTP, RFC 5321), with a deadline over all of it, and what its refusals
 # mean for people. Certificates are always verified, and nothing falls back to a connection without
@@ -17629,7 +18461,7 @@ def _is_login_text(error: Exception) -> bool:
 
 
 # ==================================================================================================
-# Part 66. Alerts | uses 1-3, 28, 39, 40, 42, 44, 65
+# Part 70. Alerts | uses 1-3, 28, 40, 41, 44, 49, 69
 #
 # E-mail alerts of a profile. `alerts/settings.json` holds which kinds are mailed, and a box with
 # the rest, whose key is sealed twice: for one's identity and for the key of the server, so that
@@ -17781,7 +18613,12 @@ class Alerts:
             self._wake()
 
     def lock(self) -> None:
-        """Forgets what opens keys; settings that are open are needed for the last alert."""
+        """Forgets what opens keys; the settings stay open, for the last alert."""
+        try:
+            if self._settings is None and self.file.exists():
+                self._open()
+        except ChatError as error:
+            self._report(error)
         self._openers.clear()
 
     def _wake(self) -> None:
@@ -17872,7 +18709,7 @@ def _add_all(alerts: AlertQueue, entries: list, now: float) -> None:
 
 
 # ==================================================================================================
-# Part 67. Security log | uses 1, 2, 38, 40, 42, 52, 66
+# Part 71. Security log | uses 1, 2, 39, 41, 44, 56, 70
 #
 # logs/security.log of a profile, one JSON object a line, and the way to note what belongs there:
 # `paths.security.note(kind, ...)`, from any thread. Whoever notes never waits and never fails.
@@ -18065,7 +18902,7 @@ def log_count(rest: str) -> int:
 
 
 # ==================================================================================================
-# Part 68. Connections of a server | uses 1, 40
+# Part 72. Connections of a server | uses 1, 41
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -18169,7 +19006,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 69. Relay server | uses 1, 2, 8, 40, 42, 44, 57, 68
+# Part 73. Relay server | uses 1, 2, 8, 41, 44, 49, 61, 72
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -18657,7 +19494,7 @@ def _request_event(kind: str, bundle: Any) -> dict:
 
 
 # ==================================================================================================
-# Part 70. Where to connect | uses 1, 2, 4, 9, 40, 42, 57
+# Part 74. Where to connect | uses 1, 2, 4, 9, 41, 44, 61
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -18802,7 +19639,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 71. Channels | uses 1, 2, 40
+# Part 75. Channels | uses 1, 2, 41
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -18916,7 +19753,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 72. Connections | uses 1, 3, 40, 42, 57, 69-71
+# Part 76. Connections | uses 1, 3, 41, 44, 61, 73-75
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -19174,7 +20011,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 73. Records of a chat | uses 1, 2, 8, 16, 17, 28, 33, 40, 44, 52-54
+# Part 77. Records of a chat | uses 1, 2, 8, 16, 17, 28, 34, 41, 42, 49, 56-58
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -19576,7 +20413,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 74. Files on their way | uses 1-3, 24-26, 40, 45-47
+# Part 78. Files on their way | uses 1-3, 24-26, 41, 50-52
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -20004,7 +20841,7 @@ def remove_part(part: str) -> None:
 
 
 # ==================================================================================================
-# Part 75. Shared folders | uses 1-3, 8, 16, 24, 26, 40-42, 45-47, 54, 74
+# Part 79. Shared folders | uses 1-3, 8, 16, 24, 26, 41, 43, 44, 50-52, 58, 78
 #
 # Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
 # look is a stream and a thread of its own.
@@ -20263,7 +21100,7 @@ class Shares:
 
 
 # ==================================================================================================
-# Part 76. Files by way of a server | uses 1-3, 26, 29, 40, 42, 47, 54, 64, 74
+# Part 80. Files by way of a server | uses 1-3, 26, 30, 41, 44, 52, 58, 68, 78
 #
 # For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
 # offer carries what is needed to fetch and open it.
@@ -20350,7 +21187,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 77. Offers of others | uses 1, 8, 26, 29, 40, 42, 45, 47, 54, 71, 73-75
+# Part 81. Offers of others | uses 1, 8, 26, 30, 41, 44, 50, 52, 58, 75, 77-79
 #
 # What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
@@ -20557,7 +21394,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 78. File desk | uses 1, 2, 8, 16, 26, 29, 40, 42, 54, 71, 74-77
+# Part 82. File desk | uses 1, 2, 8, 16, 26, 30, 41, 44, 58, 75, 78-81
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -20954,7 +21791,7 @@ class FileDesk:
 
 
 # ==================================================================================================
-# Part 79. Hidden messages in the chat | uses 1-3, 26, 31, 32, 40, 42, 45, 47, 48, 74
+# Part 83. Hidden messages in the chat | uses 1-3, 26, 32, 33, 41, 44, 50, 52, 53, 78
 #
 # A picture is read, filled, opened and written in a thread of its own, which also waits for what a
 # person is asked. It touches nothing of the chat but its inbox.
@@ -21139,7 +21976,7 @@ def _keep_revealed(message: HiddenMessage, inbox: str) -> str:
 
 
 # ==================================================================================================
-# Part 80. Locking | uses 1, 2, 4, 23, 40, 42, 44, 73
+# Part 84. Locking | uses 1, 2, 4, 23, 41, 44, 47-49, 77
 #
 # A chat that nobody is to look at for a while. One mechanism, two strengths: a locked screen keeps
 # the connections and only holds back what faces would show; with the keys dropped, the servers are
@@ -21229,8 +22066,8 @@ class ProfileOpener:
         self.paths, self._fingerprint = paths, fingerprint
 
     def is_sealed(self) -> bool:
-        """Whether something is needed to open it."""
-        return KeyPair(self.paths, "client").sealed()
+        """Whether somebody must know something to open it; a stick may be plugged in."""
+        return KeyPair(self.paths, "client").needs_passphrase()
 
     def check(self, passphrase: str) -> None:
         """ChatError unless the identity's key opens with this passphrase, and is still the same."""
@@ -21249,6 +22086,7 @@ class ProfileOpener:
 
     def close(self) -> None:
         """The keys are being dropped: so are those that only this object knows of."""
+        self.paths.security.lock()
 
     def attach(self, connection) -> None:
         """In the owner thread: the first connection of what was opened is about to dial."""
@@ -21263,6 +22101,52 @@ class Left(Record):
     clock: Any
     rooms: list
     asked: bool  # whether it wants a certificate
+
+
+class StickWatch:
+    """Notices, in a thread of its own, when the stick that opens a key is pulled, and is back.
+
+    `pulled(whether a passphrase is needed, too)` is called once; `back()`, if no passphrase is,
+    each time that the stick is plugged in after that. It ends with the event `ended`, or by `stop`.
+    """
+
+    def __init__(self, paths: Paths, role: str, ended, pulled, back=None):
+        self._paths, self._role, self._usb = paths, role, UsbKey(paths)
+        self._ended, self._pulled, self._back = ended, pulled, back
+        self._stopped = False
+        if os.path.exists(self._usb.path):
+            spawn("stick", self._routine_watch)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def _goes_on(self) -> bool:
+        return not (self._stopped or self._ended.is_set())
+
+    def _routine_watch(self) -> None:
+        volumes = this_systems_volumes()
+        try:
+            self._watch(KeyPair(self._paths, self._role), volumes)
+        finally:
+            volumes.close()
+
+    def _watch(self, pair: KeyPair, volumes: Volumes) -> None:
+        if not pair.needs_stick():
+            return
+        volume = self._usb.find(volumes)
+        while volume is not None and volumes.is_there(volume):
+            volumes.wait(STICK_SECONDS)
+            if not self._goes_on():
+                return
+        self._paths.security.note("usb-pulled")
+        needs_passphrase = pair.needs_passphrase()
+        self._pulled(needs_passphrase)
+        volume = None
+        while self._goes_on() and self._back is not None and not needs_passphrase:
+            before, volume = volume, self._usb.find(volumes)
+            if volume is not None and before is None:
+                self._back()
+            volumes.wait(STICK_SECONDS)
 
 
 class Locking:
@@ -21284,6 +22168,8 @@ class Locking:
         self._left: list = []
         self._keeper: Storekeeper | None = None  # of the profile that was closed
         self._dropping: Any = None  # the thread that closes it
+        self._watch: StickWatch | None = None
+        self._advice = ""  # what opens a chat whose stick was pulled
         self._settings: Any = None
         self._active = (time.monotonic(), time.time())
 
@@ -21347,6 +22233,7 @@ class Locking:
         self._chat.events.hold(drop)
         what = DROPPED_TEXT if drop else LOCKED_TEXT
         fields = {"text": f"{reason} {what}".strip(), "locked": True, "keys_dropped": drop}
+        fields["_advice"], self._advice = self._advice or LOCKED_ADVICE, ""
         self._chat.events.tell({"event": "notice", **fields, **self._chat.events.counts})
 
     def _lock_and_drop(self, reason: str) -> None:
@@ -21378,6 +22265,22 @@ class Locking:
         self.opener.paths.security.lock()
         self.opener.close()
         gc.collect()  # machines, sessions and keys refer to each other
+
+    # The stick
+
+    def watch_stick(self) -> None:
+        """From now on, as the profile has been opened."""
+        if self._watch is not None:
+            self._watch.stop()
+        paths, ways = self._chat.records.profile.paths, (self._stick_pulled, self._stick_back)
+        self._watch = StickWatch(paths, "client", self._chat.ended, *ways)
+
+    def _stick_pulled(self, needs_passphrase: bool) -> None:
+        self._advice = PULLED_SEALED_ADVICE if needs_passphrase else PULLED_ADVICE
+        self._chat.lock(PULLED_TEXT, drop_keys=True)
+
+    def _stick_back(self) -> None:
+        self._chat.unlock("")
 
     def close(self) -> None:
         """The chat ends; what was to be written gets its time."""
@@ -21413,7 +22316,7 @@ class Locking:
         except Exception as error:
             if not isinstance(error, ChatError):
                 error = ChatError(internal_error(error), code="storage")
-            if error.code == "locked":
+            if error.code == "locked" and not isinstance(error, StickError):
                 self._chat.ended.wait(min(WRONG_FIRST * 2**self._wrong, WRONG_MOST))
             self._chat.inbox.post(self._chat.guarded, self._refused, attempt, error)
             return
@@ -21432,7 +22335,7 @@ class Locking:
     def _refused(self, attempt, error: ChatError) -> None:
         if attempt is self._try:
             self._try = None
-            self._wrong += error.code == "locked"
+            self._wrong += error.code == "locked" and not isinstance(error, StickError)
             self._refuse(error)
 
     def _opened(self, attempt, opened) -> None:
@@ -21495,6 +22398,11 @@ def waiting_words(counts: dict) -> str:
     return ", ".join(found)
 
 
+LOCKED_ADVICE = "Type the passphrase to go on; BYE leaves."
+PULLED_SERVER_TEXT = "The USB key was pulled out. The server goes on; its next start needs the key."
+PULLED_TEXT = "The USB key was pulled out."
+PULLED_ADVICE = "Plug it in again to go on; BYE leaves."
+PULLED_SEALED_ADVICE = "Plug it in again and type the passphrase to go on; BYE leaves."
 LOCKED_TEXT = "The chat is locked; the connection stays."
 DROPPED_TEXT = "The chat is locked: its keys are closed and the servers left."
 UNSEALED = (
@@ -21504,7 +22412,7 @@ UNSEALED = (
 
 
 # ==================================================================================================
-# Part 81. Chat client | uses 1, 2, 17, 20, 33, 40, 42, 69, 72, 73, 78, 80
+# Part 85. Chat client | uses 1, 2, 17, 20, 34, 41, 44, 73, 76, 77, 82, 84
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -21586,6 +22494,7 @@ class ChatClient:
         if self.records.profile is not None:
             self.desk = FileDesk(self, self.records.profile)
             self.desk.shares.remind()
+            self.locking.watch_stick()
             self.desk.clear_pictures()
 
     def abandon(self) -> None:
@@ -21969,7 +22878,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 82. Commands | uses 1, 2
+# Part 86. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -22129,7 +23038,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 83. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 82
+# Part 87. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 86
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -22467,7 +23376,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 84. Chat commands: people and servers | uses 1, 2, 4, 23, 40, 42, 59, 70, 82, 83
+# Part 88. Chat commands: people and servers | uses 1, 2, 4, 23, 41, 44, 63, 74, 86, 87
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -22772,7 +23681,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 85. Chat commands: files | uses 1, 2, 8, 16, 41, 50, 51, 54, 82, 83
+# Part 89. Chat commands: files | uses 1, 2, 8, 16, 43, 54, 55, 58, 86, 87
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -23046,7 +23955,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 86. Chat commands: records | uses 1, 2, 6, 8, 16, 37, 40, 52, 67, 82, 83, 85
+# Part 90. Chat commands: records | uses 1, 2, 6, 8, 16, 38, 41, 56, 71, 86, 87, 89
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -23287,7 +24196,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 87. Chat commands: hidden messages | uses 1, 2, 16, 40, 41, 48, 79, 82, 83, 85
+# Part 91. Chat commands: hidden messages | uses 1, 2, 16, 41, 43, 53, 83, 86, 87, 89
 #
 # `/hide` makes a picture and offers it as a file; `/reveal` shows what is hidden in one that came.
 # ==================================================================================================
@@ -23415,7 +24324,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 88. Console commands | uses 1, 2, 8, 67, 69, 82
+# Part 92. Console commands | uses 1, 2, 8, 71, 73, 86
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -23549,7 +24458,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 89. Terminal input | uses 40
+# Part 93. Terminal input | uses 41
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -23755,7 +24664,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 90. Terminal | uses 2, 34-36, 40, 89
+# Part 94. Terminal | uses 2, 35-37, 41, 93
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -24149,7 +25058,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 91. Words for events | uses 2, 8, 16, 34, 41, 82, 83
+# Part 95. Words for events | uses 2, 8, 16, 35, 43, 86, 87
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -24469,7 +25378,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 92. Faces: terminal and JSON lines | uses 2, 34, 40, 42, 80, 82, 90, 91
+# Part 96. Faces: terminal and JSON lines | uses 2, 35, 41, 44, 84, 86, 94, 95
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -24645,7 +25554,7 @@ class ChatFace(TerminalFace):
 
     def _read_passphrase(self) -> tuple:
         """What opens a locked chat goes to it at once; BYE is a line."""
-        secret = self._terminal.read_secret(PASSPHRASE_PROMPT, keep=False)
+        secret = self._terminal.read_secret(self._lock.prompt, keep=False)
         if secret == "BYE":
             return secret, False
         if secret is not None:
@@ -24732,7 +25641,7 @@ class ChatFace(TerminalFace):
         if not self.interactive:
             self._terminal.print(lock.text())
             return
-        self._terminal.set_prompt(PASSPHRASE_PROMPT, painted(lock.status(), DIM))
+        self._terminal.set_prompt(lock.prompt, painted(lock.status(), DIM))
         self._terminal.redraw(wrap_text(lock.text(), self._terminal.columns))
 
     def _show_locked(self, event: dict) -> None:
@@ -24854,17 +25763,19 @@ class ChatFace(TerminalFace):
 
 
 PASSPHRASE_PROMPT = "Passphrase: "
+RETRY_PROMPT = "Enter tries at once: "
 
 
 class LockScreen:
     """What stands on the screen of a locked chat."""
 
     def __init__(self, event: dict):
-        self._reason, self.counts = event["text"], event
+        self._reason, self._advice, self.counts = event["text"], event["_advice"], event
         self.problem, self.checking = "", False
+        self.prompt = RETRY_PROMPT if self._advice == PULLED_ADVICE else PASSPHRASE_PROMPT
 
     def text(self) -> str:
-        lines = [self._reason, "Type the passphrase to go on; BYE leaves."]
+        lines = [self._reason, self._advice]
         return "\n".join([*lines, self.problem] if self.problem else lines)
 
     def status(self) -> str:
@@ -24949,7 +25860,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 93. Activities | uses 1-4, 11, 13, 23, 40, 42, 44, 57, 59, 60, 62, 69, 70, 73, 80-82, 88, 92
+# Part 97. Activities | uses 1-4, 11, 13, 23, 41, 44, 49, 61, 63, 64, 66, 73, 74, 77, 84-86, 92, 96
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -25114,6 +26025,8 @@ def run_server(
     try:
         running = RunningServer(paths, options, ask_passphrase, publisher.publish)
         running.server.start()
+        said = functools.partial(publisher.publish, notice(PULLED_SERVER_TEXT))
+        StickWatch(paths, "server", quit_wanted, lambda needs_passphrase: said())
         running.public = reach.open(running.port)
         reach.moved = running.set_public
         ways = (running.publish, running.make_token, quit_wanted.set, paths.security)
@@ -25124,6 +26037,7 @@ def run_server(
         publisher.publish({"event": "closed", "reason": reason})
         return EXIT_CODES[reason]
     finally:
+        quit_wanted.set()
         reach.close()
         publisher.publish(None)
         shower.join(2.0)
@@ -25346,7 +26260,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 94. Chatting directly | uses 1, 2, 4, 23, 40, 44, 57, 69, 70, 73, 80, 81, 92, 93
+# Part 98. Chatting directly | uses 1, 2, 4, 23, 41, 49, 61, 73, 74, 77, 84, 85, 96, 97
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -25397,6 +26311,7 @@ class HostOpener(ProfileOpener):
         return opened
 
     def close(self) -> None:
+        super().close()
         self._hosting.suspend()
 
     def attach(self, connection) -> None:
@@ -25574,7 +26489,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 95. SFTP for other programs | uses 1, 2, 8, 24, 40, 42, 73, 81, 93
+# Part 99. SFTP for other programs | uses 1, 2, 8, 24, 41, 44, 77, 85, 97
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -25686,7 +26601,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 96. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 44, 57, 69, 70, 81, 82
+# Part 100. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 49, 61, 73, 74, 85, 86
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -25868,7 +26783,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 97. Session | uses 1, 2, 34, 40, 43, 44, 55, 67, 90, 92
+# Part 101. Session | uses 1, 2, 35, 41, 42, 45, 49, 59, 71, 94, 96
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -25978,7 +26893,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 98. Shell commands | uses 1, 2, 4, 34, 37, 40, 42, 44, 50-53, 59, 62, 70, 73, 82, 84, 92-97
+# Part 102. Shell | uses 1, 2, 4, 35, 38, 41, 42, 44, 49, 54-57, 63, 66, 74, 77, 86, 88, 96-101
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -26273,9 +27188,7 @@ def _show_identity(session: Session, pair: KeyPair, identity: Identity) -> int:
         "certificate": pair.certificate_path,
         "sealed": pair.sealed(),
     }
-    sealed = (
-        "sealed with a passphrase" if fields["sealed"] else "not sealed (id passphrase seals it)"
-    )
+    sealed = pair.seals() or "not sealed (id passphrase seals it)"
     lines = [f"Your key:     {fields['fingerprint']}", f"Certificate:  {fields['certificate']}"]
     return session.answer("id", fields, "\n".join([*lines, f"Private key:  {sealed}"]))
 
@@ -26298,10 +27211,13 @@ def _change_passphrase(session: Session) -> int:
     for pair, key in zip(pairs, keys):
         pair.store_key(key, new, together.put)
     box = ContactsBox(vault_key)
-    ContactsFile(session.paths.file("contacts.json"), box, bool(new)).save(contacts, together.put)
+    sealed = bool(new or pairs[0].stick_key)
+    ContactsFile(session.paths.file("contacts.json"), box, sealed).save(contacts, together.put)
     together.commit()
     text = "The keys are sealed." if new else "The keys are no longer sealed."
-    return session.answer("id", {"sealed": bool(new)}, text)
+    if sealed and not new:
+        text = "The keys are sealed by the USB key alone."
+    return session.answer("id", {"sealed": sealed}, text)
 
 
 def _shell_servers(session: Session) -> int:
@@ -26415,7 +27331,7 @@ def run_command(session: Session, name: str) -> int:
 
 
 # ==================================================================================================
-# Part 99. Hidden messages in the shell | uses 1, 2, 31, 32, 44, 48, 97, 98
+# Part 103. Hidden messages in the shell | uses 1, 2, 32, 33, 49, 53, 101, 102
 #
 # `hide` and `reveal`: what is asked of a person, and what is answered.
 # ==================================================================================================
@@ -26582,145 +27498,259 @@ def _reveal_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 100. Backups in the shell | uses 1, 2, 16, 40, 44, 51, 55, 90, 97, 98
+# Part 104. USB keys in the shell | uses 1-4, 16, 29, 35, 41, 42, 47-49, 56, 57, 77
 #
-# `backup` and `restore`: what is asked of a person, and what they are told.
+# `usb`: what is asked of a person, and in which order keys are sealed anew, so that whatever an
+# interruption leaves opens with what one has. The recovery code is shown before anything needs it.
 # ==================================================================================================
 
+WRITE_DOWN = (
+    "Your recovery code. It takes the place of the stick if that is lost or broken, and is shown "
+    "only now. Write it on paper, and keep that apart from stick and computer:"
+)
+USB_ACTIONS = ("check", "enrol", "remove", "recover")
+PLUGGED_IN = "Sticks that are plugged in:"
+NOT_ENROLLED = "No USB key is enrolled: the profile opens without one."
 
-def _shell_backup(session: Session) -> int:
-    given, paths = session.arguments, session.paths
-    if not os.path.isdir(paths.folder):
-        text = f"There is no profile '{paths.profile}' in {paths.home}."
-        raise ChatError(text, "Choose one with --profile NAME, or another --home.")
-    _check_outside(given.out, paths)
+
+class StickShell:
+    """One run of `usb`."""
+
+    def __init__(self, session: Session):
+        self._session, self._paths = session, session.paths
+        self._usb = UsbKey(session.paths)
+        self._volumes = this_systems_volumes().all()
+
+    def _pairs(self, stick_key: bytes = b"") -> list:
+        """The KeyPairs of this profile, that of the identity last: it decides what is true."""
+        pairs = [KeyPair(self._paths, role, stick_key) for role in ("server", "client")]
+        return [pair for pair in pairs if pair.exists() or pair.role == "client"]
+
+    def enrolled(self) -> bool:
+        return any(pair.needs_stick() for pair in self._pairs() if pair.exists())
+
+    # Whether the stick is there
+
+    def check(self) -> int:
+        enrolled = self.enrolled()
+        lock = self._usb.require() if enrolled else None
+        fields = self._fields(lock)
+        text, problem = NOT_ENROLLED, None
+        if lock is not None:
+            try:
+                stick = self._good_stick(lock)
+                fields.update(present=True, path=stick.volume.path)
+                text = f"The USB key {lock.id} is good: {self._row(stick.volume)}"
+            except ChatError as error:
+                text, problem = str(error), error
+        lines = [text]
+        if not enrolled and self._volumes:
+            lines += [PLUGGED_IN, *self._table(), "'usb enrol' makes one of them the key."]
+        elif not enrolled:
+            lines.append("No stick is plugged in.")
+        if problem is not None and not self._session.json:
+            raise problem
+        self._session.answer("usb", fields, "\n".join(lines))
+        if problem is not None:
+            raise problem
+        return 0
+
+    def _good_stick(self, lock: StickLock) -> Stick:
+        """The stick, if it opens the identity's key, too."""
+        stick = find_stick(lock, self._volumes)
+        pair = self._pairs(self._usb.open())[-1]
+        pair.check_stick()
+        return stick
+
+    def _fields(self, lock: StickLock | None) -> dict:
+        volumes = [
+            {"path": v.path, "label": v.label, "size": v.size, "system": v.system,
+             "model": v.model, "writable": v.writable}
+            for v in self._volumes
+        ]  # fmt: skip
+        known = (lock.id, lock.label, lock.counter) if lock else ("", "", 0)
+        fields = dict(zip(("id", "label", "renewed"), known))
+        return {"enrolled": bool(lock), **fields, "present": False, "path": "", "volumes": volumes}
+
+    def _table(self) -> list:
+        return [f" {number}  {self._row(v)}" for number, v in enumerate(self._volumes, 1)]
+
+    def _row(self, volume: Volume) -> str:
+        kind = f"{size_words(volume.size)}, {volume.system}"
+        words = [volume.label, volume.model, kind, "writable" if volume.writable else "read-only"]
+        return one_line(f"{volume.path}  ({', '.join(word for word in words if word)})")
+
+    # Enrolling
+
+    def enrol(self) -> int:
+        pairs = self._pairs()
+        if self.enrolled():
+            hint = "'usb remove' ends that; 'usb recover' enrols another stick in its place."
+            raise ChatError(f"The USB key {self._usb.require().id} is enrolled already.", hint)
+        volume = self._choose_volume()
+        keys = [pair.load(self._session.ask_passphrase)[0] for pair in pairs]
+        code, stick_key, before = self._show_code(), random_bytes(32), self._usb.lock()
+        together = Replacement(self._paths)
+        lock = self._usb.enrol(volume, stick_key, code, together.put)
+        for pair in pairs:
+            pair.stick_key = stick_key
+        self._seal(pairs, keys, together)
+        self._usb.end(before, self._opens_text(lock, volume))
+        text = f"From now on this profile opens only with the stick {volume.path} (key {lock.id})."
+        return self._answer(lock, volume, code, text)
+
+    def _answer(self, lock: StickLock, volume: Volume, code: str, text: str) -> int:
+        fields = {**self._fields(lock), "present": True, "path": volume.path, "recovery": code}
+        if not self._session.interactive:
+            text = f"{text}\n{WRITE_DOWN}\n{code}"
+        return self._session.answer("usb", fields, text)
+
+    @staticmethod
+    def _opens_text(lock: StickLock, volume: Volume) -> str:
+        return f"the key {lock.id} on {volume.path} opens it from now on"
+
+    def _seal(self, pairs: list, keys: list, together: Replacement) -> None:
+        """Stores the keys as their pairs say, and the contacts likewise."""
+        vault_key = load_vault_key(self._paths, Identity(keys[-1]))
+        contacts = open_contacts(self._paths, vault_key).snapshot()
+        for pair, key in zip(pairs, keys):
+            pair.store_key(key, pair.passphrase, together.put)
+        sealed = bool(pairs[-1].passphrase or pairs[-1].stick_key)
+        file = ContactsFile(self._paths.file("contacts.json"), ContactsBox(vault_key), sealed)
+        file.save(contacts, together.put)
+        together.commit()
+
+    def _choose_volume(self) -> Volume:
+        named = self._session.arguments.volume
+        if named:
+            wanted = os.path.normpath(os.path.abspath(named))
+            found = [v for v in self._volumes if os.path.normpath(v.path) == wanted]
+            found = found or [v for v in self._volumes if v.label == named]
+            if not found:
+                hint = f"There is {', '.join(v.path for v in self._volumes) or 'none'}."
+                raise ChatError(f"No USB stick is mounted at {one_line(named)}.", hint)
+            return self._fit(found[0])
+        if not self._volumes:
+            text = "No USB stick is plugged in, or it is not mounted."
+            raise ChatError(text, "Plug one in, open it in your file manager, and try again.")
+        if not self._session.interactive:
+            if len(self._volumes) > 1:
+                raise ChatError("Several sticks are plugged in.", "Name the one to be used.")
+            return self._fit(self._volumes[0])
+        sys.stdout.write("\n".join([PLUGGED_IN, *self._table(), ""]))
+        return self._fit(self._ask_volume())
+
+    def _ask_volume(self) -> Volume:
+        while True:
+            answer = self._session.ask_text("Which one [1]: ").strip() or "1"
+            if answer.isascii() and answer.isdigit() and 1 <= int(answer[:6]) <= len(self._volumes):
+                return self._volumes[int(answer) - 1]
+            sys.stdout.write("Type one of the numbers; Ctrl-C goes back.\n")
+
+    def _fit(self, volume: Volume) -> Volume:
+        if not volume.writable:
+            text = f"Nothing can be written to {volume.path}."
+            hint = "Take another one, or let its file manager give you the right to write there."
+            raise ChatError(text, hint, "storage")
+        if self._same_disk(volume):
+            text = f"This profile itself lies on {volume.path}."
+            raise ChatError(text, "The key must not lie beside what it opens: take another stick.")
+        return volume
+
+    def _same_disk(self, volume: Volume) -> bool:
+        self._paths.make_folders()
+        return os.stat(volume.path).st_dev == os.stat(self._paths.folder).st_dev
+
+    def _show_code(self) -> str:
+        code = create_recovery_code()
+        if self._session.interactive:
+            columns = shutil.get_terminal_size().columns
+            sys.stdout.write(f"{wrap_text(WRITE_DOWN, columns)}\n\n    {code}\n\n")
+            if not self._session.ask("Is it written down? [y/N] ", default=False):
+                raise ChatError("Nothing was changed.", "Have paper and pen ready, and try again.")
+        return code
+
+    # Without the stick
+
+    def _stick_key(self) -> bytes:
+        """By the stick if it is there and good, else by the recovery code."""
+        try:
+            return self._usb.open()
+        except ChatError as error:
+            if not (self._session.interactive or "TRCHAT_RECOVERY_CODE" in os.environ):
+                raise
+            if self._session.interactive:
+                sys.stdout.write(error.text + "\n")
+        return self._ask_code()
+
+    def _ask_code(self) -> bytes:
+        self._usb.attempts.check()
+        text = os.environ.get("TRCHAT_RECOVERY_CODE", "")
+        if not text and not self._session.interactive:
+            hint = "Set TRCHAT_RECOVERY_CODE in the environment."
+            raise ChatError("The recovery code is needed.", hint, "locked")
+        while not text:
+            text = self._session.ask_text("Recovery code (Ctrl-C goes back): ").strip()
+        return self._usb.recover(parse_recovery_code(text))
+
+    def remove(self) -> int:
+        if not self.enrolled():
+            raise ChatError(NOT_ENROLLED, "'usb enrol' does that.")
+        return self._remove(self._stick_key())
+
+    def _remove(self, stick_key: bytes) -> int:
+        pairs = self._pairs(stick_key)
+        keys = [pair.load(self._session.ask_passphrase)[0] for pair in pairs]
+        for pair in pairs:
+            pair.stick_key = b""
+        self._seal(pairs, keys, Replacement(self._paths))
+        self._usb.forget()
+        how = "its passphrase" if pairs[-1].passphrase else "nothing else: its keys are not sealed"
+        text = f"The USB key is no longer needed; the profile opens with {how}."
+        return self._session.answer("usb", self._fields(None), text)
+
+    def recover(self) -> int:
+        if not self.enrolled():
+            raise ChatError(NOT_ENROLLED, "There is nothing to recover.")
+        stick_key = self._ask_code()
+        if self._session.arguments.remove or not self._wants_new_stick():
+            return self._remove(stick_key)
+        volume = self._choose_volume()
+        code, before = self._show_code(), self._usb.lock()
+        lock = self._usb.enrol(volume, stick_key, code)
+        self._usb.end(before, self._opens_text(lock, volume))
+        text = f"The stick {volume.path} (key {lock.id}) takes the place of the one before, and a "
+        text += "new recovery code that of the old one."
+        return self._answer(lock, volume, code, text)
+
+    def _wants_new_stick(self) -> bool:
+        if not self._session.interactive or self._session.arguments.volume:
+            return True
+        return self._session.ask("Enrol another stick now (n: go on without one)? [Y/n] ")
+
+
+def _shell_usb(session: Session) -> int:
     session.prepare()
-    locks = lock_profile(paths)
+    action = session.arguments.action
+    if action == "check":
+        return StickShell(session).check()
+    lock = ProfileLock(session.paths, "client")  # a chat would write its contacts as before
     try:
-        backup = Backup(paths, given.inbox)
-        passphrase = _backup_passphrase(session)
-        with Progress("Backing up") as progress:
-            size = backup.write(given.out, passphrase, progress)
+        return getattr(StickShell(session), action)()
     finally:
-        for lock in locks:
-            lock.release()
-    fields = {"path": os.path.abspath(given.out), "profile": paths.profile, "size": size,
-              "files": len(backup.files), "left_out": backup.left_out,
-              "inbox": given.inbox}  # fmt: skip
-    lines = [f"{given.out}: {len(backup.files)} files of the profile '{paths.profile}', "
-             f"{size_words(size)}, sealed."]  # fmt: skip
-    if backup.left_out:
-        lines.append(f"Left out, as no plain files: {', '.join(backup.left_out[:5])}")
-    lines.append("Keep its passphrase: nothing opens it without. Try it: restore it elsewhere.")
-    return session.answer("backup", fields, "\n".join(lines))
+        lock.release()
 
 
-def _check_outside(out: str, paths: Paths) -> None:
-    folder, own = os.path.realpath(os.path.dirname(os.path.abspath(out))), paths.folder
-    if (folder + os.sep).startswith(os.path.realpath(own) + os.sep):
-        raise ChatError(f"{one_line(out)} would lie in the profile itself.", "Choose a place "
-                        "outside of it, best on another disk.")  # fmt: skip
-    if os.path.lexists(out):
-        raise ChatError(f"{one_line(out)} exists already.", "Choose another name.")
-
-
-def _backup_passphrase(session: Session) -> str:
-    environment = [os.environ.get(f"TRCHAT_{name}PASSPHRASE") for name in ("NEW_", "")]
-    passphrase = environment[0] or environment[1]
-    if not passphrase:
-        if not sys.stdin.isatty():
-            hint = "Set TRCHAT_NEW_PASSPHRASE in the environment."
-            raise ChatError("A backup needs a passphrase.", hint, "locked")
-        passphrase = session.ask_new_secret("Passphrase for the backup: ")
-    if not passphrase:
-        raise ChatError("Without a passphrase anybody could open it.", "Choose one.")
-    return passphrase
-
-
-def _shell_restore(session: Session) -> int:
-    given, paths = session.arguments, session.paths
-    paths.security.close()
-    paths.security = NoSecurityLog()  # as a log makes its profile's folder
-    exists = os.path.lexists(paths.folder)
-    if exists and not given.replace:
-        text = f"The profile '{paths.profile}' exists already."
-        hint = "Restore beside it with --profile NAME, or in its place with --replace."
-        raise ChatError(text, hint)
-    restoring = Restoring(paths, given.file)
-    if exists and not _sure_to_replace(session):
-        say_aside("Nothing was touched.")
-        return 1
-    session.prepare()
-    passphrase = _passphrase_of_backup(session)
-    with Progress("Restoring") as progress:
-        unpacked = restoring.run(passphrase, progress, exists)
-    own = KeyPair(paths, "client").fingerprint()
-    shown = fingerprint_text(own) if own else None
-    fields = {"profile": paths.profile, "files": unpacked.files, "size": unpacked.size,
-              "fingerprint": shown, "replaced": exists}  # fmt: skip
-    text = (
-        f"The profile '{paths.profile}' is here: {unpacked.files} files, "
-        f"{size_words(unpacked.size)}.\nIts key: {shown or 'none'}"
-    )
-    return session.answer("restore", fields, text)
-
-
-def _sure_to_replace(session: Session) -> bool:
-    if session.arguments.yes:
-        return True
-    profile = session.paths.profile
-    if not session.interactive:
-        text = f"Nobody is there to be asked before the profile '{profile}' is replaced."
-        raise ChatError(text, "Add --yes.")
-    question = f"Destroy the keys, contacts and history of '{profile}' that are here now? [y/N] "
-    return session.ask(question, default=False)
-
-
-def _passphrase_of_backup(session: Session) -> str:
-    given = os.environ.get("TRCHAT_PASSPHRASE")
-    if given:
-        return given
-    if not sys.stdin.isatty():
-        hint = "Set TRCHAT_PASSPHRASE in the environment."
-        raise ChatError("The backup is sealed with a passphrase.", hint, "locked")
-    with Terminal(sys.stdin, sys.stdout) as terminal:
-        return terminal.read_secret("Passphrase of the backup: ")
-
-
-class Progress:
-    """Shows on a terminal how far something is; called with bytes done and in all."""
-
-    def __init__(self, what: str):
-        self._what, self._shown = what, sys.stderr.isatty()
-        self._last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._shown and now - self._last > SHRED_TICK:
-            self._last = now
-            sys.stderr.write(f"\r{self._what}: {shred_words(done, total)}  ")
-            sys.stderr.flush()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *reason) -> None:
-        if self._shown:
-            sys.stderr.write("\r" + " " * 2 * SHRED_WIDTH + "\r")
-
-
-def _backup_options(parser) -> None:
-    parser.add_argument("out", metavar="OUT", help="the new file, best on another disk")
-    parser.add_argument("--inbox", action="store_true", help="with the files that you received")
-
-
-def _restore_options(parser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a backup; --profile says where it goes")
-    parser.add_argument("--replace", action="store_true", help="destroy what is there now")
+def _usb_options(parser) -> None:
+    text = "check (whether the right stick is there, and which there are), enrol one, remove the "
+    text += "need for it, or recover with the recovery code"
+    parser.add_argument("action", nargs="?", choices=USB_ACTIONS, default="check", help=text)
+    parser.add_argument("volume", nargs="?", help="where the stick is mounted, or its label")
+    parser.add_argument("--remove", action="store_true", help="with recover: go on without a stick")
 
 
 # ==================================================================================================
-# Part 101. Alerts in the shell | uses 1-3, 38-40, 44, 65, 66, 98
+# Part 105. Alerts in the shell | uses 1-3, 39-41, 49, 69, 70, 102
 #
 # `alerts set`, `show`, `test` and `off`, with their questions. A password never comes from the
 # command line: it is asked for, or stands in the environment or in a file.
@@ -26958,7 +27988,145 @@ def _menu_alerts(session: Session) -> list:
 
 
 # ==================================================================================================
-# Part 102. Command line | uses 1, 8, 40, 50, 82, 84, 98-101
+# Part 106. Backups in the shell | uses 1, 2, 16, 41, 49, 55, 59, 94, 101, 102
+#
+# `backup` and `restore`: what is asked of a person, and what they are told.
+# ==================================================================================================
+
+
+def _shell_backup(session: Session) -> int:
+    given, paths = session.arguments, session.paths
+    if not os.path.isdir(paths.folder):
+        text = f"There is no profile '{paths.profile}' in {paths.home}."
+        raise ChatError(text, "Choose one with --profile NAME, or another --home.")
+    _check_outside(given.out, paths)
+    session.prepare()
+    locks = lock_profile(paths)
+    try:
+        backup = Backup(paths, given.inbox)
+        passphrase = _backup_passphrase(session)
+        with Progress("Backing up") as progress:
+            size = backup.write(given.out, passphrase, progress)
+    finally:
+        for lock in locks:
+            lock.release()
+    fields = {"path": os.path.abspath(given.out), "profile": paths.profile, "size": size,
+              "files": len(backup.files), "left_out": backup.left_out,
+              "inbox": given.inbox}  # fmt: skip
+    lines = [f"{given.out}: {len(backup.files)} files of the profile '{paths.profile}', "
+             f"{size_words(size)}, sealed."]  # fmt: skip
+    if backup.left_out:
+        lines.append(f"Left out, as no plain files: {', '.join(backup.left_out[:5])}")
+    lines.append("Keep its passphrase: nothing opens it without. Try it: restore it elsewhere.")
+    return session.answer("backup", fields, "\n".join(lines))
+
+
+def _check_outside(out: str, paths: Paths) -> None:
+    folder, own = os.path.realpath(os.path.dirname(os.path.abspath(out))), paths.folder
+    if (folder + os.sep).startswith(os.path.realpath(own) + os.sep):
+        raise ChatError(f"{one_line(out)} would lie in the profile itself.", "Choose a place "
+                        "outside of it, best on another disk.")  # fmt: skip
+    if os.path.lexists(out):
+        raise ChatError(f"{one_line(out)} exists already.", "Choose another name.")
+
+
+def _backup_passphrase(session: Session) -> str:
+    environment = [os.environ.get(f"TRCHAT_{name}PASSPHRASE") for name in ("NEW_", "")]
+    passphrase = environment[0] or environment[1]
+    if not passphrase:
+        if not sys.stdin.isatty():
+            hint = "Set TRCHAT_NEW_PASSPHRASE in the environment."
+            raise ChatError("A backup needs a passphrase.", hint, "locked")
+        passphrase = session.ask_new_secret("Passphrase for the backup: ")
+    if not passphrase:
+        raise ChatError("Without a passphrase anybody could open it.", "Choose one.")
+    return passphrase
+
+
+def _shell_restore(session: Session) -> int:
+    given, paths = session.arguments, session.paths
+    paths.security.close()
+    paths.security = NoSecurityLog()  # as a log makes its profile's folder
+    exists = os.path.lexists(paths.folder)
+    if exists and not given.replace:
+        text = f"The profile '{paths.profile}' exists already."
+        hint = "Restore beside it with --profile NAME, or in its place with --replace."
+        raise ChatError(text, hint)
+    restoring = Restoring(paths, given.file)
+    if exists and not _sure_to_replace(session):
+        say_aside("Nothing was touched.")
+        return 1
+    session.prepare()
+    passphrase = _passphrase_of_backup(session)
+    with Progress("Restoring") as progress:
+        unpacked = restoring.run(passphrase, progress, exists)
+    own = KeyPair(paths, "client").fingerprint()
+    shown = fingerprint_text(own) if own else None
+    fields = {"profile": paths.profile, "files": unpacked.files, "size": unpacked.size,
+              "fingerprint": shown, "replaced": exists}  # fmt: skip
+    text = (
+        f"The profile '{paths.profile}' is here: {unpacked.files} files, "
+        f"{size_words(unpacked.size)}.\nIts key: {shown or 'none'}"
+    )
+    return session.answer("restore", fields, text)
+
+
+def _sure_to_replace(session: Session) -> bool:
+    if session.arguments.yes:
+        return True
+    profile = session.paths.profile
+    if not session.interactive:
+        text = f"Nobody is there to be asked before the profile '{profile}' is replaced."
+        raise ChatError(text, "Add --yes.")
+    question = f"Destroy the keys, contacts and history of '{profile}' that are here now? [y/N] "
+    return session.ask(question, default=False)
+
+
+def _passphrase_of_backup(session: Session) -> str:
+    given = os.environ.get("TRCHAT_PASSPHRASE")
+    if given:
+        return given
+    if not sys.stdin.isatty():
+        hint = "Set TRCHAT_PASSPHRASE in the environment."
+        raise ChatError("The backup is sealed with a passphrase.", hint, "locked")
+    with Terminal(sys.stdin, sys.stdout) as terminal:
+        return terminal.read_secret("Passphrase of the backup: ")
+
+
+class Progress:
+    """Shows on a terminal how far something is; called with bytes done and in all."""
+
+    def __init__(self, what: str):
+        self._what, self._shown = what, sys.stderr.isatty()
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._shown and now - self._last > SHRED_TICK:
+            self._last = now
+            sys.stderr.write(f"\r{self._what}: {shred_words(done, total)}  ")
+            sys.stderr.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason) -> None:
+        if self._shown:
+            sys.stderr.write("\r" + " " * 2 * SHRED_WIDTH + "\r")
+
+
+def _backup_options(parser) -> None:
+    parser.add_argument("out", metavar="OUT", help="the new file, best on another disk")
+    parser.add_argument("--inbox", action="store_true", help="with the files that you received")
+
+
+def _restore_options(parser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a backup; --profile says where it goes")
+    parser.add_argument("--replace", action="store_true", help="destroy what is there now")
+
+
+# ==================================================================================================
+# Part 107. Command line | uses 1, 8, 41, 54, 86, 88, 102-106
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -27102,6 +28270,8 @@ for _activity in (
      _shell_shred, _shred_options, (6, "Shred files")),
     ("demo", "demo", "a server and three people in one process", _shell_demo, None, None),
     ("id", "id passphrase", "your key and its fingerprint", _shell_id, _id_options, None),
+    ("usb", "usb enrol", "a USB stick without which this profile does not open",
+     _shell_usb, _usb_options, None),
     ("servers", "servers remove NAME", "the servers you were on",
      _shell_servers, _servers_options, None),
     ("backup", "backup /media/stick/me.trchat", "the whole profile as one sealed file",
@@ -27109,7 +28279,7 @@ for _activity in (
     ("restore", "restore /media/stick/me.trchat", "make a profile of a backup",
      _shell_restore, _restore_options, None),
     ("settings", "settings bell all", "what you can choose",
-     _shell_settings, _settings_options, (8, "Settings: alerts and more")),
+     _shell_settings, _settings_options, (8, "Settings: USB key, alerts, and more")),
     ("alerts", "alerts set smtps://me@example.org@smtp.example.org",
      "e-mail when something concerns your safety", _shell_alerts, _alerts_options, None),
 ):  # fmt: skip
@@ -27159,7 +28329,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 103. Menu and door | uses 1, 2, 4, 37, 40-42, 44, 57, 70, 82, 84, 90-92, 97, 98, 101, 102
+# Part 108. Menu | uses 1, 2, 4, 38, 41, 43, 44, 49, 61, 74, 86, 88, 94-96, 101, 102, 104, 105, 107
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -27341,6 +28511,7 @@ def _menu_shred(session: Session) -> list:
     return ["shred", "--", *paths] if paths else []
 
 
+# What has questions of its own: name -> (what it is, session -> the words of a command).
 def _menu_backup(session: Session) -> list:
     path = os.path.expanduser(session.ask_text("Name of the new file: ").strip())
     return ["backup", "--", path] if path else []
@@ -27352,8 +28523,31 @@ def _menu_restore(session: Session) -> list:
     return ["restore", *(["--profile", profile] if profile else []), "--", path] if path else []
 
 
+def _menu_usb(session: Session) -> list:
+    """Tells how it stands, and asks what is to be done."""
+    session.prepare()
+    shell = StickShell(session)
+    if not shell.enrolled():
+        sys.stdout.write(NOT_ENROLLED + "\n")
+        return ["usb", "enrol"] if session.ask("Make a USB stick its key? [y/N] ", False) else []
+    try:
+        shell.check()
+    except ChatError as error:
+        say_error(error)
+    question = f"{', '.join(USB_ACTIONS)} (first letters do; Enter goes back): "
+    while True:
+        answer = session.ask_text(question).strip().casefold()
+        if not answer:
+            return []
+        found = [action for action in USB_ACTIONS if action.startswith(answer)]
+        if len(found) == 1:
+            return ["usb", found[0]]
+        sys.stdout.write("Type one of these words.\n")
+
+
 # What has questions of its own: name -> (what it is, session -> the words of a command).
 SETTINGS_MENU = {
+    "usb": ("a USB stick without which this profile does not open", _menu_usb),
     "alerts": ("e-mail when something concerns your safety", _menu_alerts),
     "backup": ("this profile as one sealed file", _menu_backup),
     "restore": ("a profile from such a file", _menu_restore),

@@ -24318,7 +24318,13 @@ def _show_revealed(client, outcome: tuple) -> None:
 
 
 chat_commands(
-    ("hide", HIDE_USAGE, "offer a BMP picture with a text or a file hidden in it", (), _chat_hide),
+    (
+        "hide",
+        "/hide PICTURE [TEXT]",
+        "offer a BMP picture with a text or a file hidden in it",
+        (),
+        _chat_hide,
+    ),
     ("reveal", "/reveal [ID|PATH]", "show what is hidden in a picture", (), _chat_reveal),
 )
 

@@ -23403,6 +23403,24 @@ class PassphraseKillTest(Lockable, KeptTest):
             trchat.remove_leftovers(paths)
             trchat.load_identity(paths, None)
 
+    def test_a_server_s_key_beside_a_sealed_identity(self):
+        self.seal("alice")
+        paths = trchat.Paths(self.profiles, "alice")
+        asked = []
+
+        def ask(question):
+            asked.append(question)
+            return self.PASSPHRASE if len(asked) > 1 else "mistyped"
+
+        pair = trchat.KeyPair(paths, "server")
+        with self.assertRaisesRegex(trchat.ChatError, "wrong"):
+            pair.load(ask)
+        self.assertFalse(pair.exists())
+        pair.load(ask)
+        self.assertEqual(asked, ["Passphrase of the client key: "] * 2)
+        self.assertTrue(pair.sealed())
+        pair.load(lambda question: self.PASSPHRASE)
+
     def test_a_full_disk(self):
         """One sentence, and all is as before."""
         self.prepare("old one")

@@ -11844,7 +11844,6 @@ class KeyPair:
         self.role, self._paths = role, paths
         self.passphrase, self.stick_key = "", stick_key
         self._usb = UsbKey(paths)
-        self._sibling = paths.file("cert", "client_key.pem")
         self.key_path = paths.file("cert", f"{role}_key.pem")
         self.certificate_path = paths.file("cert", f"{role}_cert.pem")
 
@@ -11935,15 +11934,23 @@ class KeyPair:
         client = self.role == "client"
         key = generate_rsa() if client else _ec.generate_private_key(_ec.SECP256R1())
         certificate = self_signed(key, f"trchat {self.role}")
-        passphrase = os.environ.get("TRCHAT_PASSPHRASE", "")
-        if not client and needs_stick(read_file(self._sibling) or b"", self._sibling):
-            self.stick_key = self._usb.open()  # what is made later is sealed like the identity
-            self._roll()
+        passphrase = self._new_passphrase(ask_passphrase)
         both = Replacement(self._paths)
         self.store_key(key, passphrase, both.put)
         both.put(self.certificate_path, certificate.public_bytes(_serialization.Encoding.PEM))
         both.commit()
         return key, certificate.public_bytes(_serialization.Encoding.DER)
+
+    def _new_passphrase(self, ask_passphrase) -> str:
+        """A server's key that is made beside a sealed identity is sealed like that."""
+        identity = KeyPair(self._paths, "client")
+        given = os.environ.get("TRCHAT_PASSPHRASE", "")
+        without = self.role == "client" or not identity.sealed()
+        if without or given and not identity.needs_stick():
+            return given
+        identity.load(ask_passphrase)
+        self.stick_key = identity.stick_key
+        return identity.passphrase or given
 
     def store_key(self, key, passphrase: str, write=None) -> None:
         """Writes the key, sealed if there is a passphrase or a stick; `write` is replace_secret,
@@ -25676,7 +25683,7 @@ class ChatFace(TerminalFace):
         if self.interactive:
             self._terminal.set_prompt(self.words.prompt(self._title), "")
             self._redraw()
-        self._show_event(event)
+        self.say(printable(event["text"]))
 
     def _is_unwanted(self, event: dict) -> bool:
         presence = event["event"] in ("joined", "left") or event.get("_presence")

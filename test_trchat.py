@@ -14859,8 +14859,9 @@ class Part22ChatClientTest(NetTest):
         alice.type("the end")
         lines.append("the end")
         bob.wait("message", text="the end")
-        answers = [e for e in alice.log.events if e["event"] in ("sent", "queued")]
-        self.assertEqual(len(answers), len(lines))
+        answered = lambda: [e for e in alice.log.events if e["event"] in ("sent", "queued")]
+        alice.log.wait(lambda e: len(answered()) == len(lines))  # hers may come after his message
+        answers = answered()
 
         def readers():
             """Line -> who has it, as far as alice knows; lines for nobody (bob was gone) count."""
@@ -15551,7 +15552,8 @@ class JSONLinesTest(EndToEnd):
         alice.wait_until(lambda _: len(alice.of("delivered")) == len(expected))
         answers = [e["id"] for e in alice.events if e["event"] in ("sent", "queued")]
         self.assertEqual(answers, [m["id"] for m in bob.of("message")], "in the order of the lines")
-        self.assertEqual(len(alice.of("error")), 3, alice.story())  # /nope, / and the empty line
+        alice.wait_until(lambda _: len(alice.of("error")) >= 3)  # /nope, / and the empty line
+        self.assertEqual(len(alice.of("error")), 3, alice.story())
 
     def test_hostile_input(self):
         _, alice, bob = self.meet("alice", "bob")
@@ -24270,8 +24272,7 @@ class ChatWindowTest(KeptTest):
         for usage, text in trchat.help_lines("chat"):
             rows = [row for row in alice.rows() if row.startswith(usage + " ")]
             self.assertEqual(len(rows), 1, usage)
-            self.assertTrue(rows[0].endswith(" ".join(text.split()[:3])) or " ".join(
-                text.split()[:3]) in rows[0], rows[0])  # fmt: skip
+            self.assertIn(" ".join(text.split()[:2]), rows[0])  # the rest may stand below
         self.assertTrue(all(len(row) <= 80 for row in alice.rows()))
         alice.line("/help lock")
         alice.see("/lock [ask|contacts|off]", 2)
@@ -30124,7 +30125,7 @@ class SharedFolderChatTest(FilesCase):
         alice.barrier()
         alice.leave()
         alice = self.enter("alice", self.relay)
-        self.assertEqual(len(alice.of("notice", text=f"You share {self.folder}: /share lists with whom.")), 1)
+        alice.wait_for("notice", text=f"You share {self.folder}: /share lists with whom.")
         alice.ask(f"/share --end {self.folder}")
         alice.barrier()
         alice.leave()

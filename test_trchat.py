@@ -17747,7 +17747,14 @@ class StickWatchTest(StickCase):
     def watch(self):
         """A watch of the profile, and the queue of what it tells."""
         told, ended = queue.Queue(), threading.Event()
-        self.addCleanup(ended.set)
+
+        def end():
+            ended.set()
+            for thread in threading.enumerate():
+                if thread.name == "stick":
+                    thread.join(PATIENCE)
+
+        self.addCleanup(end)
         self.volumes.wait = lambda seconds: ended.wait(0.01)
         ways = (told.put, lambda: told.put("back"))
         return trchat.StickWatch(self.paths, "client", ended, *ways), told

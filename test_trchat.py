@@ -14051,6 +14051,17 @@ class Part21RelayServerTest(NetTest):
         self.assertIn("certificate", text)
         self.wire(server, context=enrolled[1]).login(1).ping()
 
+    def test_of_certificates_only_a_false_one_is_noted(self):
+        server = self.serve("certs", certificates=[client_chain(0)[1]])
+        kinds = []
+        for number, context in enumerate((None, trchat.client_context(client_chain(1)))):
+            with self.assertRaises((EOFError, OSError)):
+                self.wire(server, context=context).expect(trchat.GREETING)
+            events = lambda: [e for e in server.log.events if e.get("what") == "let-go"]  # noqa: B023
+            server.log.wait(lambda event: len(events()) > number)  # noqa: B023
+            kinds.append((trchat.security_of(events()[-1]) or ("",))[0])
+        self.assertEqual(kinds, ["", "unknown-key"])
+
     def test_certs_without_certificates_lets_nobody_in(self):
         server = self.serve("certs", certificates=[])
         for context in (trchat.client_context(client_chain(0)), trchat.client_context()):
@@ -32825,14 +32836,17 @@ class SecurityEventsTest(PureCase):
         ({"event": "notice", "what": "protocol", "text": "t"}, "bad-protocol"),
         ({"event": "notice", "what": "banned", "text": "t"}, "ban"),
         ({"event": "notice", "what": "let-go", "reason": "too many connections", "text": ""}, "rate-limit"),
-        ({"event": "notice", "what": "let-go", "reason": "its TLS is not ours (certificate verify failed)", "text": ""},
+        ({"event": "notice", "what": "let-go", "reason": "its TLS is not ours (certificate_verify_failed)", "text": ""},
          "unknown-key"),
+        ({"event": "notice", "what": "let-go", "reason": "its TLS is not ours (peer_did_not_return_a_certificate)",
+          "text": ""}, None),
         ({"event": "notice", "what": "let-go", "reason": "it hung up", "text": ""}, None),
         ({"event": "notice", "what": "joined", "text": "t"}, None),
         ({"event": "notice", "text": "t"}, None),
         ({"event": "message", "text": "Writing x failed: no."}, None),
         ({"event": "error", "code": "pin-mismatch", "text": "t"}, "pin-mismatch"),
-        ({"event": "error", "code": "protocol", "text": "The server lied."}, "false-play"),
+        ({"event": "error", "code": "protocol", "text": "The server lied.", "_alarm": True}, "false-play"),
+        ({"event": "error", "code": "protocol", "text": "This token is damaged."}, None),
         ({"event": "error", "code": "protocol", "text": "Internal error (KeyError: 1)."}, None),
         ({"event": "error", "code": "locked", "text": "The passphrase is wrong, or ..."}, "wrong-passphrase"),
         ({"event": "error", "code": "locked", "text": "The key is sealed."}, None),
@@ -33613,13 +33627,11 @@ class AlertsTest(AlertsCase):
         box = self.tls_mailbox(password="pw")
         self.save(self.settings(box.port, password="pw"))
         log = self.log("client")
-        with mock.patch.object(trchat, "GATHER_SECONDS", 0.0):
-            log.note("ban")  # the first mail opens the settings
-            box.wait()
         log.lock()
         log.note("usb-pulled")
         log.close(PATIENCE)
-        self.assertIn("USB key was pulled out", "".join(box.wait(2)))
+        self.assertIn("USB key was pulled out", box.wait()[0])
+        self.assertEqual(log.alerts._openers, {})
 
     def test_a_server_that_is_down_and_comes_back(self):
         box = self.tls_mailbox(password="pw")
@@ -33631,7 +33643,7 @@ class AlertsTest(AlertsCase):
             log.close(PATIENCE)
             self.now += 1 + minute
         self.assertEqual(len(self.told), 1, "said once, and not tried again at once")
-        self.assertIn("An e-mail alert could not be sent. Nothing listens at", self.told[0].text)
+        self.assertIn("An e-mail alert could not be sent, and waits. Nothing listens", self.told[0].text)
         self.assertIn("Nothing listens", self.spool().state["error"])
         self.assertEqual(self.log().alerts.deliver(), self.spool().due(self.now))
         again = self.tls_mailbox(password="pw", port=box.port)
@@ -33906,6 +33918,52 @@ class SecurityOfAServerTest(NetTest):
         self.assertRegex(answer["text"], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  warning  An unknown key")
 
 
+class Watcher(trchat.NoSecurityLog):
+    """In place of a security log: what it was shown."""
+
+    def __init__(self):
+        self.seen, self.kinds = [], []
+
+    def put(self, event):
+        self.seen.append(event)
+        found = trchat.security_of(event) if event is not None else None
+        self.kinds += [found[0]] if found else []
+
+
+class WatchedEventsTest(unittest.TestCase):
+    def test_a_watcher_sees_each_event_once_also_while_they_are_held_back(self):
+        for drop in (False, True):
+            events, watcher = trchat.HoldingPublisher(), Watcher()
+            events.watch(watcher)
+            events.watch(watcher)
+            faces = events.subscribe()
+            changed = {"event": "key-changed", "name": "bob", "old": "o", "new": "n"}
+            events.hold(drop)
+            events.publish(changed)
+            self.assertEqual(watcher.kinds, ["key-changed"])
+            events.tell({"event": "error", "code": "locked", "text": "The passphrase is wrong, or ..."})
+            events.release({"event": "notice", "text": "unlocked"})
+            self.assertEqual(watcher.kinds, ["key-changed", "wrong-passphrase"])
+            events.publish(None)
+            shown = [event["event"] for event in iter(faces.get, None)]
+            self.assertEqual(shown, ["error", "notice", *(["key-changed"] * (not drop))])
+
+
+class SecurityInChatTest(KeptTest):
+    def test_a_chat_shows_its_events_to_the_log_of_its_profile(self):
+        with mock.patch.object(trchat, "NoSecurityLog", Watcher):
+            server = self.serve()
+            alice, bob = self.enter("alice", server), self.enter("bob", server)
+            alice.wait_for("joined", name="bob")
+        alice.client.call(alice.client.first.machine.alarm, "The server lied.")
+        alice.wait_for("error", code="protocol")
+        bob.type("/log")
+        self.assertEqual(bob.wait_for("notice", log=[])["text"], "Nothing was noted yet.")
+        bob.type("/log many")
+        self.assertEqual(bob.wait_for("error")["code"], "usage")
+        self.assertEqual((alice.paths.security.kinds, bob.paths.security.kinds), (["false-play"], []))
+
+
 class SomeList:
     """Equal to any list."""
 
@@ -33980,10 +34038,11 @@ class AlertsCommandTest(EndToEnd):
             (["set", "smtps://me:pw@localhost"], "command line", "TRCHAT_SMTP_PASSWORD"),
             (["set", "smtp://me@example.org@mail.example.org"], "without encryption", "smtp+tls://"),
             (["set", self.url], "password is missing", "--password-file"),
-            (["set"], "mail server is missing", "alerts set smtps://"),
+            (["set"], "mail server is missing; write alerts set smtps://"),
             (["set", self.url, "--password-file", "/nowhere/pw"], "There is no file"),
             (["set", "smtps://localhost", "--from", "x"], "no e-mail address"),
-            (["set", "smtps://localhost"], "1 to 20 e-mail addresses"),
+            (["set", "smtps://localhost"], "sender is missing; add --from"),
+            (["set", "smtps://localhost", "--from", "a@b,c@d"], "several addresses"),
             (["set", "smtps://localhost", "--from", "a@b", "--events", "bam"], "the nearest is ban"),
             (["set", "smtps://localhost", "--from", "a@b", "--ca", "/nowhere"], "There is no file"),
             (["test"], "are off"),
@@ -34071,10 +34130,19 @@ class AlertsCommandTest(EndToEnd):
         host.type("/log")
         (entry,) = host.wait_for("notice", log=SomeList())["log"]
         self.assertEqual(entry["kind"], "server-start")
+        users = self.profile.file("users.json")
+        os.replace(users, users + ".away")
+        os.mkdir(users)
+        host.type("/invite")
+        host.wait_for("error", code="storage")
+        host.type("/log")
+        entries = host.wait_for("notice", log=SomeList())["log"]
+        self.assertEqual([e["kind"] for e in entries], ["server-start", "storage"])
+        os.rmdir(users)
         host.type("BYE")
         self.assert_ends(host, "BYE", 0)
         entries = trchat.LogFile(self.profile).newest(9)
-        self.assertEqual([e["kind"] for e in entries], ["server-start", "server-stop"])
+        self.assertEqual([e["kind"] for e in entries], ["server-start", "storage", "server-stop"])
 
 
 @unittest.skipIf(os.name == "nt", "needs a pseudo-terminal")
@@ -34082,7 +34150,7 @@ class AlertsMenuTest(EndToEnd):
     """A newcomer sets alerts up by the menu."""
 
     def test_menu(self):
-        box = Mailbox(password="secret word")
+        box = Mailbox(password="secret word", auth_require_tls=False, auth_required=True)
         self.addCleanup(box.stop)
         window = Window(self.command(), self.home, self.environment())
         self.addCleanup(window.end)
@@ -34093,18 +34161,27 @@ class AlertsMenuTest(EndToEnd):
         window.see("Set them up? [Y/n]")
         window.line("")
         window.see("Mail server, such as smtps://me@example.org@smtp.example.org:")
-        window.line(f"smtp://localhost:{box.port}")
-        window.see("Sender:")
-        window.line("me@example.org")
-        window.see("Recipients, with commas between [me@example.org]:")
+        window.line("localhost")
+        window.see("This is no address of a mail server.")
+        window.see("Mail server, such as", 2)
+        window.line(f"smtp://me@example.org@localhost:{box.port}")
+        window.see("Password of the mail account:")
+        window.line("wrong")
+        window.see("Sender [me@example.org]:")
         window.line("")
+        window.see("Recipients, with commas between [me@example.org]:")
+        window.line("you@example.org")
         window.see("[usual]:")
         window.line("")
         window.see("Send a test mail now? [Y/n]")
         window.line("")
-        window.see("has taken a test mail for me@example.org.")
+        window.see("refuses the user name or password")
+        window.see("Another password (Enter leaves it as it is):")
+        window.line("secret word")
+        window.see("has taken a test mail for you@example.org.")
         self.assertEqual(len(box.wait()), 1)
         window.see("Your choice [2]:", 2)
+        self.assertNotIn("secret word", window.text())
         window.line("0")
         self.assertEqual(window.exit_code(), 0)
 

@@ -5414,7 +5414,7 @@ class ClientMachine:
         self._alarms[text] = self.now
         while len(self._alarms) > 256:
             del self._alarms[next(iter(self._alarms))]
-        self.emit("error", code="protocol", text=f"{text} {hint}".strip())
+        self.emit("error", code="protocol", text=f"{text} {hint}".strip(), _alarm=True)
 
     def member_fields(self, roster: list) -> list:
         return [
@@ -9563,7 +9563,6 @@ def security_row(entry: dict, clock) -> str:
 
 
 SECURITY_DETAILS = ("name", "fingerprint", "address", "old", "new", "server")
-INTERNAL_ERROR = "Internal error"
 WRONG_PASSPHRASE = "The passphrase is wrong"
 FULL_DISK_HINT = "Free some space on that disk."
 
@@ -9574,16 +9573,19 @@ def _refused_kind(event: dict) -> str:
 
 
 def _let_go_kind(event: dict) -> str:
-    """Of connections without a login only those count that no honest client makes."""
+    """Of connections without a login only those count that no honest client makes.
+
+    (One that shows no certificate may be: it comes back with it once a server has asked.)
+    """
     if event["reason"].startswith("too many connections"):
         return "rate-limit"
-    foreign = ("certificate verify failed", "peer did not return a certificate")
-    return "unknown-key" if any(words in event["reason"] for words in foreign) else ""
+    unknown = "certificate verify failed" in event["reason"].replace("_", " ")  # words of OpenSSL
+    return "unknown-key" if unknown else ""
 
 
 def _protocol_kind(event: dict) -> str:
-    """Of a chat's errors these are alarms, but for bugs of our own."""
-    return "" if event["text"].startswith(INTERNAL_ERROR) else "false-play"
+    """Only what alarms a chat: a token that was pasted badly is an error of this code, too."""
+    return "false-play" if event.get("_alarm") else ""
 
 
 def _locked_kind(event: dict) -> str:
@@ -9688,6 +9690,7 @@ MAIL_ADDRESS = LazyPattern(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@(?=.{1,190}\Z
 MAIL_PORTS = {"smtps": 465, "smtp+tls": 587, "smtp": 25}
 MAIL_URL_HINT = "Write smtps://me@example.org@smtp.example.org:465, or smtp+tls://...:587."
 RECIPIENTS_MOST = 20
+SUBJECT_MOST = 100  # characters of an event in a subject
 
 
 class MailServer(Record):
@@ -9767,6 +9770,14 @@ def check_mail_addresses(text: str) -> list:
         )  # fmt: skip
         raise ChatError(shown, "Write me@example.org, several with commas between.")
     return found
+
+
+def check_mail_address(text: str) -> str:
+    """The one address that this is; ChatError else."""
+    found = check_mail_addresses(text)
+    if len(found) > 1:
+        raise ChatError("These are several addresses.", "Name one: me@example.org.")
+    return found[0]
 
 
 def parse_kinds(text: str) -> list:
@@ -9946,9 +9957,11 @@ class AlertQueue:
 def alert_subject(mail: dict) -> str:
     """One line: the gravest kind's newest event, and how many more there are."""
     newest = [group["samples"][-1] for group in mail["groups"].values()]
+    newest.sort(key=lambda entry: entry["time"], reverse=True)
     gravest = min(newest, key=lambda entry: SEVERITIES.index(_kind_row(entry).severity))
     more = mail_count(mail) - 1
-    shown = security_sentence({**gravest, "more": None})[:100]
+    shown = security_sentence({**gravest, "more": None})
+    shown = shown if len(shown) <= SUBJECT_MOST else shown[: SUBJECT_MOST - 3] + "..."
     return shown + (f" (and {more} more)" if more else "")
 
 
@@ -10515,7 +10528,7 @@ def quoted_path(path: str) -> str:
 
 
 # ==================================================================================================
-# Part 44. Events and threads | uses 2, 39, 41
+# Part 44. Events and threads | uses 2, 41
 #
 # Threads start here and nowhere else; each owner thread has an inbox that others may fill and a
 # waker that ends its wait. Events go to subscribers over bounded queues: a slow face loses the
@@ -10557,7 +10570,7 @@ def internal_error(error: Exception) -> str:
     if os.environ.get("TRCHAT_DEBUG"):
         traceback.print_exception(type(error), error, error.__traceback__)
     kind = type(error).__name__
-    return f"{INTERNAL_ERROR} ({kind}: {one_line(str(error))}). TRCHAT_DEBUG=1 shows more."
+    return f"Internal error ({kind}: {one_line(str(error))}). TRCHAT_DEBUG=1 shows more."
 
 
 class Inbox:
@@ -10639,12 +10652,17 @@ class Publisher:
         return subscription
 
     def watch(self, watcher) -> None:
-        """Has `watcher.put` called with every event where it is published: it must not wait."""
+        """Has `watcher.put` called with every event where it is published, held back or not: it
+        must not wait."""
         if watcher not in self._watchers:
             self._watchers.append(watcher)
 
     def publish(self, event) -> None:
         self._let_watch(event)
+        self.pass_on(event)
+
+    def pass_on(self, event) -> None:
+        """As publish, for what was noted where it comes from."""
         self._show(event)
 
     def _let_watch(self, event) -> None:
@@ -18655,9 +18673,16 @@ class Alerts:
                 self._woken, closing = False, self._closing
             if closing and self.file.exists():
                 self.spool.change(AlertQueue.hurry, self._clock())
-            due = self.deliver()
+            due = self._deliver_guarded()
             if closing:
                 return
+
+    def _deliver_guarded(self) -> float | None:
+        try:
+            return self.deliver()
+        except Exception as error:  # a bug of ours must not end the alerts
+            sys.stderr.write(f"trchat: {internal_error(error)}\n")
+            return self._clock() + LOOK_SECONDS
 
     def deliver(self) -> float | None:
         """Sends what is due by now; when to come again, or None if nothing waits."""
@@ -18690,12 +18715,12 @@ class Alerts:
         return settings
 
     def _open(self) -> AlertSettings:
-        """The settings as they are by now; once opened, they serve while the keys are locked."""
-        for role, open_key in list(self._openers.items()):
-            if role in self.file.roles():
-                self._settings = self.file.open(role, open_key)
-                break
-        if self._settings is None:
+        """The settings as they are by now; while the keys are locked, as they were."""
+        openers = dict(self._openers)  # another thread may lock just now
+        roles = [role for role in openers if role in self.file.roles()]
+        if roles:
+            self._settings = self.file.open(roles[0], openers[roles[0]])
+        if self._settings is None or openers and not roles:
             text = "The e-mail alerts were not set up for the key that is open."
             raise ChatError(text, "Run 'python3 trchat.py alerts set' again.", "storage")
         return self._settings
@@ -18703,11 +18728,8 @@ class Alerts:
     def _report(self, error: ChatError) -> None:
         if self.tell is not None and error.text != self._told:
             self._told = error.text
-            self.tell(
-                ChatError(
-                    f"An e-mail alert could not be sent. {error.text}", error.hint, error.code
-                )
-            )
+            text = f"An e-mail alert could not be sent, and waits. {error.text}"
+            self.tell(ChatError(text, error.hint, error.code))
 
 
 def _add_all(alerts: AlertQueue, entries: list, now: float) -> None:
@@ -18759,6 +18781,8 @@ class LogFile:
             _write_all(handle, data)
         except OSError:
             os.ftruncate(handle, end)
+            if end == 0:
+                os.unlink(self.path)
             raise
 
     def _rotate(self, more: int) -> None:
@@ -18863,9 +18887,15 @@ class SecurityLog(NoSecurityLog):
                 closing = self._closing
                 entries = [*self._noted, *self._throttle.take_late(self._now(), closing)]
                 questions, self._noted, self._questions = self._questions, [], []
+            self._work(entries, questions)
+
+    def _work(self, entries: list, questions: list) -> None:
+        try:
             self._write(entries)
             for count, then, failed in questions:
                 _store(self._read, (count,), then, failed)
+        except Exception as error:  # a bug of ours must not end the log
+            sys.stderr.write(f"trchat: {internal_error(error)}\n")
 
     def _has_work_locked(self) -> bool:
         return bool(self._noted or self._questions or self._closing)
@@ -22013,9 +22043,8 @@ class HoldingPublisher(Publisher):
         self._drops = False  # whether they are forgotten instead
         self.counts: dict = {}  # how many messages, offers and requests came meanwhile
 
-    def publish(self, event) -> None:
+    def pass_on(self, event) -> None:
         with self._gate:
-            self._let_watch(event)
             if self._held is None or event is None or event["event"] in PASSING_EVENTS:
                 self._show(event)
                 if self._held is not None and event is not None and "keys" in event:
@@ -22026,8 +22055,9 @@ class HoldingPublisher(Publisher):
 
     def tell(self, event: dict) -> None:
         """An event that is not held back."""
+        self._let_watch(event)
         with self._gate:
-            super().publish(event)
+            self._show(event)
 
     def hold(self, drop: bool = False) -> None:
         """From now on; with `drop` those held are forgotten, too, but for what became of lines."""
@@ -24415,6 +24445,8 @@ def _console_ban(console, rest: str) -> None:
     console.machine.gatekeeper.ban(fingerprint)
     _put_out(console, fingerprint, "banned", "The server's operator banned you.")
     fields = {"what": "banned", "fingerprint": fingerprint_text(fingerprint)}
+    if not rest.startswith("sha256:"):
+        fields["name"] = rest.lstrip("@")
     console.emit(notice(f"{rest} is banned.", **fields))
 
 
@@ -26456,16 +26488,19 @@ class Hosting:
         return fingerprint in trust.contacts
 
     def _publish(self, event: dict) -> None:
-        """Of the server's events a host sees who waits at the door and comes in, and errors."""
+        """Of the server's events a host sees who waits at the door and comes in, and errors.
+
+        They were noted where they come from, and are only handed out here.
+        """
         if self.client.locking.dropped:
             return  # the server is about to stop
         if event["event"] == "request":
             doubt = self._doubt(event["from"], parse_fingerprint(event["fingerprint"]))
-            self.client.events.publish({**event, **({"warning": doubt} if doubt else {})})
+            self.client.events.pass_on({**event, **({"warning": doubt} if doubt else {})})
         own = fingerprint_text(self._own)
         came = event.get("what") == "joined" and event["fingerprint"] != own
         if event["event"] == "error" or event.get("withdrawn") or came:
-            self.client.events.publish(event)
+            self.client.events.pass_on(event)
 
     def _doubt(self, name: str, fingerprint: bytes) -> str:
         """Who knocks under the name of somebody whom we know, is not them, or has a new key."""
@@ -27763,7 +27798,7 @@ def _usb_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 105. Alerts in the shell | uses 1-3, 39-41, 49, 69, 70, 102
+# Part 105. Alerts in the shell | uses 1-3, 39-41, 49, 69, 70, 101, 102
 #
 # `alerts set`, `show`, `test` and `off`, with their questions. A password never comes from the
 # command line: it is asked for, or stands in the environment or in a file.
@@ -27797,22 +27832,37 @@ def _alerts_options(parser) -> None:
 def _alerts_set(session: Session) -> int:
     session.prepare()
     settings = _asked_settings(session)
-    words = parse_kinds(_alert_choice(session, session.arguments.events, KINDS_QUESTION, "usual"))
-    pairs = _alert_pairs(session)
-    file = AlertFile(session.paths)
+    asked = (session.arguments.events, KINDS_QUESTION, "usual", parse_kinds)
+    words, pairs = _alert_choice(session, *asked), _alert_pairs(session)
+    file, recipients = AlertFile(session.paths), ", ".join(settings.recipients)
     file.save(settings, words, pairs)
     AlertSpool(session.paths).change(AlertQueue.retry)
-    session.paths.security.note(
-        "alerts-changed", text=f"they go to {', '.join(settings.recipients)}"
-    )
-    fields = _alert_fields(session, settings, file)
-    text = f"Alerts go to {', '.join(settings.recipients)} by {settings.server.place()}."
+    session.paths.security.note("alerts-changed", text="they were set up")
+    text = f"Alerts go to {recipients} by {settings.server.place()}."
     if len(pairs) < len(ALERT_ROLES):
         text += f" Only what has this profile's {pairs[0].role} key sends them."
     if not session.interactive:
+        fields = _alert_fields(session, settings, file)
         return session.answer("alerts", fields, f"{text} 'alerts test' tries it.")
     sys.stdout.write(text + "\n")
-    return _alerts_test(session) if session.ask("Send a test mail now? [Y/n] ") else 0
+    if session.ask("Send a test mail now? [Y/n] "):
+        return _test_with_passwords(session, settings, words, pairs)
+    return 0
+
+
+def _test_with_passwords(session: Session, settings: AlertSettings, words, pairs) -> int:
+    """Sends a test mail, and asks for another password as long as the server wants one."""
+    while True:
+        try:
+            return _alerts_test(session)
+        except ChatError as error:
+            if error.code != "denied" or not settings.server.user:
+                raise
+            say_error(error)
+        settings.password = session.ask_secret("Another password (Enter leaves it as it is): ")
+        if not settings.password:
+            return 1
+        AlertFile(session.paths).save(settings, words, pairs)
 
 
 KINDS_QUESTION = "What shall be mailed: usual, all, or some (alerts --help lists them) [usual]: "
@@ -27824,10 +27874,11 @@ def _asked_settings(session: Session) -> AlertSettings:
         password = _mail_password(session)
     own = server.user if MAIL_ADDRESS.match(server.user) else ""
     question = f"Sender{f' [{own}]' if own else ''}: "
-    sender = check_mail_addresses(_alert_choice(session, session.arguments.sender, question, own))
-    question = f"Recipients, with commas between [{sender[0]}]: "
-    to = check_mail_addresses(_alert_choice(session, session.arguments.to, question, sender[0]))
-    return AlertSettings(server, password, sender[0], to, _own_authority(session.arguments.ca))
+    asked = (session.arguments.sender, question, own, check_mail_address)
+    sender = _alert_choice(session, *asked, "The sender is missing; add --from me@example.org.")
+    question = f"Recipients, with commas between [{sender}]: "
+    to = _alert_choice(session, session.arguments.to, question, sender, check_mail_addresses)
+    return AlertSettings(server, password, sender, to, _own_authority(session.arguments.ca))
 
 
 def _alert_server(session: Session) -> tuple:
@@ -27840,12 +27891,9 @@ def _alert_server(session: Session) -> tuple:
             hint = "Leave it out: it is asked for, or set TRCHAT_SMTP_PASSWORD or --password-file."
             raise ChatError(text, f"Change it, too, if it was real. {hint}")
         return server, password
-    given = os.environ.get("TRCHAT_ALERTS", "")
-    if not given and not session.interactive:
-        raise ChatError(
-            "A mail server is missing.", "Write alerts set smtps://me@example.org@smtp.example.org."
-        )
-    return parse_mail_url(given or session.ask_text(SERVER_QUESTION))
+    given = os.environ.get("TRCHAT_ALERTS") or None
+    missing = "A mail server is missing; write alerts set smtps://me@example.org@smtp.example.org."
+    return _alert_choice(session, given, SERVER_QUESTION, "", parse_mail_url, missing)
 
 
 SERVER_QUESTION = "Mail server, such as smtps://me@example.org@smtp.example.org: "
@@ -27869,11 +27917,25 @@ def _mail_password(session: Session) -> str:
     return password
 
 
-def _alert_choice(session: Session, given: str | None, question: str, default: str) -> str:
-    """What was given, else what is asked for; Enter, or nobody to ask, takes the default."""
-    if given is None and session.interactive:
-        given = session.ask_text(question).strip()
-    return given or default
+def _alert_choice(
+    session: Session, given: str | None, question: str, default: str, parse, missing: str = ""
+):
+    """What `parse` makes of what was given, or else is asked for until it can be read.
+
+    Enter, or nobody to ask, takes the default; without one, `missing` says what to do.
+    """
+    while True:
+        answer = given
+        if answer is None and session.interactive:
+            answer = session.ask_text(question).strip()
+        if not (answer or default):
+            raise ChatError("Nothing was changed." if session.interactive else missing)
+        try:
+            return parse(answer or default)
+        except ChatError as error:
+            if given is not None or not session.interactive:
+                raise
+            say_error(error)
 
 
 def _own_authority(path: str | None) -> str:

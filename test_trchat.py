@@ -25017,10 +25017,12 @@ class DirectChatTest(EndToEnd):
         alice.wait_for("joined", name="bob")
         bob.say("hello")
         alice.wait_for("message", text="hello")
-        alice.type("/contacts add bob")
-        alice.wait_for("notice", name="bob")
-        bob.type("/contacts add alice")
-        bob.wait_for("notice", name="alice")
+        for person, name in ((alice, "bob"), (bob, "alice")):
+            before = len(person.of("notice"))
+            person.type(f"/contacts add {name}")
+            person.wait_until(
+                lambda _, p=person, n=before: any("is a contact" in e["text"] for e in p.of("notice")[n:])
+            )
         bob.type("BYE")
         self.assert_ends(bob, "BYE", 0)
         alice.child.stdin.close()  # the end of its input does not end a host

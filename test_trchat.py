@@ -5,6 +5,9 @@
     python3 test_trchat.py -k Ratchet    those whose name holds a word (-v names each as it runs)
     python3 test_trchat.py bench         figures, as ratios against a baseline of the same run
 
+With TRCHAT_TESTS=thorough costly properties are tried three times as often. Tests that start many
+programs start bytecode, with keys made once and cheap passphrases; `take_the_source` is the other.
+
 Pure parts are tested without sockets, clocks and files; the rest with real TLS, real processes and
 real terminals on this machine's loopback.
 """

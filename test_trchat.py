@@ -20862,6 +20862,27 @@ class BitmapTest(PictureCase):
                     bytes(bitmap.with_samples(other)), bmp_file(width, 9, other, **kind)
                 )
 
+    def test_narrow_pictures_are_copied_by_columns_to_the_same_end(self):
+        for kind, width in itertools.product(self.KINDS, (1, 2, 5)):
+            one, other = pixels(width, 9, 1), pixels(width, 9, 2)
+            data = bmp_file(width, 9, one, **kind)
+            for narrow in (0, 4096):
+                with self.subTest(kind=kind, width=width), mock.patch.object(trchat, "NARROW_ROW", narrow):
+                    bitmap = trchat.Bitmap(data)
+                    self.assertEqual(bitmap.samples(), one)
+                    self.assertEqual(bytes(bitmap.with_samples(other)), bmp_file(width, 9, other, **kind))
+
+    def test_no_row_costs_more_than_itself(self):
+        for width in (1, 3, trchat.NARROW_ROW // 3 + 2):
+            height = 400_000 // width
+            bitmap = trchat.Bitmap(bmp_file(width, height, bytes(3 * width * height)))
+            tracemalloc.start()
+            try:
+                bitmap.with_samples(bitmap.samples())
+                self.assertLess(tracemalloc.get_traced_memory()[1], 4 * len(bitmap._data))
+            finally:
+                tracemalloc.stop()
+
     def test_refused_with_its_reason(self):
         good = bmp_file(8, 8, pixels(8, 8))
         wide = bmp_file(8, 8, pixels(8, 8), bits=32)
@@ -21165,6 +21186,13 @@ class SteganographyTest(PictureCase):
         evil = b"\x01" + trchat.text_block("../../etc/pass\x1bwd") + b"x"
         self.assertEqual(trchat.HiddenMessage.decode(evil).name, "passwd")
 
+    def test_what_nobody_could_open_is_not_hidden(self):
+        bitmap = trchat.Bitmap(bmp_file(100, 100, pixels(100, 100)))
+        with mock.patch.object(trchat, "MESSAGE_MOST", 5000):
+            for content in (b"a" * 5000, os.urandom(1000)):
+                self.assertEqual(self.reveal(self.hide(bitmap, content)).content, content)
+            self.assertEqual(self.error_of(self.hide, bitmap, b"a" * 5001).code, "too-large")
+
     def test_a_bomb_does_not_fill_the_memory(self):
         bomb = b"\x02" + struct.pack(">I", 2**32 - 1) + zlib.compress(bytes(40 << 20), 9)
         with mock.patch.object(trchat, "MESSAGE_MOST", 1 << 20):
@@ -21269,7 +21297,9 @@ class PictureForContactTest(PictureCase):
         message = trchat.HiddenMessage("", b"x")
         error = self.error_of(trchat.hide, small, message, trchat.ContactLock(self.bob.spki))
         self.assertEqual(error.code, "too-large")
-        self.assertTrue(trchat.hide(small, message, trchat.PassphraseLock("x")))
+        picture = bytes(trchat.hide(small, message, trchat.PassphraseLock("x")))
+        self.assertEqual(self.error_of(self.reveal, picture).code, "locked", "so others are tried")
+        self.assertEqual(self.error_of(self.reveal, bmp_file(9, 9, bytes(243))).code, "too-large")
 
     def test_the_wrapped_secret_is_as_even_as_random_bytes(self):
         """Who has the public key takes the number modulo n; its top bits must not tell either."""
@@ -21336,9 +21366,9 @@ class HiddenMessagesTest(EndToEnd):
         answer = self.run_json("hide", "photo.bmp", "new.bmp", given="two\nlines\n\n")
         self.assertEqual(set(answer), {"event", "path", "bytes", "capacity", "quiet", "changed",
                                        "for", "warnings"})  # fmt: skip
-        self.assertEqual((answer["path"], answer["bytes"], answer["for"]), ("new.bmp", 9, None))
+        self.assertEqual((answer["path"], answer["bytes"], answer["for"]), ("new.bmp", 10, None))
         self.assertEqual(answer["warnings"], [])
-        self.assertEqual(self.run_json("reveal", "new.bmp")["text"], "two\nlines")
+        self.assertEqual(self.run_json("reveal", "new.bmp")["text"], "two\nlines\n")
 
     def test_a_file(self):
         content = random.Random(1).randbytes(3000)
@@ -21474,6 +21504,195 @@ class HiddenMessagesTest(EndToEnd):
         self.assertNotIn("correct horse", window.text())
         window.line("0")
         self.assertEqual(window.exit_code(), 0)
+
+
+class Stdout(io.TextIOWrapper):
+    """A standard output that is looked at afterwards."""
+
+    def __init__(self, is_terminal: bool):
+        super().__init__(io.BytesIO(), encoding="utf-8", newline="\n")
+        self.is_terminal = is_terminal
+
+    def isatty(self):
+        return self.is_terminal
+
+    def content(self) -> bytes:
+        self.flush()
+        return self.buffer.getvalue()
+
+
+class HiddenMessagesHereTest(EndToEnd):
+    """The two commands in this process, with whatever may come and go through their streams."""
+
+    path, write, read = HiddenMessagesTest.path, HiddenMessagesTest.write, HiddenMessagesTest.read
+
+    def setUp(self):
+        super().setUp()
+        self.cover, self.new = self.path("photo.bmp"), self.path("new.bmp")
+        self.write("photo.bmp", bmp_file(100, 100, pixels(100, 100)))
+        for patch in (
+            mock.patch.object(trchat, "SCRYPT_LOG_N", 4),
+            mock.patch.dict(os.environ, TRCHAT_PASSPHRASE="correct horse"),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def run_with(self, *words, given=b"", terminal=False) -> tuple:
+        """(exit code, stdout, stderr)"""
+        stdout = Stdout(terminal)
+        with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(given))), \
+                mock.patch.object(sys, "stdout", stdout), \
+                mock.patch.object(contextlib, "redirect_stdout", lambda _: contextlib.nullcontext()):  # fmt: skip
+            code, errors = self.run_here(*words)
+        self.assertNotIn("Internal", errors)
+        return code, stdout.content(), errors
+
+    def hide(self, *words, given=b"") -> str:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.new)
+        code, output, errors = self.run_with("hide", self.cover, self.new, *words, given=given)
+        self.assertEqual(code, 0, errors)
+        return output.decode()
+
+    def refused(self, *words, given=b"", **more) -> str:
+        code, output, errors = self.run_with(*words, given=given, **more)
+        self.assertEqual((code, output), (1, b""), errors)
+        return errors.splitlines()[-1]
+
+    def test_a_text_comes_back_byte_by_byte(self):
+        long = b"word " * 250_000
+        for text in (b"x\n", b"two\n\n\nlines\n\n", b" a\tb\r\nc\n", b"\n\n", long + b"\n", b"\xc3\xbc\x1b[m\n"):
+            self.hide(given=text)
+            code, output, _ = self.run_with("reveal", self.new)
+            self.assertEqual((code, output), (0, text), text[:40])
+        for text, content in ((b"x", b"x"), (b"x\r\n", b"x")):
+            self.hide(given=text)
+            self.assertEqual(self.run_with("reveal", self.new)[1], content + b"\n")
+
+    def test_what_is_no_text_is_refused(self):
+        for text in (b"\xff\xfe", b"a\n\xc3", b"\xed\xa0\x80"):
+            self.assertIn("--file", self.refused("hide", self.cover, self.new, given=text))
+        self.assertIn("--file", self.refused("hide", self.cover, self.new, "--text", "a\udcff"))
+        for text in (b"", b"\n"):
+            self.assertIn("nothing to hide", self.refused("hide", self.cover, self.new, given=text))
+        self.assertIn("nothing to hide", self.refused("hide", self.cover, self.new, "--text", ""))
+        self.assertFalse(os.path.exists(self.new))
+
+    def test_too_long_a_text_is_refused(self):
+        with mock.patch.object(trchat, "MESSAGE_MOST", 2 << 20):
+            self.hide(given=b"a" * (2 << 20) + b"\r\n")
+            for text in (b"a" * (2 << 20) + b"a", b"a" * (5 << 20)):
+                self.assertIn("at most 2 MiB", self.refused("hide", self.cover, self.path("o"), given=text))
+
+    def test_nobody_is_no_contact(self):
+        code, output, errors = self.run_with("hide", self.cover, self.new, "--text", "x", "--for", "")
+        self.assertEqual((code, output), (2, b""))
+        self.assertIn("--for takes a contact's name", errors)
+
+    def test_a_small_picture_opens_for_whoever_has_a_key_too(self):
+        self.hide("--text", "hello")
+        paths = trchat.Paths(os.path.join(self.home, ".trchat"))
+        paths.make_folders()
+        with mock.patch.dict(os.environ, TRCHAT_PASSPHRASE=""):
+            furnish(paths, 0)
+        self.assertEqual(self.run_with("reveal", self.new)[:2], (0, b"hello\n"))
+        self.assertIn("Nothing in this picture opens", self.refused("reveal", self.new, "--mine"))
+
+    def test_a_long_text_is_no_answer_for_a_screen(self):
+        with mock.patch.object(trchat, "SHOWN_TEXT_MOST", 100):
+            self.hide(given=b"a\x1b[31m" * 12)
+            self.assertEqual(self.run_with("reveal", self.new, terminal=True)[1], b"a[31m" * 12 + b"\n")
+            self.hide(given=b"a" * 101)
+            error = self.refused("reveal", self.new, terminal=True)
+            self.assertIn("a long text (101 bytes)", error)
+            self.assertIn("--out", error)
+            code, output, _ = self.run_with("reveal", self.new, "--out", self.path("t"), terminal=True)
+            self.assertEqual((code, self.read("t")), (0, b"a" * 101))
+
+    def test_names_cannot_steer_the_terminal(self):
+        evil = self.path("a\x1b[2J\nb")
+        shutil.copy(self.cover, evil)
+        self.write("file", b"x")
+        for words in (("hide", evil, evil + "1", "--file", self.path("file")), ("reveal", evil + "1", "--out", evil + "2")):
+            code, output, errors = self.run_with(*words)
+            self.assertEqual(code, 0, errors)
+            self.assertIn(b"a[2J b", output)
+            self.assertNotRegex(output.decode() + errors, "[\x1b]|J\n")
+
+    def test_little_memory(self):
+        with mock.patch.object(trchat.Carrier, "hide", side_effect=MemoryError):
+            code, output, errors = self.run_with("hide", self.cover, self.new, "--text", "x", "--json")
+        self.assertEqual((code, json.loads(output)["code"]), (1, "too-large"))
+        self.assertIn("not enough memory", errors)
+        asked, real = [], open
+
+        class Counting:
+            def __init__(self, *words):
+                self.file = real(*words)
+                self.fileno = self.file.fileno
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *reason):
+                self.file.close()
+
+            def read(self, count):
+                asked.append(count)
+                return self.file.read(count)
+
+        size, content = os.path.getsize(self.cover), self.read("photo.bmp")
+        with mock.patch("builtins.open", Counting):
+            self.assertEqual(trchat.read_chosen(self.cover, 1 << 40), content)
+            self.refused_here(trchat.read_chosen, self.cover, size - 1)
+        self.assertLessEqual(max(asked), size + 1)
+        if os.path.exists("/proc/self/status"):
+            self.assertIn(b"VmPeak", trchat.read_chosen("/proc/self/status", 1 << 20), "it tells no size")
+
+    def refused_here(self, function, *args) -> trchat.ChatError:
+        with self.assertRaises(trchat.ChatError) as caught:
+            function(*args)
+        return caught.exception
+
+    def test_nothing_unfinished_gets_the_name(self):
+        """Whatever the moment at which it is interrupted: all or nothing, and no other file."""
+        out, calls = self.path("out"), ("os.open", "os.fdopen", "os.fsync", "os.link", "os.unlink")
+        for call in calls:
+            for first in (True, False):  # before it has done anything, or after
+                real = eval(call)
+
+                def interrupted(*args, real=real, first=first, **named):
+                    if not first:
+                        done = real(*args, **named)
+                        if call == "os.open":
+                            os.close(done)
+                        elif call == "os.fdopen":
+                            done.close()
+                    raise KeyboardInterrupt
+
+                before = sorted(os.listdir(self.home))
+                with mock.patch(call, interrupted), self.assertRaises(KeyboardInterrupt):
+                    trchat.write_new(out, b"x" * 1000, 0o600)
+                left = sorted(set(os.listdir(self.home)) - set(before))
+                if call == "os.unlink" and first:
+                    for name in left:
+                        self.assertEqual(self.read(name), b"x" * 1000)
+                elif left:
+                    self.assertEqual((left, self.read("out")), (["out"], b"x" * 1000), call)
+                for name in left:
+                    os.unlink(self.path(name))
+        long = "n" * 255
+        trchat.write_new(self.path(long), b"x", 0o640)
+        self.assertEqual(os.stat(self.path(long)).st_mode & 0o777, 0o640 & ~self.umask())
+        with mock.patch("os.fsync", lambda handle: self.write("late", b"mine")):
+            self.assertIn("there already", str(self.refused_here(trchat.write_new, self.path("late"), b"o", 0o600)))
+        self.assertEqual(self.read("late"), b"mine")
+        self.assertEqual([n for n in os.listdir(self.home) if n.endswith(".part")], [])
+
+    def umask(self) -> int:
+        mask = os.umask(0o022)
+        os.umask(mask)
+        return mask
 
 
 # ==================================================================================================
@@ -25466,8 +25685,71 @@ class ShredPlanTest(ShredCase):
         self.assertTrue(plan.is_empty())
         os.makedirs(self.at("tree", "deep"))
         key = (os.stat(self.at("tree", "deep")).st_dev, os.stat(self.at("tree", "deep")).st_ino)
-        with mock.patch.object(trchat, "_guarded_folders", lambda home: ({key: "guarded"}, key)):
+        with mock.patch.object(trchat, "_guarded_folders", lambda home: ({key: "guarded"}, {key: False})):
             self.assertEqual(self.refused(self.survey(self.at("tree"))), {"deep": "guarded"})
+
+    def test_trchats_folders_by_other_ways(self):
+        """Links that lead to them, and profiles that a link leads out to."""
+        way, home = self.at("way"), self.paths.home
+        os.symlink(self.at("tree", "further"), way)
+        os.makedirs(self.at("tree", "in"))
+        os.symlink(home, self.at("tree", "further"))
+        profile = self.at("elsewhere", "bob")
+        os.makedirs(os.path.join(profile, "cert"))
+        os.makedirs(os.path.join(profile, "inbox"))
+        self.make("elsewhere/bob/inbox/came"), self.make("elsewhere/x")
+        os.symlink(profile, os.path.join(home, "bob"))
+        plan = trchat.survey([way, self.at("tree")], way)
+        self.assertEqual((plan.links, plan.trees), (0, 2))
+        self.assertEqual(set(self.refused(plan)), {"way", "further"})
+        self.assertIn("is found through it", self.refused(plan)["way"])
+        for path, word in (
+            (profile, "/wipe"), (os.path.join(profile, "cert"), "/wipe"), (os.path.join(profile, "inbox"), "/wipe"),
+            (os.path.join(home, "bob"), "/wipe"), (os.path.join(profile, "settings.json"), "/wipe"),
+        ):  # fmt: skip
+            plan = trchat.survey([path], way)
+            self.assertTrue(plan.is_empty(), path)
+            self.assertIn(word, plan.refused[0][1], path)
+        plan = trchat.survey([self.at("elsewhere")], way)
+        self.assertEqual(self.refused(plan), {"elsewhere": "trchat keeps its files in it"})
+        plan = trchat.survey([os.path.join(profile, "inbox", "came")], way)
+        self.assertEqual((plan.files, plan.refused), (1, []))
+        home_link = self.at("me")
+        os.symlink(self.outside, home_link)
+        with mock.patch.dict(os.environ, HOME=home_link):
+            self.assertIn("is found through it", self.refused(self.survey(home_link))["me"])
+
+    def test_what_is_mounted_in_a_tree_is_left_out(self):
+        """Also from the same file system, where no number tells, and single files."""
+        self.make("d/file"), self.make("d/folder/x"), self.make("d/other/file")
+        mounts = [trchat.Mount("8:1", point, "ext4", set())
+                  for point in ("/", self.at("d", "file"), self.at("d", "folder"))]  # fmt: skip
+        with mock.patch.object(trchat, "linux_mounts", lambda: mounts):
+            plan = self.survey(self.at("d"))
+            self.assertEqual((self.counts(plan)[:2], set(self.refused(plan))), ((1, 2), {"file", "folder"}))
+            self.assertEqual(set(self.refused(plan).values()), {"something else is mounted there; name it by itself"})
+            plan = self.survey(self.at("d", "file"), self.at("d", "folder"))
+            self.assertEqual((self.counts(plan)[:2], plan.refused), ((2, 1), []))
+
+    def test_files_of_the_kernel_are_no_files(self):
+        self.make("d/brightness", 3)
+        for kind in ("proc", "sysfs", "cgroup2", "debugfs", "tracefs", "efivarfs", "bpf", "ext4"):
+            mounts = [trchat.Mount("0:5", self.at("d"), kind, set())]
+            with mock.patch.object(trchat, "linux_mounts", lambda mounts=mounts: mounts):
+                for path in (self.at("d"), self.at("d", "brightness")):
+                    plan = self.survey(path)
+                    self.assertEqual(plan.is_empty(), kind != "ext4", kind)
+                    self.assertEqual([f"({kind})" in reason for _, reason in plan.refused], [True] * (kind != "ext4"))
+        if os.path.exists("/proc/self/comm"):
+            for path in ("/proc/self/comm", "/proc"):
+                self.assertIn("part of the system", self.survey(path).refused[0][1])
+
+    def test_the_root_is_above_all(self):
+        root, info = os.sep, os.lstat(self.root)
+        folder = lambda name, parent=None: trchat.ShredFolder(parent, trchat.ShredName(name, info))
+        top, inner = folder(root), folder("x", folder(root))
+        self.assertLess(top.depth(), folder(root + "x").depth())
+        self.assertEqual(inner.depth(), folder(root + "x").depth())
 
     def test_hard_links(self):
         self.make("a", 100)
@@ -25682,15 +25964,22 @@ class ShredTest(ShredCase):
                 result = self.shred(self.at("a"))
                 self.assertEqual((result.files, result.refused), (1, []))
 
+    def test_what_not_even_its_owner_may_read(self):
+        for _ in self.ways():
+            self.make("a", mode=0)
+            with self.as_nobody():
+                result = self.shred(self.at("a"))
+                self.assertEqual((result.files, result.refused), (1, []))
+
     def test_permission_denied_in_the_middle(self):
         for number in range(5):
             self.make(f"d/{number}")
-        os.chmod(self.at("d", "2"), 0)
-        with self.as_nobody():
+        os.chmod(self.at("d", "2"), 0o400)
+        refused = OSError(errno.EPERM, "Operation not permitted")
+        with self.as_nobody(), mock.patch.object(trchat.OpenFolder, "set_mode", side_effect=refused):
             result = self.shred(self.at("d"))
         self.assertEqual((self.counts(result)[:2], list(self.refused(result))), ((4, 0), ["2"]))
         self.assertEqual(os.listdir(self.at("d")), ["2"])
-        os.chmod(self.at("d", "2"), 0o600)
         with open(self.at("d", "2"), "rb") as file:
             self.assertIn(MARKER, file.read())
 
@@ -25770,18 +26059,53 @@ class ShredTest(ShredCase):
     def test_folders_that_cannot_be_synced(self):
         """On some network file systems; but a disk that fails is said to."""
         real = trchat.sync_to_disk
-        for number, stays in ((errno.EINVAL, []), (errno.EIO, ["d"])):
+        for number, refused, stays in ((errno.EINVAL, [], []), (errno.EIO, ["a", "b"], ["d"])):
 
             def sync(handle, number=number):
                 if stat.S_ISDIR(os.fstat(handle).st_mode):
                     raise OSError(number, "it does not work")
                 real(handle)
 
-            self.make("d/a")
-            with mock.patch.object(trchat, "sync_to_disk", sync):
+            self.make("d/a"), self.make("d/b")
+            with mock.patch.object(trchat, "sync_to_disk", sync), mock.patch.object(trchat, "BATCH_FILES", 1):
                 result = self.shred(self.at("d"))
-            self.assertEqual(list(self.refused(result)), stays)
+            self.assertEqual(sorted(self.refused(result)), refused)
             self.assertEqual(os.listdir(self.root), stays)
+        self.assertEqual(sorted(os.listdir(self.at("d"))), ["a", "b"], "their names are given back")
+        self.assertIn("overwritten, but its name stays: it does not", self.refused(result)["a"])
+
+    def test_a_name_that_cannot_be_given_back_is_told(self):
+        real, taken = trchat.OpenFolder.remove, []
+
+        def remove(place, name, is_folder):
+            if not is_folder and len(name) == 12:
+                write_bytes(self.at("d", "a"), b"new")
+                taken.append(name)
+                raise OSError(errno.EIO, "Input/output error")
+            real(place, name, is_folder)
+
+        self.make("d/a"), self.make("d/" + "b" * 20)
+        with mock.patch.object(trchat.OpenFolder, "remove", remove):
+            result = self.shred(self.at("d"))
+        self.assertEqual((result.files, list(self.refused(result))), (1, ["a"]))
+        self.assertIn(f"Input/output error; it is now named {taken[0]}", self.refused(result)["a"])
+        self.assertEqual(sorted(os.listdir(self.at("d"))), sorted(["a", taken[0]]))
+        with open(self.at("d", "a"), "rb") as file:
+            self.assertEqual(file.read(), b"new", "what has taken the name is not replaced")
+
+    def test_two_at_once(self):
+        """The other one has removed what this one has overwritten."""
+        self.make("d/a"), self.make("d/b")
+        real = trchat._ShredFile.empty
+
+        def empty(file):
+            real(file)
+            if file.found.name == "a":
+                os.unlink(self.at("d", "a"))
+
+        with mock.patch.object(trchat._ShredFile, "empty", empty):
+            result = self.shred(self.at("d"))
+        self.assertEqual((self.counts(result)[:2], result.refused), ((2, 1), []))
 
     def test_names(self):
         names = ["a", "x" * 255, "ü" * 127, "a\nb", "-rf", " ", "…", "a" * 12, "\\", "*"]
@@ -25836,6 +26160,36 @@ class ShredTest(ShredCase):
         os.close(folder)
         result = self.shred(self.at("n" * 200))
         self.assertEqual((self.counts(result), result.refused), ((1, 60, 0, 0), []))
+
+    def test_a_deep_tree_takes_its_depth_not_the_square_of_it(self):
+        os.makedirs(self.at(*["d"] * 200))
+        opened, real = [], os.open
+        with mock.patch.object(os, "open", lambda *args, **named: opened.append(args[0]) or real(*args, **named)):
+            result = self.shred(self.at("d"))
+        self.assertEqual((result.folders, result.refused), (200, []))
+        if trchat.HAS_DIR_FD:
+            self.assertLess(len(opened), 200 * 4)
+
+    def test_a_folder_that_is_moved_while_it_is_open(self):
+        """The way back up leads to what was there, or nowhere."""
+        moves = (lambda: os.rename(self.at("d", "e"), os.path.join(self.outside, "e")),
+                 lambda: os.rename(self.at("d"), self.at("d.was")) or os.symlink(self.outside, self.at("d")))  # fmt: skip
+        for move in moves:
+            self.make("d/e/x"), self.make("d/secret")
+            plan, real, moved = self.survey(self.at("d")), trchat.Shredder._work, []
+
+            def work(shredder, place, real=real, move=move, moved=moved):
+                real(shredder, place)
+                if not moved:
+                    moved.append(move())
+
+            with mock.patch.object(trchat.Shredder, "_work", work):
+                result = trchat.shred(plan, 1, lambda *_: False)
+            self.assertEqual((result.files, result.folders), (2, 1))
+            shutil.rmtree(os.path.join(self.outside, "e"), ignore_errors=True)
+            self.outside_is_untouched()
+            shutil.rmtree(self.root)
+            os.mkdir(self.root)
 
     def test_ten_thousand_files(self):
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -25931,6 +26285,32 @@ class ShredInterruptedTest(ShredCase):
             seen = list(map(sorted, self.interrupt_each([9000, 3000, 9000], 2)))
             self.assertIn(["half", "half", "untouched"], seen)
             self.assertIn(["gone", "gone", "half"], seen)
+
+    def test_other_names_and_modes_at_each_moment(self):
+        """What is not listed is as it was: contents with several names, and permissions."""
+        seen = set()
+        with mock.patch.object(trchat, "SHRED_BLOCK", 4096), self.as_nobody():
+            for moment in itertools.count():
+                tree = self.at(f"m{moment}")
+                for name in "abc":
+                    self.make(f"m{moment}/{name}", 6000, 0o400)
+                for name in ("d/a", "e", "f/g/a"):
+                    os.makedirs(os.path.dirname(os.path.join(tree, name)), exist_ok=True)
+                    os.link(os.path.join(tree, "a"), os.path.join(tree, name))
+                calls = []
+                result = self.shred(tree, watch=lambda *pair, calls=calls, most=moment: calls.append(pair) or len(calls) > most)
+                listed = {path for path, _ in result.refused}
+                for path in everything_below(tree):
+                    if os.path.isfile(path) and path not in listed:
+                        mode = os.stat(path).st_mode & 0o777
+                        os.chmod(path, 0o600)
+                        self.assertEqual((self.state(path), mode), ("untouched", 0o400), path)
+                        os.chmod(path, 0o400)
+                seen |= {reason for _, reason in result.refused}
+                if not result.interrupted:
+                    break
+        self.assertIn(trchat.DONE_ELSEWHERE, seen)
+        self.assertFalse(os.path.exists(tree))
 
     def test_which_pass(self):
         self.make("a", 5000)
@@ -26081,6 +26461,27 @@ class ShredOnDiskTest(ShredCase):
         self.assertEqual(len(os.listdir(self.at("d", "other"))), 3)
 
 
+class ShredMountedTest(ShredCase):
+    @unittest.skipIf(_mount_problem(), _mount_problem())
+    def test_bound_from_the_same_file_system(self):
+        """A folder, a file, and a part of trchat's own."""
+        self.make("d/folder/x"), self.make("d/file"), self.make("d/plain"), os.mkdir(self.at("way"))
+        secret = os.path.join(self.outside, "secret")
+        for source, target in (
+            (self.outside, self.at("d", "folder")), (secret, self.at("d", "file")),
+            (self.paths.folder, self.at("way")),
+        ):  # fmt: skip
+            if subprocess.run(["mount", "--bind", source, target], stderr=subprocess.DEVNULL).returncode:
+                self.skipTest("nothing can be bound here")
+            self.addCleanup(subprocess.run, ["umount", target], check=True)
+        result = self.shred(self.at("d"), self.at("way", "cert"), self.at("way"))
+        self.assertEqual((result.files, result.folders, set(self.refused(result))), (1, 0, {"folder", "file", "cert", "way"}))
+        self.assertIn("mounted there", self.refused(result)["file"])
+        self.assertIn("/wipe", self.refused(result)["cert"])
+        self.outside_is_untouched()
+        self.assertTrue(os.path.isdir(self.paths.file("cert")))
+
+
 SHRED_KEYS = {"event", "files", "folders", "links", "bytes", "in_place", "refused", "warnings", "dry_run"}
 
 
@@ -26136,6 +26537,56 @@ class ShredCommandTest(KeptTest):
             self.assert_shell_refused(["shred", "--yes", path], "/wipe")
         self.assertTrue(os.path.exists(self.path("alice", "cert", "client_key.pem")))
         self.assert_shell_refused(["shred", "--yes", "/"], "whole drive")
+
+    def waited(self, *files, sync=None):
+        """The result of shredding files in this process, while nobody can be told anything."""
+        said = []
+
+        def write(text):
+            said.append(text)
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        plan = trchat.survey(list(files), self.profiles)
+        deaf = types.SimpleNamespace(isatty=lambda: True, write=write, flush=lambda: None)
+        real = trchat.sync_to_disk
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        with mock.patch.object(sys, "stderr", deaf), mock.patch.object(trchat, "SHRED_TICK", 0.0), \
+                mock.patch.object(trchat, "sync_to_disk", lambda handle: (sync and sync(), real(handle))):  # fmt: skip
+            result = trchat._shred_and_wait(plan, 2)
+        self.assertEqual({n: signal.getsignal(n) for n in before}, before)
+        self.assertTrue(said)
+        return result
+
+    def test_nobody_hears_of_it(self):
+        """A terminal that was closed, a reader of a pipe that is gone: no half-told end."""
+        result = self.waited(self.make("a", 3 << 20))
+        self.assertEqual((result.files, result.refused), (1, []))
+        path, ends = self.make("a", 3 << 20), [signal.SIGINT]
+        held = threading.Event()
+        real = trchat.ShredRun.stop
+
+        def stop(run):
+            real(run)
+            held.set()
+
+        def sync():
+            if ends:
+                os.kill(os.getpid(), ends.pop())
+                self.assertTrue(held.wait(PATIENCE))
+
+        with mock.patch.object(trchat.ShredRun, "stop", stop):
+            result = self.waited(path, sync=sync)
+        self.assertEqual((result.files, result.interrupted), (0, True))
+        self.assertIn("interrupted in pass 2 of 2; part of", result.refused[0][1])
+
+    def test_a_signal_that_is_to_be_ignored_stays_so(self):
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        trchat._end_on_signals()
+        self.assertIs(signal.getsignal(signal.SIGHUP), signal.SIG_IGN)
+        self.assertIsNot(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
+        result = self.waited(self.make("a"), sync=lambda: os.kill(os.getpid(), signal.SIGHUP))
+        self.assertEqual((result.files, result.interrupted), (1, False))
 
     def test_interrupted(self):
         """By Ctrl-C in the middle of a file."""

@@ -67,61 +67,62 @@ or thread: bytes in, events out) and each uses only parts above itself:
  51. SFTP client
  52. Files through SFTP
  53. Hidden messages on disk
- 54. What to shred
- 55. Shredding
- 56. History and outbox
- 57. Contacts
- 58. Transfers on record
- 59. Backing up and restoring
- 60. SOCKS5
- 61. Network
- 62. Port mapping
- 63. A mapped port, and addresses
- 64. Tunnels
- 65. Tunnels through ngrok
- 66. Tunnels through ssh and tor
- 67. Runs of sftp
- 68. Files on SFTP servers
- 69. Sending mail
- 70. Alerts
- 71. Security log
- 72. Connections of a server
- 73. Relay server
- 74. Where to connect
- 75. Channels
- 76. Connections
- 77. Records of a chat
- 78. Files on their way
- 79. Shared folders
- 80. Files by way of a server
- 81. Offers of others
- 82. File desk
- 83. Hidden messages in the chat
- 84. Locking
- 85. Chat client
- 86. Commands
- 87. Chat commands: talking and rooms
- 88. Chat commands: people and servers
- 89. Chat commands: files
- 90. Chat commands: records
- 91. Chat commands: hidden messages
- 92. Console commands
- 93. Terminal input
- 94. Terminal
- 95. Words for events
- 96. Faces: terminal and JSON lines
- 97. Activities
- 98. Chatting directly
- 99. SFTP for other programs
-100. Demonstration
-101. Session
-102. Shell
-103. Hidden messages in the shell
-104. USB keys in the shell
-105. Alerts in the shell
-106. Backups in the shell
-107. Command line
-108. Menu
+ 54. What is never shredded
+ 55. What to shred
+ 56. Shredding
+ 57. History and outbox
+ 58. Contacts
+ 59. Transfers on record
+ 60. Backing up and restoring
+ 61. SOCKS5
+ 62. Network
+ 63. Port mapping
+ 64. A mapped port, and addresses
+ 65. Tunnels
+ 66. Tunnels through ngrok
+ 67. Tunnels through ssh and tor
+ 68. Runs of sftp
+ 69. Files on SFTP servers
+ 70. Sending mail
+ 71. Alerts
+ 72. Security log
+ 73. Connections of a server
+ 74. Relay server
+ 75. Where to connect
+ 76. Channels
+ 77. Connections
+ 78. Records of a chat
+ 79. Files on their way
+ 80. Shared folders
+ 81. Files by way of a server
+ 82. Offers of others
+ 83. File desk
+ 84. Hidden messages in the chat
+ 85. Locking
+ 86. Chat client
+ 87. Commands
+ 88. Chat commands: talking and rooms
+ 89. Chat commands: people and servers
+ 90. Chat commands: files
+ 91. Chat commands: records
+ 92. Chat commands: hidden messages
+ 93. Console commands
+ 94. Terminal input
+ 95. Terminal
+ 96. Words for events
+ 97. Faces: terminal and JSON lines
+ 98. Activities
+ 99. Chatting directly
+100. SFTP for other programs
+101. Demonstration
+102. Session
+103. Shell
+104. Hidden messages in the shell
+105. USB keys in the shell
+106. Alerts in the shell
+107. Backups in the shell
+108. Command line
+109. Menu
 
 The protocol is written down where it is made: frames and contents byte by byte in "Wire format",
 the keys of two people in "Identity, trust and tokens" and "Pairwise session", those of a room in
@@ -7646,6 +7647,7 @@ CORE_HEADER, INFO_HEADERS = 12, (40, 52, 56, 108, 124)
 BI_RGB, BI_BITFIELDS = 0, 3
 COMPRESSION_NAMES = {1: "RLE", 2: "RLE", 4: "a JPEG inside", 5: "a PNG inside", 6: "alpha masks"}
 BYTE_MASKS = {0xFF << 8 * place: place for place in range(4)}
+NARROW_ROW = 64  # bytes: shorter rows are copied column by column, as there can be millions
 BITMAP_HINT = "Save it anew as an uncompressed BMP of 24 bits; most paint programs can."
 
 
@@ -7725,17 +7727,38 @@ class Bitmap:
         starts = range(self._offset, end, self._stride)
         return starts if self._top_down else starts[::-1]
 
-    def samples(self) -> bytes:
+    def _columns(self) -> list:
+        """For each sample of a row: where it stands in the file, in all rows from the top down."""
+        columns, long = [], self._stride * (self.height - 1)
+        for pixel in range(0, self.width * self._bits // 8, self._bits // 8):
+            for place in self._colours:
+                first = self._offset + pixel + place
+                down = slice(first, first + long + 1, self._stride)
+                up = slice(first + long, first - 1, -self._stride)
+                columns.append(down if self._top_down else up)
+        return columns
+
+    def _is_narrow(self) -> bool:
+        return self._stride <= NARROW_ROW
+
+    def samples(self) -> bytearray:
         """The colour samples, rows from the top down."""
         size = self.width * self._bits // 8
+        if self._is_narrow():
+            samples = bytearray(self.count)
+            for index, column in enumerate(self._columns()):
+                samples[index :: 3 * self.width] = self._data[column]
+            return samples
+        pixels = bytearray(size * self.height)  # a list of rows would take more than the picture
         with memoryview(self._data) as view:
-            pixels = b"".join([view[start : start + size] for start in self._rows()])
+            for index, start in enumerate(self._rows()):
+                pixels[index * size : (index + 1) * size] = view[start : start + size]
         if self._bits == 24:
             return pixels
         samples = bytearray(self.count)
         for index, place in enumerate(self._colours):
             samples[index::3] = pixels[place::4]
-        return bytes(samples)
+        return samples
 
     def some_rows(self, most: int) -> list:
         """The colour samples of at most `most` rows, evenly spread."""
@@ -7749,6 +7772,10 @@ class Bitmap:
     def with_samples(self, samples: bytes) -> bytearray:
         """The whole file with other colour samples; all else in it stays as it is."""
         data, size = bytearray(self._data), 3 * self.width
+        if self._is_narrow():
+            for index, column in enumerate(self._columns()):
+                data[column] = samples[index::size]
+            return data
         with memoryview(samples) as view:
             for index, start in enumerate(self._rows()):
                 row = view[index * size : (index + 1) * size]
@@ -8078,7 +8105,8 @@ class HiddenMessage(Record):
     content: bytes
 
     def encode(self) -> bytes:
-        """Compressed if that makes it shorter."""
+        """Compressed if that makes it shorter; ChatError `too-large` if nobody could open it."""
+        check_message_size(len(self.content))
         small = zlib.compress(self.content)
         compressed = len(small) + 4 < len(self.content)
         name = text_block(self.name) if self.name else b""
@@ -8096,6 +8124,12 @@ class HiddenMessage(Record):
         size = reader.number(4) if kind & 2 else None
         content = reader.rest()
         return cls(name, content if size is None else _decompressed(content, size))
+
+
+def check_message_size(size: int) -> None:
+    if size > MESSAGE_MOST:
+        text = f"A hidden message has at most {MESSAGE_MOST >> 20} MiB."
+        raise ChatError(text, "Take a shorter one.", "too-large")
 
 
 def _decompressed(data: bytes, size: int) -> bytes:
@@ -8244,9 +8278,13 @@ def hide(bitmap: Bitmap, message: HiddenMessage, lock: PassphraseLock | ContactL
 
 
 def reveal(bitmap: Bitmap, lock: PassphraseLock | ContactLock) -> HiddenMessage:
-    """What is hidden; ChatError `locked` if nothing opens with this lock, or nothing is there."""
+    """What is hidden; ChatError `locked` if nothing opens with this lock, or nothing is there.
+
+    `too-large` if the picture is too small to hold anything for anybody.
+    """
+    Layout(bitmap.count, 0)
     try:
-        payload = Carrier(bitmap, lock).reveal()
+        payload = Carrier(bitmap, lock).reveal() if _has_room(bitmap, lock) else None
         if payload is not None:
             return HiddenMessage.decode(payload)
     except RemoteProtocolError:
@@ -8254,6 +8292,15 @@ def reveal(bitmap: Bitmap, lock: PassphraseLock | ContactLock) -> HiddenMessage:
         raise ChatError("What is hidden in this picture is damaged.", hint, "protocol") from None
     text = "Nothing in this picture opens: it holds no message, or one that is locked otherwise."
     raise ChatError(text, LOCKED_HINT, "locked")
+
+
+def _has_room(bitmap: Bitmap, lock: PassphraseLock | ContactLock) -> bool:
+    """A small picture may have none for what is for a contact, but for what a passphrase locks."""
+    try:
+        Layout(bitmap.count, lock.wrapped)
+    except ChatError:
+        return False
+    return True
 
 
 LOCKED_HINT = (
@@ -11057,6 +11104,10 @@ NETWORK_SYSTEMS = (
     "fuse.s3fs", "fuse.sshfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "vboxsf",
     "virtiofs", "webdav",
 )  # fmt: skip
+KERNEL_SYSTEMS = (  # what is written there is no content, but an order to the system
+    "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "efivarfs", "fusectl", "proc",
+    "pstore", "securityfs", "selinuxfs", "sysfs", "tracefs",
+)  # fmt: skip
 VIRTUAL_DISKS = ("/virtio", "/vmbus", "/VMBUS", "/xen", "/vbd-")  # in a disk's place in sysfs
 POOLED = ("-tpool", "-real", "-cow")  # how LVM calls what lies under thin volumes and snapshots
 MOUNT_LINE = LazyPattern(r"(.*?) on (.*) \(([^,)]+)(.*)\)")  # of the program `mount`, on macOS
@@ -11214,8 +11265,13 @@ def medium_of(path: str) -> Medium:
     return judge_mount(mount, lambda: unsure) if mount else unsure
 
 
+def linux_mounts() -> list:
+    """All Mounts; none on other systems."""
+    return parse_mountinfo(_read_word("/proc/self/mountinfo"))
+
+
 def _linux_medium(path: str, loops: int) -> Medium:
-    mount = find_mount(parse_mountinfo(_read_word("/proc/self/mountinfo")), path)
+    mount = find_mount(linux_mounts(), path)
     if mount is None or not loops:
         return Medium(UNKNOWN, "it is not known what it lies on", WHOLE_DISK)
     deeper = functools.partial(_linux_medium, loops=loops - 1)
@@ -11369,7 +11425,7 @@ class LinuxVolumes(Volumes):
 
     def is_there(self, volume: Volume) -> bool:
         """Without touching the stick. One that was pulled may stay mounted: its device is gone."""
-        mounts = parse_mountinfo(_read_word("/proc/self/mountinfo"))
+        mounts = linux_mounts()
         mounted = any((m.device, m.point) == (volume.device, volume.path) for m in mounts)
         return mounted and os.path.exists(os.path.join("/sys/dev/block", volume.device))
 
@@ -13240,7 +13296,7 @@ def _received_before(client, remote: str, path: str, size) -> Transferred | None
 
 
 # ==================================================================================================
-# Part 53. Hidden messages on disk | uses 1, 2, 26, 33, 41
+# Part 53. Hidden messages on disk | uses 1-3, 26, 33, 41, 52
 #
 # Which files are read to hide something and where results go, for the shell and the chat. Nothing
 # here ever overwrites a file.
@@ -13277,7 +13333,10 @@ def read_chosen(path: str, most: int) -> bytes:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "it is no file")
         with open(path, "rb") as file:
-            data = file.read(most + 1)
+            size = min(os.fstat(file.fileno()).st_size, most)
+            data = file.read(size + 1)  # no more, as so much memory is taken at once
+            if len(data) > size:  # it grows, or tells no size
+                data += file.read(most - size)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "its name is not valid"
         text = f"{one_line(path)} cannot be read: {reason}."
@@ -13294,27 +13353,120 @@ def name_taken(path: str) -> ChatError:
 
 
 def write_new(path: str, data: bytes | bytearray, mode: int) -> None:
-    """A file that was not there before, whole or not at all."""
-    made = False
+    """A file that was not there before, whole or not at all; `mode` is narrowed by the umask."""
+    temporary = ""
     try:
+        if os.path.lexists(path):
+            raise FileExistsError
+        name = f".{random_bytes(8).hex()}{PART_ENDING}"  # short, whatever the other's length
+        temporary = os.path.join(os.path.dirname(path), name)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(path, flags, mode), "wb") as file:
-            made = True
+        with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        rename_free(temporary, path)
     except FileExistsError:
         raise name_taken(path) from None
     except (OSError, ValueError) as error:
-        if made:
-            os.unlink(path)
         reason = getattr(error, "strerror", None) or "its name is not valid"
         text = f"Writing {one_line(path)} failed: {reason}."
         raise ChatError(text, "Check its folder, and the space there.", "storage") from None
+    finally:
+        if temporary and os.path.exists(temporary):  # also when it was interrupted
+            os.unlink(temporary)
 
 
 # ==================================================================================================
-# Part 54. What to shred | uses 1, 2, 16, 26, 41, 46, 50
+# Part 54. What is never shredded | uses 26, 41
+#
+# The home folder, the current folder and what trchat itself lives on, known by device and inode, so
+# that no other way to them (a link, a second mount) leads to their end.
+# ==================================================================================================
+
+INSIDE_OWN = "it belongs to trchat: only files in an inbox are shredded, /wipe destroys a profile"
+
+
+FOUND_THROUGH = "a folder that is never shredded is found through it"
+
+
+def _check_own(folder: str, name: str, own: dict) -> None:
+    """OSError for a name in a folder of trchat's; but what has come into an inbox is like other
+    files. `folder` is a real path, so that no link leads out of an inbox."""
+    for above in _ancestors(folder):
+        is_inbox = own.get(_key(os.stat(above)))
+        if is_inbox is False:
+            raise OSError(errno.EBUSY, INSIDE_OWN)
+        if is_inbox:
+            if above == folder and name.endswith(PART_ENDING):
+                raise OSError(errno.EBUSY, "it is still coming: /cancel in the chat gives it up")
+            return
+
+
+def _guarded_folders(home: str) -> tuple:
+    """({(device, inode): why it is never shredded}, {the same pair of each folder that trchat keeps
+    its files in, whatever the way to it: whether it is an inbox})."""
+    try:
+        here = os.getcwd()
+    except OSError:
+        here = os.sep  # it is gone
+    guarded, own = {}, _own_folders(home)
+    for path, itself, above in (
+        (os.path.expanduser("~"), "it is your home folder", "your home folder is in it"),
+        (here, "it is the current folder", "the current folder is in it"),
+        *((path, INSIDE_OWN, "trchat keeps its files in it") for path in reversed(own)),
+    ):
+        for link in _links_on_the_way(path):
+            guarded[_key(os.lstat(link))] = FOUND_THROUGH
+        for number, folder in enumerate(_ancestors(os.path.realpath(path))):
+            if os.path.isdir(folder):
+                guarded[_key(os.stat(folder))] = above if number else itself
+    return guarded, {_key(os.stat(path)): os.path.basename(path) == INBOX for path in own}
+
+
+def _own_folders(home: str) -> list:
+    """trchat's folder, those of its profiles, and what is in these; a link may be among them."""
+    found = [home] if os.path.isdir(home) else []
+    for profile in _folders_in(home):
+        if os.path.isdir(os.path.join(profile, "cert")):
+            found += [profile, *_folders_in(profile)]
+    return found
+
+
+def _folders_in(folder: str) -> list:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.path for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def _links_on_the_way(path: str) -> list:
+    """The links that a path leads through, and their targets in turn."""
+    found, waiting = [], [os.path.abspath(path)]
+    while waiting:
+        for above in _ancestors(waiting.pop()):
+            if os.path.islink(above) and above not in found:
+                found.append(above)
+                target = os.path.join(os.path.dirname(above), os.readlink(above))
+                waiting.append(os.path.normpath(target))
+    return found
+
+
+def _key(info) -> tuple:
+    return info.st_dev, info.st_ino
+
+
+def _ancestors(path: str) -> list:
+    """A path, the folder it is in, and so on to the root."""
+    found = [path]
+    while os.path.dirname(found[-1]) != found[-1]:
+        found.append(os.path.dirname(found[-1]))
+    return found
+
+
+# ==================================================================================================
+# Part 55. What to shred | uses 1, 2, 16, 41, 46, 50, 54
 #
 # First a survey that changes nothing: what there is under some names, what of it is refused and
 # why. What it found is known again by device and inode: a link or another file that is swapped in
@@ -13333,12 +13485,13 @@ KIND_WORDS = {  # S_IFIFO, S_IFCHR, S_IFBLK and S_IFSOCK
 class ShredName:
     """A name in a folder, and what the survey found behind it."""
 
-    __slots__ = ("name", "device", "inode", "size", "data", "mode", "links")
+    __slots__ = ("name", "device", "inode", "size", "data", "mode", "links", "settled")
 
     def __init__(self, name: str, info):
         self.name, self.device, self.inode = name, info.st_dev, info.st_ino
         self.size, self.mode, self.links = info.st_size, info.st_mode, info.st_nlink
         self.data = min(info.st_size, getattr(info, "st_blocks", 1 << 62) * 512)  # bytes to write
+        self.settled = False  # it is gone, or reported as what is not
 
     def is_same(self, info) -> bool:
         kind = stat.S_IFMT(self.mode) == stat.S_IFMT(info.st_mode)
@@ -13380,7 +13533,7 @@ class ShredFolder:
 
     def depth(self) -> int:
         chain = self.chain()
-        return chain[0].found.name.count(os.sep) + len(chain)
+        return chain[0].found.name.rstrip(os.sep).count(os.sep) + len(chain)
 
 
 class OpenFolder:
@@ -13390,8 +13543,11 @@ class OpenFolder:
     last one: whatever is swapped on the way, they stay in that folder.
     """
 
-    def __init__(self, folder: ShredFolder):
-        self._handle, self._path = None, folder.path
+    def __init__(self, folder: ShredFolder, near: OpenFolder | None = None):
+        """`near` is an open one, which saves the way if this one is just above or below it."""
+        self._handle, self._path, self._folder = None, folder.path, folder
+        if near is not None and self._is_opened_from(near):
+            return
         chain = folder.chain()
         if not HAS_DIR_FD:
             for number, part in enumerate(chain):
@@ -13407,6 +13563,20 @@ class OpenFolder:
             except OSError:
                 self.close()
                 raise
+
+    def _is_opened_from(self, near: OpenFolder) -> bool:
+        """False if it is not beside it, or not what it was: then the whole way gives the reason."""
+        below, above = self._folder.parent is near._folder, near._folder.parent is self._folder
+        if near._handle is None or not (below or above):
+            return False
+        try:
+            name = self._folder.found.name if below else os.pardir
+            self._handle = os.open(name, FOLDER_FLAGS, dir_fd=near._handle)
+            _check_same(self._folder.found, os.fstat(self._handle))
+            return True
+        except OSError:
+            self.close()
+            return False
 
     def __enter__(self):
         return self
@@ -13451,12 +13621,18 @@ class OpenFolder:
             raise
         return handle
 
-    def make_writable(self, found: ShredName) -> None:
-        mode = stat.S_IMODE(found.mode) | stat.S_IWUSR
-        if self._handle is None:
+    def set_mode(self, found: ShredName, mode: int) -> None:
+        handle = None
+        if self._handle is not None:
+            try:
+                handle = self.open(found, os.O_RDONLY)
+            except PermissionError:
+                pass  # it may not even be read
+        if handle is None:
             self.check(found)
-            return os.chmod(self._place(found.name), mode)
-        handle = self.open(found, os.O_RDONLY)
+            follow = os.chmod not in os.supports_follow_symlinks
+            place = self._place(found.name)
+            return os.chmod(place, mode, dir_fd=self._handle, follow_symlinks=follow)
         try:
             return os.chmod(handle, mode)
         finally:
@@ -13477,6 +13653,28 @@ class OpenFolder:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
                     raise
+
+
+class FolderWalk:
+    """Opens folders of a plan one after the other, each from the one before if they are close.
+
+    Else the time would grow with the square of a tree's depth.
+    """
+
+    def __init__(self):
+        self._last: OpenFolder | None = None
+
+    def open(self, folder: ShredFolder) -> OpenFolder:
+        """It stays open until the next one is."""
+        place = OpenFolder(folder, self._last)
+        self.close()
+        self._last = place
+        return place
+
+    def close(self) -> None:
+        if self._last is not None:
+            self._last.close()
+            self._last = None
 
 
 def _check_same(found: ShredName, info) -> None:
@@ -13511,6 +13709,9 @@ class ShredPlan:
         self._taken: set = set()  # names that are in the plan
         self._tops: dict = {}  # real path -> ShredFolder without a parent
         self._guarded, self._own = _guarded_folders(home)
+        self._mounts = linux_mounts()
+        self._points = {mount.point for mount in self._mounts}
+        self._point_names = {os.path.basename(point) for point in self._points}
 
     def add(self, path: str) -> None:
         """Looks through one name that somebody typed; changes nothing."""
@@ -13521,14 +13722,19 @@ class ShredPlan:
             self.refuse(path, error)
         except ValueError:  # with a zero in it, or half a character
             self.refuse(path, FileNotFoundError())
+        walk = FolderWalk()
         while waiting:
-            self._look_through(waiting.pop(), waiting)
+            self._look_through(walk, waiting.pop(), waiting)
+        walk.close()
 
     def _add_named(self, path: str, waiting: list) -> None:
         folder, name = _split_path(path)
         if not name:
             raise OSError(errno.EBUSY, "a whole drive is never shredded")
         _check_own(folder, name, self._own)
+        mount = find_mount(self._mounts, os.path.join(folder, name))
+        if mount is not None and mount.kind in KERNEL_SYSTEMS:
+            raise OSError(errno.EBUSY, f"it is no file, but a part of the system ({mount.kind})")
         top = self._top(folder)
         with OpenFolder(top) as place:
             info = place.lstat(name)
@@ -13565,13 +13771,13 @@ class ShredPlan:
             self._devices.add(info.st_dev)
             self.media.append(medium_of(path))
 
-    def _look_through(self, folder: ShredFolder, waiting: list) -> None:
+    def _look_through(self, walk: FolderWalk, folder: ShredFolder, waiting: list) -> None:
         try:
-            with OpenFolder(folder) as place:
-                if not place.may_change():
-                    raise OSError(errno.EACCES, "nothing may be removed from it")
-                for name, info in place.names():
-                    self._add_name(folder, name, info, waiting)
+            place = walk.open(folder)
+            if not place.may_change():
+                raise OSError(errno.EACCES, "nothing may be removed from it")
+            for name, info in place.names():
+                self._add_name(folder, name, info, waiting)
         except OSError as error:
             self.refuse(folder.path, error)
             folder.keep()
@@ -13582,11 +13788,18 @@ class ShredPlan:
             return  # somebody typed it twice
         self._taken.add(key)
         found = ShredName(name, info)
-        if _is_link(info):
+        reason = self._guarded.get(_key_of(found)) or self._mounted(folder, found)
+        if reason:
+            self._keep(folder, name, reason)
+        elif _is_link(info):
             folder.links.append(found)
             self.links += 1
         elif stat.S_ISDIR(info.st_mode):
-            self._add_folder(folder, found, waiting)
+            child = ShredFolder(folder, found)
+            folder.folders.append(child)
+            self.folders.append(child)
+            self.trees += 1
+            waiting.append(child)
         elif stat.S_ISREG(info.st_mode):
             self._add_file(folder, found)
         else:
@@ -13597,18 +13810,17 @@ class ShredPlan:
         self.refused.append((folder.path_of(name), reason))
         folder.keep()
 
-    def _add_folder(self, folder: ShredFolder, found: ShredName, waiting: list) -> None:
-        guard = self._guarded.get(_key_of(found))
-        if guard:
-            self._keep(folder, found.name, guard)
-        elif folder.parent is not None and found.device != folder.found.device:
-            self._keep(folder, found.name, "another file system begins there; name it by itself")
-        else:
-            child = ShredFolder(folder, found)
-            folder.folders.append(child)
-            self.folders.append(child)
-            self.trees += 1
-            waiting.append(child)
+    def _mounted(self, folder: ShredFolder, found: ShredName) -> str:
+        """Why a name in a tree is left out, since what is there belongs elsewhere."""
+        if folder.parent is None:
+            return ""  # somebody named just this
+        # Of an overlay's files the numbers may differ from those of its folders.
+        tells = stat.S_ISDIR(found.mode) or not self._mounts
+        if tells and found.device != folder.found.device:
+            return "another file system begins there; name it by itself"
+        if found.name in self._point_names and folder.path_of(found.name) in self._points:
+            return "something else is mounted there; name it by itself"
+        return ""
 
     def _add_file(self, folder: ShredFolder, found: ShredName) -> None:
         if found.is_read_only:
@@ -13628,54 +13840,8 @@ class ShredPlan:
         return None
 
 
-INSIDE_OWN = "it belongs to trchat: only files in an inbox are shredded, /wipe destroys a profile"
-
-
-def _check_own(folder: str, name: str, own: tuple | None) -> None:
-    """OSError for a name in trchat's folder; but what has come into an inbox there is like other
-    files. `folder` is a real path, so that no link leads out of an inbox."""
-    above = _ancestors(folder)
-    depth = next((d for d, path in enumerate(above) if _key(os.stat(path)) == own), None)
-    if depth is None:
-        return
-    if depth < 2 or os.path.basename(above[depth - 2]) != INBOX:
-        raise OSError(errno.EBUSY, INSIDE_OWN)
-    if depth == 2 and name.endswith(PART_ENDING):
-        raise OSError(errno.EBUSY, "it is still coming: /cancel in the chat gives it up")
-
-
-def _guarded_folders(home: str) -> tuple:
-    """({(device, inode): why it is never shredded}, the same pair of trchat's own folder)."""
-    try:
-        here = os.getcwd()
-    except OSError:
-        here = os.sep  # it is gone
-    guarded = {}
-    for path, itself, above in (
-        (os.path.expanduser("~"), "it is your home folder", "your home folder is in it"),
-        (here, "it is the current folder", "the current folder is in it"),
-        (home, INSIDE_OWN, "trchat keeps its files in it"),
-    ):
-        for number, folder in enumerate(_ancestors(os.path.realpath(path))):
-            if os.path.isdir(folder):
-                guarded[_key(os.stat(folder))] = above if number else itself
-    return guarded, _key(os.stat(home)) if os.path.isdir(home) else None
-
-
-def _key(info) -> tuple:
-    return info.st_dev, info.st_ino
-
-
 def _key_of(found: ShredName) -> tuple:
     return found.device, found.inode
-
-
-def _ancestors(path: str) -> list:
-    """A path, the folder it is in, and so on to the root."""
-    found = [path]
-    while os.path.dirname(found[-1]) != found[-1]:
-        found.append(os.path.dirname(found[-1]))
-    return found
 
 
 def _split_path(path: str) -> tuple:
@@ -13766,7 +13932,7 @@ def _names(paths: list) -> str:
 
 
 # ==================================================================================================
-# Part 55. Shredding | uses 2, 3, 16, 41, 44, 54
+# Part 56. Shredding | uses 2, 3, 16, 41, 44, 55
 #
 # What a survey found is overwritten with the keystream of AES-256 in counter mode, whose key is
 # drawn for each file and forgotten, then emptied, renamed at random and removed; the disk is synced
@@ -13783,6 +13949,7 @@ BATCH_FILES, BATCH_BYTES = 64, 16 << 20  # of one folder at a time; larger files
 SYNC_BYTES = 256 << 20  # written at most before the disk is waited for
 NAME_LETTERS = "abcdefghijklmnopqrstuvwxyz234567"
 HALF_DONE = "part of its content is overwritten, its name is still there: shred it again"
+DONE_ELSEWHERE = "its content is overwritten through another of its names: shred it again"
 
 
 class ShredResult:
@@ -13800,6 +13967,7 @@ class _ShredFile:
     def __init__(self, found: ShredName, handle: int):
         self.found, self.handle = found, handle
         self.begun, self.passes = False, 0
+        self.was_read_only = False  # its mode has been changed
         key, nonce = random_bytes(32), random_bytes(16)
         cipher = _ciphers.Cipher(_algorithms.AES(key), _modes.CTR(nonce))
         self.noise = cipher.encryptor().update
@@ -13867,19 +14035,30 @@ class Shredder:
         self._plan, self._passes, self._watch = plan, passes, watch
         self._done, self._total = 0, plan.data * passes
         self._counted: set = set()  # contents with several names
+        self._begun: set = set()  # of those, the ones that are not as they were
         self._folder: Any = None  # the ShredFolder that is being worked on
 
     def run(self) -> ShredResult:
+        walk = FolderWalk()
         for folder in self._plan.bottom_up():
             if self._is_stopped():
                 break
             self._folder = folder
             try:
-                with OpenFolder(folder) as place:
-                    self._work(place)
+                self._work(walk.open(folder))
             except OSError as error:
                 self._refuse(folder.path, reason_of(error))
+        walk.close()
+        if self.result.interrupted:
+            self._report_other_names()
         return self.result
+
+    def _report_other_names(self) -> None:
+        """Names that were not begun, of a content that was through another name."""
+        for folder in self._plan.folders:
+            for found in folder.files:
+                if not found.settled and (found.device, found.inode) in self._begun:
+                    self.result.refused.append((folder.path_of(found.name), DONE_ELSEWHERE))
 
     def _work(self, place: OpenFolder) -> None:
         for batch in _batches(self._folder.files):
@@ -13917,6 +14096,18 @@ class Shredder:
         finally:
             for file in opened:
                 os.close(file.handle)
+                self._let_go(place, file)
+
+    def _let_go(self, place: OpenFolder, file: _ShredFile) -> None:
+        """Notes what is no longer as it was; what still is gets its mode back."""
+        found = file.found
+        if file.begun and found.links > 1:
+            self._begun.add((found.device, found.inode))
+        if file.was_read_only and not file.begun and not file.passes:
+            try:
+                place.set_mode(found, stat.S_IMODE(found.mode))
+            except OSError:
+                pass  # it is another one by now, say
 
     def _each(self, items: list, action) -> list:
         """Runs an action for each; those for which it fails are reported and left out."""
@@ -13928,18 +14119,25 @@ class Shredder:
             except OSError as error:
                 found, reason = getattr(item, "found", item), reason_of(error)
                 half = f"; {HALF_DONE}" if getattr(item, "begun", False) else ""
+                found.settled = True
                 self._refuse(self._folder.path_of(found.name), reason + half)
         return sound
 
     def _open(self, place: OpenFolder, found: ShredName) -> _ShredFile:
         try:
-            handle = place.open(found, os.O_WRONLY)
+            return _ShredFile(found, place.open(found, os.O_WRONLY))
         except PermissionError:
             if not found.is_read_only:
                 raise
-            place.make_writable(found)
-            handle = place.open(found, os.O_WRONLY)
-        return _ShredFile(found, handle)
+        mode = stat.S_IMODE(found.mode)
+        place.set_mode(found, mode | stat.S_IWUSR)
+        try:
+            file = _ShredFile(found, place.open(found, os.O_WRONLY))
+        except OSError:
+            place.set_mode(found, mode)
+            raise
+        file.was_read_only = True
+        return file
 
     def _overwrite(self, file: _ShredFile) -> None:
         """One pass; it ends early when all is to end."""
@@ -13977,21 +14175,28 @@ class Shredder:
                     place.check(found)
                     renamed.append((found, _rename(place, found.name)))
                 except OSError as error:
-                    self._fail_name(found, kind, error)
+                    self._fail_name(place, found, found.name, kind, error)
             if renamed:
-                place.sync()
-                for found, name in renamed:
-                    self._remove_one(place, found, name, kind)
-                place.sync()
+                self._remove_renamed(place, renamed, kind)
 
-    def _remove_one(self, place: OpenFolder, found: ShredName, name: str, kind: str) -> None:
+    def _remove_renamed(self, place: OpenFolder, renamed: list, kind: str) -> None:
         try:
-            place.remove(name, kind == "folders")
+            place.sync()
         except OSError as error:
-            self._fail_name(found, kind, error)
-            if name != found.name:
-                place.rename(name, found.name)
+            for found, name in renamed:
+                self._fail_name(place, found, name, kind, error)
             return
+        for found, name in renamed:
+            try:
+                place.remove(name, kind == "folders")
+            except OSError as error:
+                self._fail_name(place, found, name, kind, error)
+            else:
+                self._count(found, kind)
+        place.sync()
+
+    def _count(self, found: ShredName, kind: str) -> None:
+        found.settled = True
         result = self.result
         setattr(result, kind, getattr(result, kind) + 1)
         key = (found.device, found.inode)
@@ -14000,9 +14205,18 @@ class Shredder:
             if found.links > 1:
                 self._counted.add(key)
 
-    def _fail_name(self, found: ShredName, kind: str, error: OSError) -> None:
+    def _fail_name(
+        self, place: OpenFolder, found: ShredName, name: str, kind: str, error: OSError
+    ) -> None:
+        """Something stays, if under the random `name` it has now, it gets its own back."""
+        found.settled = True
+        if isinstance(error, FileNotFoundError):  # somebody else was quicker
+            return self._count(found, kind) if kind == "files" else None
+        reason = reason_of(error)
+        if name != found.name and not _rename_back(place, name, found.name):
+            reason += f"; it is now named {name}"
         before = "its content is overwritten, but its name stays: " if kind == "files" else ""
-        self._refuse(self._folder.path_of(found.name), before + reason_of(error))
+        return self._refuse(self._folder.path_of(found.name), before + reason)
 
 
 def _batches(names: list):
@@ -14028,6 +14242,20 @@ def _rename(place: OpenFolder, name: str) -> str:
     except OSError:
         return name  # no room for it, say: what matters more is that it goes
     return new
+
+
+def _rename_back(place: OpenFolder, name: str, old: str) -> bool:
+    """Whether it has its old name again; nothing that has taken that meanwhile is replaced."""
+    try:
+        place.lstat(old)
+        return False
+    except FileNotFoundError:
+        pass
+    try:
+        place.rename(name, old)
+        return True
+    except OSError:
+        return False
 
 
 def shred(plan: ShredPlan, passes: int, watch) -> ShredResult:
@@ -14089,7 +14317,7 @@ def shred_words(done: int, total: int) -> str:
 
 
 # ==================================================================================================
-# Part 56. History and outbox | uses 1-3, 28, 41, 44
+# Part 57. History and outbox | uses 1-3, 28, 41, 44
 #
 # What a profile keeps of conversations, sealed with a key that only one's own identity opens. A log
 # is only added to, and what cannot be read in it is left alone, so that no mistake here destroys
@@ -14552,7 +14780,7 @@ def _store(function, args: tuple, then, failed) -> None:
 
 
 # ==================================================================================================
-# Part 57. Contacts | uses 1-4, 6, 41
+# Part 58. Contacts | uses 1-4, 6, 41
 #
 # Whom the owner of a profile knows: contacts, people who are blocked, and who was met under which
 # name on which server. Names here are told apart by what they look like, people by their keys.
@@ -14993,7 +15221,7 @@ class Contacts:
 
 
 # ==================================================================================================
-# Part 58. Transfers on record | uses 1, 2, 28, 41
+# Part 59. Transfers on record | uses 1, 2, 28, 41
 #
 # What is offered and wanted, over restarts: transfers.json, sealed under the vault key. People know
 # a transfer by a number, `f3`, programs by the id of the message that offered it.
@@ -15127,7 +15355,7 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 59. Backing up and restoring | uses 1, 2, 26, 30, 31, 41, 49, 50
+# Part 60. Backing up and restoring | uses 1, 2, 26, 30, 31, 41, 49, 50
 #
 # Reads and writes backups block by block, so that memory stays small. A backup appears under its
 # name when it is whole; a profile is unpacked beside the others and gets its name at the end.
@@ -15485,7 +15713,7 @@ def _remove_unpacked(home: str) -> None:
 
 
 # ==================================================================================================
-# Part 60. SOCKS5 | uses 1, 2, 4, 41
+# Part 61. SOCKS5 | uses 1, 2, 4, 41
 #
 # The way to hosts that only a proxy finds: onion services, through Tor (RFC 1928, no password).
 # ==================================================================================================
@@ -15569,7 +15797,7 @@ def _receive(sock, count: int, limit: float) -> bytes:
 
 
 # ==================================================================================================
-# Part 61. Network | uses 1-4, 41, 49, 60
+# Part 62. Network | uses 1-4, 41, 49, 61
 #
 # TLS 1.3 over memory buffers, each owned by one thread, and the ways to a connected socket. A
 # shared SSLSocket between two threads can deadlock (CPython issue 137583); these cannot.
@@ -15838,7 +16066,7 @@ def local_addresses() -> list:
 
 
 # ==================================================================================================
-# Part 62. Port mapping | uses 1-3, 9, 10, 41, 44, 61
+# Part 63. Port mapping | uses 1-3, 9, 10, 41, 44, 62
 #
 # Opens a port in the home router, by UPnP, NAT-PMP or PCP, whichever it speaks, and keeps it open.
 # Every question has an end in time; a mapping is written down before it is made, so that the next
@@ -16304,7 +16532,7 @@ def find_routers(routers: list) -> list:
 
 
 # ==================================================================================================
-# Part 63. A mapped port, and addresses | uses 1-4, 9, 10, 41, 44, 61, 62
+# Part 64. A mapped port, and addresses | uses 1-4, 9, 10, 41, 44, 62, 63
 #
 # A port kept open in the router; this machine's addresses, the one its router has, and the one the
 # world sees. No outside service is asked anything before the caller has said yes.
@@ -16663,7 +16891,7 @@ def address_report(may_ask) -> tuple:
 
 
 # ==================================================================================================
-# Part 64. Tunnels | uses 1, 2, 41, 44
+# Part 65. Tunnels | uses 1, 2, 41, 44
 #
 # Ways in from outside to a port of 127.0.0.1, each through a program that knows how: ngrok, ssh or
 # tor. It carries ciphertext only, dies with us, and is started anew when it ends before that.
@@ -17059,7 +17287,7 @@ class Tunnel:
 
 
 # ==================================================================================================
-# Part 65. Tunnels through ngrok | uses 2, 3, 41, 64
+# Part 66. Tunnels through ngrok | uses 2, 3, 41, 65
 #
 # The agent's log tells its port, its session and its errors; its API on that port the addresses.
 # Texts change from version to version, so that advice goes by the numbers of errors alone.
@@ -17306,7 +17534,7 @@ class NgrokTunnel(Tunnel):
 
 
 # ==================================================================================================
-# Part 66. Tunnels through ssh and tor | uses 1-4, 41, 44, 64, 65
+# Part 67. Tunnels through ssh and tor | uses 1-4, 41, 44, 65, 66
 #
 # ssh asks a host to forward a port; tor makes an onion service, which is reached through its SOCKS
 # port. And the choice between all that this machine has.
@@ -17662,7 +17890,7 @@ def _try_tunnel(tunnel, name: str, say, passed: list):
 
 
 # ==================================================================================================
-# Part 67. Runs of sftp | uses 1-3, 30, 41, 64, 66
+# Part 68. Runs of sftp | uses 1-3, 30, 41, 65, 67
 #
 # Ordinary SFTP servers are reached by the system's `sftp` in batch mode: with the keys, agent and
 # configuration of its user, never asking, and never trusting a host that is not known.
@@ -17933,7 +18161,7 @@ class SftpSession:
 
 
 # ==================================================================================================
-# Part 68. Files on SFTP servers | uses 1, 2, 26, 30, 41, 52, 67
+# Part 69. Files on SFTP servers | uses 1, 2, 26, 30, 41, 52, 68
 #
 # A sealed file is put into a folder of a server, or fetched from it and opened. What a server
 # stores is authenticated when it is opened, and its size is known before.
@@ -18245,7 +18473,7 @@ def _remove(paths: Paths, place: SftpPlace, name: str) -> None:
 
 
 # ==================================================================================================
-# Part 69. Sending mail | uses 1, 2, 41, 44
+# Part 70. Sending mail | uses 1, 2, 41, 44
 #
 # One mail to one server (SMTP, RFC 5321), with a deadline over all of it, and what its refusals
 # mean for people. Certificates are always verified, and nothing falls back to a connection without
@@ -18486,7 +18714,7 @@ def _is_login_text(error: Exception) -> bool:
 
 
 # ==================================================================================================
-# Part 70. Alerts | uses 1-3, 28, 40, 41, 44, 49, 69
+# Part 71. Alerts | uses 1-3, 28, 40, 41, 44, 49, 70
 #
 # E-mail alerts of a profile. `alerts/settings.json` holds which kinds are mailed, and a box with
 # the rest, whose key is sealed twice: for one's identity and for the key of the server, so that
@@ -18738,7 +18966,7 @@ def _add_all(alerts: AlertQueue, entries: list, now: float) -> None:
 
 
 # ==================================================================================================
-# Part 71. Security log | uses 1, 2, 39, 41, 44, 56, 70
+# Part 72. Security log | uses 1, 2, 39, 41, 44, 57, 71
 #
 # logs/security.log of a profile, one JSON object a line, and the way to note what belongs there:
 # `paths.security.note(kind, ...)`, from any thread. Whoever notes never waits and never fails.
@@ -18939,7 +19167,7 @@ def log_count(rest: str) -> int:
 
 
 # ==================================================================================================
-# Part 72. Connections of a server | uses 1, 41
+# Part 73. Connections of a server | uses 1, 41
 #
 # One accepted connection, and how many of them an address may have.
 # ==================================================================================================
@@ -19043,7 +19271,7 @@ class AddressLimits:
 
 
 # ==================================================================================================
-# Part 73. Relay server | uses 1, 2, 8, 41, 44, 49, 61, 72
+# Part 74. Relay server | uses 1, 2, 8, 41, 44, 49, 62, 73
 #
 # One loop thread owns every socket: it reads what has come, lets the relay machine sort it, and
 # then writes to each receiver, in one go, all that is waiting for it. Nothing here sleeps or polls.
@@ -19531,7 +19759,7 @@ def _request_event(kind: str, bundle: Any) -> dict:
 
 
 # ==================================================================================================
-# Part 74. Where to connect | uses 1, 2, 4, 9, 41, 44, 61
+# Part 75. Where to connect | uses 1, 2, 4, 9, 41, 44, 62
 #
 # What `connect` and /connect are given, turned into addresses and a pin; and the race of a target's
 # addresses, each against that pin.
@@ -19676,7 +19904,7 @@ def _routine_dial(target: Target, address: str, timeout: float, finish, answers)
 
 
 # ==================================================================================================
-# Part 75. Channels | uses 1, 2, 41
+# Part 76. Channels | uses 1, 2, 41
 #
 # A stream's end for a thread of its own. The owner thread of the chat alone touches the stream; it
 # and the thread meet in `exchange`, under one lock.
@@ -19790,7 +20018,7 @@ class Channel:
 
 
 # ==================================================================================================
-# Part 76. Connections | uses 1, 3, 41, 44, 61, 73-75
+# Part 77. Connections | uses 1, 3, 41, 44, 62, 74-76
 #
 # One server of a chat: its machine, its socket, and how it is found again when it is lost. All of
 # it runs in the chat's owner thread, but for dialling.
@@ -20048,7 +20276,7 @@ class Connection:
 
 
 # ==================================================================================================
-# Part 77. Records of a chat | uses 1, 2, 8, 16, 17, 28, 34, 41, 42, 49, 56-58
+# Part 78. Records of a chat | uses 1, 2, 8, 16, 17, 28, 34, 41, 42, 49, 57-59
 #
 # What a chat keeps on its owner's disk, and takes from there at its start: contacts, history, the
 # outbox, settings. Owner thread; whatever waits for the disk is posted to the storekeeper.
@@ -20450,7 +20678,7 @@ def _waiting_message(entry: dict) -> Outgoing:
 
 
 # ==================================================================================================
-# Part 78. Files on their way | uses 1-3, 24-26, 41, 50-52
+# Part 79. Files on their way | uses 1-3, 24-26, 41, 50-52
 #
 # One offer between two people, in a thread of its own at each end: the sender is the SFTP client,
 # the receiver the server. It has nothing to offer but CONTENT, which is `NAME.part` in the inbox
@@ -20878,7 +21106,7 @@ def remove_part(part: str) -> None:
 
 
 # ==================================================================================================
-# Part 79. Shared folders | uses 1-3, 8, 16, 24, 26, 41, 43, 44, 50-52, 58, 78
+# Part 80. Shared folders | uses 1-3, 8, 16, 24, 26, 41, 43, 44, 50-52, 59, 79
 #
 # Folders of ours that named people may look into over SFTP, and what we fetch from theirs. Each
 # look is a stream and a thread of its own.
@@ -21137,7 +21365,7 @@ class Shares:
 
 
 # ==================================================================================================
-# Part 80. Files by way of a server | uses 1-3, 26, 30, 41, 44, 52, 58, 68, 78
+# Part 81. Files by way of a server | uses 1-3, 26, 30, 41, 44, 52, 59, 69, 79
 #
 # For people who are never online together: the file lies sealed on an ordinary SFTP server, and the
 # offer carries what is needed to fetch and open it.
@@ -21224,7 +21452,7 @@ class ByServer:
 
 
 # ==================================================================================================
-# Part 81. Offers of others | uses 1, 8, 26, 30, 41, 44, 50, 52, 58, 75, 77-79
+# Part 82. Offers of others | uses 1, 8, 26, 30, 41, 44, 50, 52, 59, 76, 78-80
 #
 # What others offer and what of that is taken, in the owner thread of a chat; threads receive it.
 # ==================================================================================================
@@ -21431,7 +21659,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 82. File desk | uses 1, 2, 8, 16, 26, 30, 41, 44, 58, 75, 78-81
+# Part 83. File desk | uses 1, 2, 8, 16, 26, 30, 41, 44, 59, 76, 79-82
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -21828,7 +22056,7 @@ class FileDesk:
 
 
 # ==================================================================================================
-# Part 83. Hidden messages in the chat | uses 1-3, 26, 32, 33, 41, 44, 50, 52, 53, 78
+# Part 84. Hidden messages in the chat | uses 1-3, 26, 32, 33, 41, 44, 50, 52, 53, 79
 #
 # A picture is read, filled, opened and written in a thread of its own, which also waits for what a
 # person is asked. It touches nothing of the chat but its inbox.
@@ -22013,7 +22241,7 @@ def _keep_revealed(message: HiddenMessage, inbox: str) -> str:
 
 
 # ==================================================================================================
-# Part 84. Locking | uses 1, 2, 4, 23, 41, 44, 47-49, 77
+# Part 85. Locking | uses 1, 2, 4, 23, 41, 44, 47-49, 78
 #
 # A chat that nobody is to look at for a while. One mechanism, two strengths: a locked screen keeps
 # the connections and only holds back what faces would show; with the keys dropped, the servers are
@@ -22449,7 +22677,7 @@ UNSEALED = (
 
 
 # ==================================================================================================
-# Part 85. Chat client | uses 1, 2, 17, 20, 34, 41, 44, 73, 76, 77, 82, 84
+# Part 86. Chat client | uses 1, 2, 17, 20, 34, 41, 44, 74, 77, 78, 83, 85
 #
 # One owner thread has all connections of a chat. Faces hand it lines and read its events; which
 # conversation a line goes to, and waiting for the last acknowledgements before leaving, are here.
@@ -22915,7 +23143,7 @@ def _direct_status(machine: ClientMachine, name: str) -> dict:
 
 
 # ==================================================================================================
-# Part 86. Commands | uses 1, 2
+# Part 87. Commands | uses 1, 2
 #
 # One table: what a person may type in the chat, on the server's console, in the shell and in the
 # menu. Handlers get the client or server they act on and the rest of the line; they answer with
@@ -23075,7 +23303,7 @@ def _member_fingerprint(room: RoomKeeper, name: str) -> bytes:
 
 
 # ==================================================================================================
-# Part 87. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 86
+# Part 88. Chat commands: talking and rooms | uses 1, 2, 4, 6, 8, 15, 20, 87
 #
 # What a person may type in the chat to talk, to move between conversations, and to run a room.
 # ==================================================================================================
@@ -23413,7 +23641,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 88. Chat commands: people and servers | uses 1, 2, 4, 23, 41, 44, 63, 74, 86, 87
+# Part 89. Chat commands: people and servers | uses 1, 2, 4, 23, 41, 44, 64, 75, 87, 88
 #
 # What a person may type in the chat about people they know, and other servers.
 # ==================================================================================================
@@ -23718,7 +23946,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 89. Chat commands: files | uses 1, 2, 8, 16, 43, 54, 55, 58, 86, 87
+# Part 90. Chat commands: files | uses 1, 2, 8, 16, 43, 55, 56, 59, 87, 88
 #
 # What a person may type about files: to offer, take and share them.
 # ==================================================================================================
@@ -23992,7 +24220,7 @@ for _row in (
 
 
 # ==================================================================================================
-# Part 90. Chat commands: records | uses 1, 2, 6, 8, 16, 38, 41, 56, 71, 86, 87, 89
+# Part 91. Chat commands: records | uses 1, 2, 6, 8, 16, 38, 41, 57, 72, 87, 88, 90
 #
 # What a person may type about what is kept: what waits, what was said, what was chosen.
 # ==================================================================================================
@@ -24233,7 +24461,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 91. Chat commands: hidden messages | uses 1, 2, 16, 41, 43, 53, 83, 86, 87, 89
+# Part 92. Chat commands: hidden messages | uses 1, 2, 16, 41, 43, 53, 84, 87, 88, 90
 #
 # `/hide` makes a picture and offers it as a file; `/reveal` shows what is hidden in one that came.
 # ==================================================================================================
@@ -24367,7 +24595,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 92. Console commands | uses 1, 2, 8, 71, 73, 86
+# Part 93. Console commands | uses 1, 2, 8, 72, 74, 87
 #
 # What a server's operator may type (in the relay's loop thread; answers are notices).
 # ==================================================================================================
@@ -24503,7 +24731,7 @@ for _line in (
 
 
 # ==================================================================================================
-# Part 93. Terminal input | uses 41
+# Part 94. Terminal input | uses 41
 #
 # Where keys come from: a Unix terminal, a Windows console, or a stream without any control. `wait`
 # gives bytes, b"" when another thread woke it and None after the time-out, and raises EOFError at
@@ -24709,7 +24937,7 @@ def _open_input(stdin, interactive: bool):
 
 
 # ==================================================================================================
-# Part 94. Terminal | uses 2, 35-37, 41, 93
+# Part 95. Terminal | uses 2, 35-37, 41, 94
 #
 # The only place that writes to a terminal: every write and every change of the screen happens
 # under one lock, which a thread that waits for keys does not hold.
@@ -25103,7 +25331,7 @@ class Terminal:
 
 
 # ==================================================================================================
-# Part 95. Words for events | uses 2, 8, 16, 35, 43, 86, 87
+# Part 96. Words for events | uses 2, 8, 16, 35, 43, 87, 88
 #
 # The events of a chat as text for people: each kind has its words in one place. A colour only ever
 # repeats what the text says. Nothing here prints.
@@ -25423,7 +25651,7 @@ def complete_chat(client: ChatClient):
 
 
 # ==================================================================================================
-# Part 96. Faces: terminal and JSON lines | uses 2, 35, 41, 44, 84, 86, 94, 95
+# Part 97. Faces: terminal and JSON lines | uses 2, 35, 41, 44, 85, 87, 95, 96
 #
 # A face shows events and reads lines. Only a face prints; only a face knows colours and columns.
 # JSON: standard output carries one object a line and nothing else; everything else is stderr's.
@@ -25905,7 +26133,7 @@ def wait_for_event(event) -> None:
 
 
 # ==================================================================================================
-# Part 97. Activities | uses 1-4, 11, 13, 23, 41, 44, 49, 61, 63, 64, 66, 73, 74, 77, 84-86, 92, 96
+# Part 98. Activities | uses 1-4, 11, 13, 23, 41, 44, 49, 62, 64, 65, 67, 74, 75, 78, 85-87, 93, 97
 #
 # What a person or a script starts: a server, a chat, one message. Each takes options and a face.
 # ==================================================================================================
@@ -26305,7 +26533,7 @@ class Sending:
 
 
 # ==================================================================================================
-# Part 98. Chatting directly | uses 1, 2, 4, 23, 41, 49, 61, 73, 74, 77, 84, 85, 96, 97
+# Part 99. Chatting directly | uses 1, 2, 4, 23, 41, 49, 62, 74, 75, 78, 85, 86, 97, 98
 #
 # A server and a client in one process: whoever comes is asked about, and all ends with the host.
 # ==================================================================================================
@@ -26537,7 +26765,7 @@ class Hosting:
 
 
 # ==================================================================================================
-# Part 99. SFTP for other programs | uses 1, 2, 8, 24, 41, 44, 77, 85, 97
+# Part 100. SFTP for other programs | uses 1, 2, 8, 24, 41, 44, 78, 86, 98
 #
 # `sftp TARGET NAME`: what comes on standard input goes to whoever shares a folder, and what they
 # answer to standard output, byte for byte. OpenSSH's `sftp -D` speaks SFTP over that.
@@ -26649,7 +26877,7 @@ def run_sftp(paths: Paths, options: ConnectOptions, settings: Settings, name: st
 
 
 # ==================================================================================================
-# Part 100. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 49, 61, 73, 74, 85, 86
+# Part 101. Demonstration | uses 1, 3, 4, 8, 11, 13, 23, 49, 62, 74, 75, 86, 87
 #
 # A server and three people in one process, on loopback: each step is tried and its outcome
 # checked, and what the server saw stands beside what the people saw.
@@ -26831,7 +27059,7 @@ class RecordingRelay(RelayMachine):
 
 
 # ==================================================================================================
-# Part 101. Session | uses 1, 2, 35, 41, 42, 45, 49, 59, 71, 94, 96
+# Part 102. Session | uses 1, 2, 35, 41, 42, 45, 49, 60, 72, 95, 97
 #
 # What every activity needs: the arguments, the files of a profile, and ways to ask a person.
 # ==================================================================================================
@@ -26923,8 +27151,9 @@ class Session:
         if self.json:
             JSONFace(sys.stdin, sys.stdout).show({"event": name, **fields})
         else:
-            columns = shutil.get_terminal_size().columns if self.interactive else 1 << 20
-            sys.stdout.write(wrap_text(text, columns) + "\n")
+            if self.interactive:
+                text = wrap_text(text, shutil.get_terminal_size().columns)
+            sys.stdout.write(text + "\n")
         return 0
 
 
@@ -26941,7 +27170,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 102. Shell | uses 1, 2, 4, 35, 38, 41, 42, 44, 49, 54-57, 63, 66, 74, 77, 86, 88, 96-101
+# Part 103. Shell | uses 1, 2, 4, 35, 38, 41, 42, 44, 49, 55-58, 64, 67, 75, 78, 87, 89, 97-102
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -27332,19 +27561,24 @@ def _shred_and_wait(plan: ShredPlan, passes: int) -> ShredResult:
     results: list = []
     shown = sys.stderr.isatty()
 
+    def say(text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            pass  # whoever read it is gone, which is no reason to break off
+
     def progress(done: int, total: int) -> None:
         if shown:
-            sys.stderr.write(f"\r{shred_words(done, total)}  ")
-            sys.stderr.flush()
+            say(f"\r{shred_words(done, total)}  ")
 
     run = ShredRun(passes, lambda plan, result: results.append(result), progress, SHRED_TICK)
 
     def stop(*_) -> None:
         run.stop()
-        say_aside("\nEnding after what is being written ...")
+        say("\nEnding after what is being written ...\n")
 
-    numbers = [getattr(signal, name) for name in ENDING_SIGNALS if hasattr(signal, name)]
-    before = [(number, signal.signal(number, stop)) for number in numbers]
+    before = [(number, signal.signal(number, stop)) for number in _heeded_signals(ENDING_SIGNALS)]
     try:
         run.start(lambda: plan, True)
         wait_for_event(run.ended)
@@ -27352,13 +27586,21 @@ def _shred_and_wait(plan: ShredPlan, passes: int) -> ShredResult:
         for number, handler in before:
             signal.signal(number, handler)
     if shown:
-        sys.stderr.write("\r" + " " * SHRED_WIDTH + "\r")
+        say("\r" + " " * SHRED_WIDTH + "\r")
     if not results:
         raise ChatError("Shredding broke off.", "Look whether the files are still there.")
     return results[0]
 
 
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+def _heeded_signals(names: tuple) -> list:
+    """Those signals that this system has and that nobody (`nohup`, say) has us ignore."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 SHRED_TICK = 0.5  # seconds between two reports
 SHRED_WIDTH = 30  # columns of a report
 
@@ -27379,7 +27621,7 @@ def run_command(session: Session, name: str) -> int:
 
 
 # ==================================================================================================
-# Part 103. Hidden messages in the shell | uses 1, 2, 32, 33, 49, 53, 101, 102
+# Part 104. Hidden messages in the shell | uses 1, 2, 32, 33, 49, 53, 84, 102, 103
 #
 # `hide` and `reveal`: what is asked of a person, and what is answered.
 # ==================================================================================================
@@ -27389,6 +27631,8 @@ def _shell_hide(session: Session) -> int:
     given = session.arguments
     if given.text is not None and given.file is not None:
         raise UsageError("hide: take --text or --file, not both")
+    if given.contact is not None and not given.contact.strip():
+        raise UsageError("hide: --for takes a contact's name; without it a passphrase is asked for")
     _check_free(given.out)
     bitmap = Bitmap(read_chosen(given.cover, PICTURE_MOST))
     contact = _contact_with_key(session, given.contact) if given.contact else None
@@ -27407,9 +27651,8 @@ def _shell_hide(session: Session) -> int:
     fields = {"path": given.out, "bytes": len(message.content), "capacity": layout.capacity,
               "quiet": layout.quiet, "changed": round(share, 6), "for": contact and contact.name,
               "warnings": warnings}  # fmt: skip
-    text = (
-        f"{given.out}: {len(message.content):,} bytes hidden, {share:.2%} of the samples changed."
-    )
+    done = f"{len(message.content):,} bytes hidden, {share:.2%} of the samples changed."
+    text = f"{one_line(given.out)}: {done}"
     for warning in share_warning(share):
         say_aside(f"Note: {warning}")
     return session.answer("hide", fields, text + "\n" + KEEP_SECRET)
@@ -27422,7 +27665,7 @@ def _say_if_long(session: Session, bitmap: Bitmap) -> None:
 
 def _tell_room(cover: str, layout: Layout, warnings: list) -> None:
     """What fits, before anything is asked."""
-    say_aside(f"{cover} {room_words(layout)}.")
+    say_aside(f"{one_line(cover)} {room_words(layout)}.")
     for warning in warnings:
         say_aside(f"Note: {NOT_GOOD} {warning}")
 
@@ -27435,8 +27678,45 @@ def _message_to_hide(session: Session) -> HiddenMessage:
         path = session.ask_text("File: ").strip() if not text else None
     if path is not None:
         return file_to_hide(path)
-    text = sys.stdin.read().rstrip("\n") if text is None else text
-    return HiddenMessage("", text.encode("utf-8", "replace"))
+    content = _read_text() if text is None else _as_utf8(text)
+    if not content:
+        raise ChatError("There is nothing to hide.", "Give a text, or a file with --file.")
+    return HiddenMessage("", content)
+
+
+def _read_text() -> bytes:
+    """Standard input without the line break that `echo` puts behind it."""
+    content = b"".join(_some_of_stdin(MESSAGE_MOST + 3))
+    for ending in (b"\r\n", b"\n"):
+        if content.endswith(ending):
+            content = content[: -len(ending)]
+            break
+    check_message_size(len(content))
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ChatError(NO_TEXT, NO_TEXT_HINT) from None
+    return content
+
+
+def _some_of_stdin(most: int):
+    """Yields at most about so many bytes, as they come: a single read would reserve them all."""
+    while most > 0:
+        data = sys.stdin.buffer.read(min(most, 1 << 20))
+        if not data:
+            return
+        most -= len(data)
+        yield data
+
+
+def _as_utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of the command line that are none
+        raise ChatError(NO_TEXT, NO_TEXT_HINT) from None
+
+
+NO_TEXT, NO_TEXT_HINT = "This is no text in UTF-8.", "Hide it as a file: --file FILE."
 
 
 def _new_picture_passphrase(session: Session) -> str:
@@ -27480,26 +27760,46 @@ def _shell_reveal(session: Session) -> int:
     _say_if_long(session, bitmap)
     message = _revealed(session, bitmap)
     path = given.out
-    if path is None and message.name and session.interactive:
-        shown = f"{message.name} ({len(message.content):,} bytes)"
-        path = session.ask_text(f"It holds the file {shown}. Save it as: ").strip() or None
+    if path is None and (message.name or _is_long_to_show(message)):
+        path = _ask_where(session, message)
     if path is not None:
         write_new(path, message.content, 0o600)
-    elif message.name:
-        text = f"It holds the file {message.name} ({len(message.content):,} bytes)."
-        raise ChatError(text, "Say where to put it: --out FILE.")
     return _tell_message(session, message, path)
 
 
+def _is_long_to_show(message: HiddenMessage) -> bool:
+    return sys.stdout.isatty() and len(message.content) > SHOWN_TEXT_MOST
+
+
+def _ask_where(session: Session, message: HiddenMessage) -> str:
+    """The path for a file, or for a text that is too long for a screen."""
+    what = f"the file {message.name}" if message.name else "a long text"
+    holds = f"It holds {what} ({len(message.content):,} bytes)."
+    path = session.ask_text(f"{holds} Save it as: ").strip() if session.interactive else ""
+    if not path:
+        raise ChatError(holds, "Say where to put it: --out FILE.")
+    return path
+
+
 def _tell_message(session: Session, message: HiddenMessage, path: str | None) -> int:
+    if path is None and not session.json and not sys.stdout.isatty():
+        return _write_raw(message.content)
     text = None if message.name else message.content.decode("utf-8", "replace")
     fields = {"kind": "file" if message.name else "text", "name": message.name or None,
               "size": len(message.content), "path": path, "text": text}  # fmt: skip
     if path is not None:
-        said = f"{path}: {len(message.content):,} bytes."
+        said = f"{one_line(path)}: {len(message.content):,} bytes."
     else:
-        said = printable(text or "") if sys.stdout.isatty() else text or ""
+        said = printable(text or "")
     return session.answer("reveal", fields, said)
+
+
+def _write_raw(content: bytes) -> int:
+    """A text for another program, just as it was, with a line break behind it."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.write(b"\n")
+    return 0
 
 
 def _revealed(session: Session, bitmap: Bitmap) -> HiddenMessage:
@@ -27530,7 +27830,9 @@ def _check_free(path: str) -> None:
 def _hide_options(parser) -> None:
     parser.add_argument("cover", help="a BMP picture of 24 or 32 bits; it stays as it is")
     parser.add_argument("out", help="the new picture")
-    parser.add_argument("--text", help="the message; left out: standard input")
+    parser.add_argument(
+        "--text", help="the message; left out: standard input, without the line break at its end"
+    )
     parser.add_argument("--file", metavar="FILE", help="a file instead of a text")
     parser.add_argument("--for", dest="contact", metavar="CONTACT",
                         help="for this person's key, instead of a passphrase")  # fmt: skip
@@ -27539,14 +27841,16 @@ def _hide_options(parser) -> None:
 def _reveal_options(parser) -> None:
     parser.add_argument("picture", help="the BMP picture")
     parser.add_argument(
-        "--out", metavar="FILE", help="where a file goes; left out: a text is shown"
+        "--out",
+        metavar="FILE",
+        help="where a file goes; left out: a text is shown, with a line break behind it",
     )
     parser.add_argument("--mine", action="store_true",
                         help="it was hidden for your own key, which is sealed")  # fmt: skip
 
 
 # ==================================================================================================
-# Part 104. USB keys in the shell | uses 1-4, 16, 29, 35, 41, 42, 47-49, 56, 57, 77
+# Part 105. USB keys in the shell | uses 1-4, 16, 29, 35, 41, 42, 47-49, 57, 58, 78
 #
 # `usb`: what is asked of a person, and in which order keys are sealed anew, so that whatever an
 # interruption leaves opens with what one has. The recovery code is shown before anything needs it.
@@ -27798,7 +28102,7 @@ def _usb_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 105. Alerts in the shell | uses 1-3, 39-41, 49, 69, 70, 101, 102
+# Part 106. Alerts in the shell | uses 1-3, 39-41, 49, 70, 71, 102, 103
 #
 # `alerts set`, `show`, `test` and `off`, with their questions. A password never comes from the
 # command line: it is asked for, or stands in the environment or in a file.
@@ -28063,7 +28367,7 @@ def _menu_alerts(session: Session) -> list:
 
 
 # ==================================================================================================
-# Part 106. Backups in the shell | uses 1, 2, 16, 41, 49, 55, 59, 94, 101, 102
+# Part 107. Backups in the shell | uses 1, 2, 16, 41, 49, 56, 60, 95, 102, 103
 #
 # `backup` and `restore`: what is asked of a person, and what they are told.
 # ==================================================================================================
@@ -28201,7 +28505,7 @@ def _restore_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 107. Command line | uses 1, 8, 41, 54, 86, 88, 102-106
+# Part 108. Command line | uses 1, 8, 41, 55, 87, 89, 103-107
 #
 # The options of each shell command, and the rows of the table that make it known.
 # ==================================================================================================
@@ -28404,7 +28708,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 108. Menu | uses 1, 2, 4, 38, 41, 43, 44, 49, 61, 74, 86, 88, 94-96, 101, 102, 104, 105, 107
+# Part 109. Menu | uses 1, 2, 4, 38, 41, 43, 44, 49, 62, 75, 87, 89, 95-97, 102, 103, 105, 106, 108
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -28670,11 +28974,10 @@ def _guarded_run(words: list) -> int:
         _end_on_signals()
         return _run(words)
     except ChatError as error:
-        if "--json" in words:
-            JSONFace(sys.stdin, sys.stdout).show(
-                {"event": "error", "code": error.code, "text": str(error)}
-            )
-        say_error(error)
+        _tell_error(error, words)
+    except MemoryError:
+        hint = "Take something smaller, or end other programs."
+        _tell_error(ChatError("There is not enough memory for this.", hint, "too-large"), words)
     except UsageError as error:
         say_aside(f"trchat: {error}")
         return 2
@@ -28687,15 +28990,21 @@ def _guarded_run(words: list) -> int:
     return 1
 
 
+def _tell_error(error: ChatError, words: list) -> None:
+    if "--json" in words:
+        fields = {"event": "error", "code": error.code, "text": str(error)}
+        JSONFace(sys.stdin, sys.stdout).show(fields)
+    say_error(error)
+
+
 def _end_on_signals() -> None:
     """SIGTERM and SIGHUP leave as cleanly as Ctrl-C."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for name in ENDING_SIGNALS[1:]:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
+    for number in _heeded_signals(ENDING_SIGNALS[1:]):
+        signal.signal(number, interrupt)
 
 
 def _finish_output() -> None:

@@ -15899,6 +15899,34 @@ class JSONLinesTest(EndToEnd):
                 time.sleep(0.002)
             self.assertIn(process.exit_code(), (130, -signal.SIGINT), process.story())
 
+    def test_ctrl_c_in_the_midst_of_a_wait(self):
+        """One that comes while the wait takes its lock again leaves that lock free."""
+
+        class Lock:
+            def __init__(self):
+                self._lock = threading.Lock()
+                self.release = self._lock.release
+
+            def __enter__(self):
+                return self._lock.__enter__()
+
+            def __exit__(self, *error):
+                self._lock.release()
+
+            def acquire(self, *args):
+                if not args:  # again, after the wait
+                    raise KeyboardInterrupt
+                return self._lock.acquire(*args)
+
+        def wait():
+            condition = threading.Condition(Lock())
+            with condition:
+                condition.wait(0)
+
+        self.assertRaises(RuntimeError, wait)
+        self.assertRaises(KeyboardInterrupt, trchat.interruptible, wait)
+        self.assertRaises(ZeroDivisionError, trchat.interruptible, lambda: 1 / 0)
+
     def test_interrupted_while_the_server_is_away(self):
         server, alice, bob = self.meet("alice", "bob")
         server.signal(signal.SIGKILL)

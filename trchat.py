@@ -27182,12 +27182,22 @@ PROGRAM = "python3 trchat.py"
 # Shell commands: (session) -> exit code
 
 
+def interruptible(function, *args):
+    """The call; Ctrl-C while a wait takes its lock again (threading.Condition) stays Ctrl-C."""
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
 def _streaming(activity):
     """A shell command whose JSON stream ends with `closed` even when it could not begin."""
 
     def run(session: Session) -> int:
         try:
-            return activity(session)
+            return interruptible(activity, session)
         except KeyboardInterrupt:
             if session.json:
                 JSONFace(sys.stdin, sys.stdout).show({"event": "closed", "reason": "interrupted"})
@@ -28972,7 +28982,7 @@ def main(words: list | None = None) -> int:
 def _guarded_run(words: list) -> int:
     try:
         _end_on_signals()
-        return _run(words)
+        return interruptible(_run, words)
     except ChatError as error:
         _tell_error(error, words)
     except MemoryError:

@@ -15355,7 +15355,7 @@ class TransferBook:
 
 
 # ==================================================================================================
-# Part 60. Backing up and restoring | uses 1, 2, 26, 30, 31, 41, 49, 50
+# Part 60. Backing up and restoring | uses 1, 2, 26, 30, 31, 41, 49, 50, 52
 #
 # Reads and writes backups block by block, so that memory stays small. A backup appears under its
 # name when it is whole; a profile is unpacked beside the others and gets its name at the end.
@@ -15398,7 +15398,7 @@ class NewFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            _give_name(self._made, self._path)
+            rename_free(self._made, self._path)
             _sync_folder(os.path.dirname(os.path.abspath(self._path)))
         except FileExistsError:
             raise self._taken() from None
@@ -15415,18 +15415,6 @@ class NewFile:
             pass  # what was left to be written; it goes anyway
         if os.path.exists(self._made):
             os.unlink(self._made)
-
-
-def _give_name(made: str, path: str) -> None:
-    """Moves a file to a name; FileExistsError if that is taken."""
-    try:
-        os.link(made, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        if os.path.lexists(path):
-            raise FileExistsError(path) from None
-        os.rename(made, path)
 
 
 def lock_profile(paths: Paths) -> list:

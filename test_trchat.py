@@ -17182,7 +17182,7 @@ class GivenVolumes(trchat.Volumes):
         return [volume for volume in self.found if os.path.isdir(volume.path)]
 
 
-class Killed(BaseException):
+class ProcessGone(BaseException):
     """The process is gone: no handler of errors sees it."""
 
 
@@ -17196,7 +17196,7 @@ class Failing:
     NAMES = ("open", "write", "fsync", "replace", "unlink", "link", "mkdir",
              "posix_fadvise")  # fmt: skip
 
-    def __init__(self, number, kind=Killed, late=False, below=""):
+    def __init__(self, number, kind=ProcessGone, late=False, below=""):
         self.number, self.kind, self.late, self.below = number, kind, late, below
         self.calls, self._thread = 0, threading.get_ident()
 
@@ -17210,20 +17210,23 @@ class Failing:
 
     def __exit__(self, kind, *_):
         self._stack.close()
-        return kind is not None and issubclass(kind, Killed)
+        return kind is not None and issubclass(kind, ProcessGone)
 
     def _wrap(self, real):
         def call(first, *rest, **named):
             if not self._counts(first):
                 return real(first, *rest, **named)
             self.calls += 1
-            if self.calls < self.number:
-                return real(first, *rest, **named)
-            if self.calls == self.number and self.late:
-                real(first, *rest, **named)
-            raise self.kind(errno.EIO, "Input/output error")
+            return self._happen(functools.partial(real, first, *rest, **named))
 
         return call
+
+    def _happen(self, call):
+        if self.calls < self.number:
+            return call()
+        if self.calls == self.number and self.late:
+            call()
+        raise self.kind(errno.EIO, "Input/output error")
 
     def _counts(self, first) -> bool:
         if threading.get_ident() != self._thread:
@@ -17236,6 +17239,19 @@ class Failing:
             except OSError:
                 return False
         return os.fspath(first).startswith(self.below)
+
+
+class Disturbing(Failing):
+    """Has something happen before the n-th of those calls."""
+
+    def __init__(self, number, before):
+        super().__init__(number)
+        self._before = before
+
+    def _happen(self, call):
+        if self.calls == self.number:
+            self._before()
+        return call()
 
 
 class StickCase(PureCase):
@@ -17517,8 +17533,8 @@ class StickTest(StickCase):
         self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="right")
         code = self.good("usb", "enrol", TRCHAT_PASSPHRASE="right")["recovery"]
         path = self.paths.file("usb-attempts.json")
-        with mock.patch.object(trchat.SealedKey, "open", side_effect=Killed), \
-             contextlib.suppress(Killed):  # fmt: skip
+        with mock.patch.object(trchat.SealedKey, "open", side_effect=ProcessGone), \
+             contextlib.suppress(ProcessGone):  # fmt: skip
             self.run_usb("id", TRCHAT_PASSPHRASE="wrong")
         self.assertEqual(trchat.read_json(path, {})["failures"], 1)
         for _ in range(4):
@@ -17696,7 +17712,7 @@ class InterruptedStickTest(StickCase):
         """
         clean = os.path.join(os.path.dirname(self.base), "clean")
         shutil.copytree(self.base, clean)
-        ways = [(Killed, False, ""), (OSError, False, self.stick)]
+        ways = [(ProcessGone, False, ""), (OSError, False, self.stick)]
         if disk_too:
             ways += [(OSError, True, self.stick), (OSError, False, self.paths.folder),
                      (OSError, True, self.paths.folder)]  # fmt: skip
@@ -17730,6 +17746,51 @@ class InterruptedStickTest(StickCase):
             self.assertEqual(len(os.listdir(self.stick)), 1)
             self.refused(usb.require().open, old)
         self.assertGreater(steps, 50)
+
+    def each_disturbance(self, act):
+        """Does `act` once with another process starting before each call; yields after each."""
+        for number in range(1, 200):
+            calls = Disturbing(number, functools.partial(trchat.remove_leftovers, self.paths))
+            with calls, contextlib.suppress(trchat.ChatError):
+                act()
+            with self.subTest(number=number):
+                yield number
+            if calls.calls < number:
+                return
+        self.fail("there is no end to it")
+
+    def test_another_process_that_cleans_up_meanwhile(self):
+        code = trchat.parse_recovery_code(self.enrol())
+        usb = trchat.UsbKey(self.paths)
+        for _ in self.each_disturbance(usb.roll):
+            self.assertEqual(usb.open(), b"K" * 32)
+            self.assertEqual(usb.recover(code), b"K" * 32)
+        pair = trchat.KeyPair(self.paths, "client")
+        key, _ = pair.load(None)
+        for number in self.each_disturbance(lambda: pair.store_key(key, "x")):
+            with contextlib.suppress(trchat.ChatError):
+                pair.store_key(key, "")
+            found, _ = trchat.KeyPair(self.paths, "client").load(lambda question: "x")
+            self.assertEqual(found.private_numbers(), key.private_numbers(), number)
+
+    def test_a_new_file_that_takes_its_place_while_it_is_taken_for_a_leftover(self):
+        self.enrol()
+        real = trchat._overwrite_open
+        for name in ("usb.json", "cert/client_key.pem"):
+            path = self.paths.file(*name.split("/"))
+            new = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")
+            shutil.copyfile(path, new)
+
+            def overwrite(file, new=new, path=path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(new, path)  # the other process is this far
+                real(file)
+
+            with mock.patch.object(trchat, "_overwrite_open", overwrite):
+                trchat.remove_leftovers(self.paths)
+                trchat.remove_leftovers_of(path)
+            self.assertEqual(self.opens(), "")
+            self.assertFalse(os.path.exists(new))
 
     def test_enrolling(self):
         codes = []
@@ -17979,10 +18040,17 @@ class LoopStickTest(EndToEnd):
         self.plug_in()
         alice.wait_for("notice", locked=False)
         bob.wait_for("reconnected")
-        alice.wait_for("joined", name="bob")
-        bob.wait_for("joined", name="alice")
+        for person, mark in ((alice, ("locked", False)), (bob, ("event", "reconnected"))):
+            person.wait_until(lambda events, m=mark: self.are_together_after(events, *m))
         alice.say("here again")
         self.assertEqual(bob.wait_for("message")["text"], "here again")
+
+    @staticmethod
+    def are_together_after(events, name, value) -> bool:
+        """Whether two people share the room's key, by what came since the last such event."""
+        last = max(i for i, event in enumerate(events) if event.get(name) == value)
+        members = [e["members"] for e in events[last:] if e["event"] in ("ready", "rekeyed")]
+        return any(len(found) == 2 for found in members)
 
     def test_a_stick_without_room_and_one_without_the_right_to_write(self):
         words = ["usb", "enrol", "--json", "--profile", "alice"]

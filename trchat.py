@@ -10421,10 +10421,17 @@ def remove_leftovers(paths: Paths) -> None:
     """Finishes what a kill has interrupted, or overwrites and removes what it left of secrets."""
     finish_replacing(paths)
     for path in [*secret_files(paths), paths.file(COMMITTED)]:
-        folder, ours = os.path.split(path)
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            if name.startswith(f".{ours}.") or name == ours + NEW_ENDING:
-                _remove_secret(os.path.join(folder, name), path)
+        _remove_secret(path + NEW_ENDING, path)
+        if path != paths.file("usb.json"):  # which others may be writing now: see UsbKey
+            remove_leftovers_of(path)
+
+
+def remove_leftovers_of(path: str) -> None:
+    """The same for one file, while nobody else writes it."""
+    folder, ours = os.path.split(path)
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.startswith((f".{ours}.", f"..{ours}.")):
+            _remove_secret(os.path.join(folder, name), path)
 
 
 def secret_files(paths: Paths) -> list:
@@ -10439,11 +10446,20 @@ def secret_files(paths: Paths) -> list:
 
 
 def _remove_secret(path: str, current: str) -> None:
-    """Overwrites and removes a leftover, unless it is but another name of the current file."""
+    """Overwrites and removes a leftover, unless it is but another name of the current file.
+
+    It is renamed before, so that whoever takes it for the new file at this moment does not find it.
+    """
+    if not os.path.lexists(path):
+        return
+    folder, name = os.path.split(current)
+    gone = os.path.join(folder, f".{name}.gone")
     try:
-        if not (os.path.exists(current) and os.path.samefile(path, current)):
-            _overwrite(path)
-        os.unlink(path)
+        if path != gone:
+            os.replace(path, gone)
+        if not (os.path.exists(current) and os.path.samefile(gone, current)):
+            _overwrite(gone)
+        os.unlink(gone)
     except OSError:
         pass  # it will be tried again
 
@@ -11673,6 +11689,7 @@ class UsbKey:
         """The stick key, by the stick; ChatError `locked`, which is noted."""
         try:
             with self._alone():
+                remove_leftovers_of(self.path)
                 lock = self.require()
                 return self._opened(lock, find_stick(lock, this_systems_volumes().all()))
         except StickError as error:
@@ -11966,10 +11983,8 @@ class KeyPair:
 
     def _unseal(self, pem: bytes, ask_passphrase) -> bytes:
         """The PKCS#8 DER, by passphrase and stick, whichever it takes."""
-        sealed, question = (
-            parse_sealed_key(pem, self.key_path),
-            f"Passphrase of the {self.role} key: ",
-        )
+        sealed = parse_sealed_key(pem, self.key_path)
+        question = f"Passphrase of the {self.role} key: "
         if not sealed.check:
             self.passphrase, self.stick_key = ask_passphrase(question), b""
             return open_key(pem, self.passphrase, self.key_path)

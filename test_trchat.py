@@ -25810,6 +25810,9 @@ class ShredPlanTest(ShredCase):
         self.assertEqual(self.refused(plan), {"elsewhere": "trchat keeps its files in it"})
         plan = trchat.survey([os.path.join(profile, "inbox", "came")], way)
         self.assertEqual((plan.files, plan.refused), (1, []))
+        os.makedirs(os.path.join(home, "inbox", "cert"))  # a profile may be called so, too
+        for name in ("cert", "settings.json"):
+            self.assertIn("/wipe", trchat.survey([os.path.join(home, "inbox", name)], way).refused[0][1])
         home_link = self.at("me")
         os.symlink(self.outside, home_link)
         with mock.patch.dict(os.environ, HOME=home_link):
@@ -26493,7 +26496,8 @@ class ShredOnDiskTest(ShredCase):
     """On a file system of its own, whose image is looked through for what stays."""
 
     def mounted(self, kind, *options):
-        image, point = os.path.join(self.base, "image"), os.path.join(self.base, "mnt")
+        # Another mount namespace may hold a file system, and write to its image, a while longer.
+        image, point = os.path.join(self.base, f"image.{kind}"), os.path.join(self.base, "mnt")
         os.makedirs(point, exist_ok=True)
         with open(image, "wb") as file:
             file.truncate((320 if kind == "xfs" else 24) << 20)  # the least it takes

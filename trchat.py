@@ -13429,22 +13429,27 @@ def _guarded_folders(home: str) -> tuple:
     for path, itself, above in (
         (os.path.expanduser("~"), "it is your home folder", "your home folder is in it"),
         (here, "it is the current folder", "the current folder is in it"),
-        *((path, INSIDE_OWN, "trchat keeps its files in it") for path in reversed(own)),
+        *((path, INSIDE_OWN, "trchat keeps its files in it") for path in reversed(list(own))),
     ):
         for link in _links_on_the_way(path):
             guarded[_key(os.lstat(link))] = FOUND_THROUGH
         for number, folder in enumerate(_ancestors(os.path.realpath(path))):
             if os.path.isdir(folder):
                 guarded[_key(os.stat(folder))] = above if number else itself
-    return guarded, {_key(os.stat(path)): os.path.basename(path) == INBOX for path in own}
+    return guarded, {_key(os.stat(path)): is_inbox for path, is_inbox in own.items()}
 
 
-def _own_folders(home: str) -> list:
-    """trchat's folder, those of its profiles, and what is in these; a link may be among them."""
-    found = [home] if os.path.isdir(home) else []
+def _own_folders(home: str) -> dict:
+    """{path: whether it is an inbox} of trchat's folder, those of its profiles, and those in them.
+
+    Links may be among them.
+    """
+    found = {home: False} if os.path.isdir(home) else {}
     for profile in _folders_in(home):
         if os.path.isdir(os.path.join(profile, "cert")):
-            found += [profile, *_folders_in(profile)]
+            found[profile] = False
+            for folder in _folders_in(profile):
+                found[folder] = os.path.basename(folder) == INBOX
     return found
 
 

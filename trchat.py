@@ -9476,7 +9476,7 @@ def setting_row(row: tuple) -> str:
     """One of Settings.rows() for people."""
     key, text, source, meaning = row
     origin = "" if source in ("default", "file") else f" (from the {source})"
-    return f"{key:<8} {text or '-':<8} {meaning}{origin}"
+    return f"{key:<12} {text or '-':<8} {meaning}{origin}"
 
 
 def settings_layer(pairs, where) -> dict:
@@ -28955,9 +28955,9 @@ def _menu_settings(session: Session) -> list:
     """Shows the settings and changes one."""
     rows = session.settings().rows()
     for number, row in enumerate(rows, 1):
-        sys.stdout.write(f" {number}  {setting_row(row)}\n")
+        sys.stdout.write(f"{number:>2}  {setting_row(row)}\n")
     for name, (help_text, _) in SETTINGS_MENU.items():
-        sys.stdout.write(f" {name[0]}  {name:<8} {help_text}\n")
+        sys.stdout.write(f" {name[0]}  {name:<12} {help_text}\n")
     answer = session.ask_text("Change which (number or name; Enter goes back): ").strip()
     if not answer:
         return []

@@ -16456,6 +16456,7 @@ class TerminalFaceTest(EndToEnd):
         server = self.server()
         alice = self.person("alice", server.token)
         alice.press("half a line")
+        alice.see("half a line")
         server.type("/kick alice")
         alice.see("The server's operator put you out.")
         alice.see_last("Press Enter to leave.")

@@ -19898,7 +19898,20 @@ class BackupReaderTest(PureCase):
     def test_names_that_belong_into_no_backup(self):
         for names in (["logs", "x"], ["client.lock"], ["cert", ".client_key.pem.x"], ["replacing"],
                       ["cert", "client_key.pem.new"], ["tunnel.json"]):  # fmt: skip
-            self.refused(self.encoded([(names, b"")]), "belongs into none")
+            for written in (names, [name.title() for name in names], [name.upper() for name in names]):
+                self.refused(self.encoded([(written, b"")]), "belongs into none")
+
+    def test_files_in_the_place_of_folders(self):
+        for name in trchat.PROFILE_FOLDERS:
+            for written in (name, name.title()):
+                self.refused(self.encoded([([written], b"")]), "belongs into none")
+        files = [(["history", "cert"], b""), (["inbox", "Logs"], b""), (["certs"], b"")]
+        self.assertEqual(self.read([self.encoded(files)]), files)
+
+    def test_many_files(self):
+        """In a time that grows as they do, not faster."""
+        files = [([f"x{number}"], b"") for number in range(20_000)]
+        self.assertEqual(len(self.read([self.encoded(files)])), 20_000)
 
     def test_twice_in_any_writing(self):
         for first, second in (
@@ -23214,9 +23227,20 @@ class DestroyedTest(KeptTest):
 
     def test_interrupted_and_finished_at_the_next_start(self):
         self.furnish("alice")
-        os.rename(self.path("alice"), self.path("alice") + ".wiped")
+        os.rename(self.path("alice"), self.path("alice") + "~wiped")
         self.assertEqual(self.run_once("settings", "--profile", "other")[0], 0)
         self.assertEqual([n for n in os.listdir(os.path.dirname(self.path("alice"))) if "alice" in n], [])
+
+    def test_no_profile_is_taken_for_one_that_was_wiped(self):
+        for name in ("my.wiped", "x.old"):
+            trchat.load_identity(trchat.Paths(self.profiles, name), None)
+        trchat.finish_wipes(self.profiles)
+        self.assertEqual(sorted(os.listdir(self.profiles)), ["my.wiped", "x.old"])
+        for ending in (trchat.WIPED_ENDING, trchat.RESTORED, trchat.UNPACKING + "x"):
+            self.assert_shell_refused(["settings", "--profile", "my" + ending], "cannot be used")
+        for name in ("deps", "Deps"):
+            self.assert_shell_refused(["settings", "--profile", name], "keeps its packages there")
+        self.assertEqual(sorted(os.listdir(self.profiles)), ["my.wiped", "x.old"])
 
     def test_what_a_kill_left_of_a_secret_is_removed(self):
         server = self.serve()
@@ -23760,6 +23784,17 @@ class PassphraseKillTest(Lockable, KeptTest):
         self.assertTrue(pair.sealed())
         pair.load(lambda question: self.PASSPHRASE)
 
+    def test_the_word_that_leaves_a_locked_chat(self):
+        self.prepare("old one")
+        env = {"TRCHAT_PASSPHRASE": "old one", "TRCHAT_NEW_PASSPHRASE": "BYE"}
+        words = ["id", "passphrase", "--profile", "old"]
+        self.assert_shell_refused(words, "BYE cannot be a passphrase", **env)
+        self.assertTrue(self.opens("old", "old one"))
+        words = ["id", "--profile", "new"]
+        self.assert_shell_refused(words, "BYE cannot be a passphrase", TRCHAT_PASSPHRASE="BYE")
+        self.assertFalse(os.path.exists(self.path("new", "cert", "client_key.pem")))
+        self.change("old", "old one", "bye")
+
     def test_a_full_disk(self):
         """One sentence, and all is as before."""
         self.prepare("old one")
@@ -23909,8 +23944,14 @@ class BackupTest(Lockable, KeptTest):
         self.assert_shell_refused(["backup", self.out, "--profile", "nobody"], "no profile",
                                   **self.PW)  # fmt: skip
         inside = self.path("alice", "history", "x")
-        self.assert_shell_refused(["backup", inside, "--profile", "alice"], "in the profile itself",
+        self.assert_shell_refused(["backup", inside, "--profile", "alice"], "keeps its profiles",
                                   **self.PW)  # fmt: skip
+        self.furnish("bob")
+        os.symlink(self.path("bob"), os.path.join(self.base, "way"))
+        for out in (self.path("bob", "x"), os.path.join(self.base, "way", "inbox"),
+                    os.path.join(self.profiles, "x")):  # fmt: skip
+            self.assert_shell_refused(["backup", out, "--profile", "alice"], "keeps its profiles",
+                                      **self.PW)  # fmt: skip
         for role in ("client", "server"):
             lock = trchat.ProfileLock(trchat.Paths(self.profiles, "alice"), role)
             self.assert_shell_refused(back_up, "in use", role, **self.PW)
@@ -23934,8 +23975,10 @@ class BackupTest(Lockable, KeptTest):
         os.symlink("/etc", self.path("alice", "folder"))
         os.mkfifo(self.path("alice", "pipe"))
         os.rename(self.path("alice", "users.json"), self.path("alice", "users."))
+        write_bytes(self.path("alice", "Pictures"), b"no folder")
         told = self.back_up()
-        self.assertEqual(told["left_out"], ["folder", "history/link.log", "pipe", "users."])
+        left_out = ["Pictures", "folder", "history/link.log", "pipe", "users."]
+        self.assertEqual(told["left_out"], left_out)
         self.restore("new")
         self.assertNotIn("history/link.log", self.contents("new"))
 
@@ -24009,7 +24052,11 @@ class BackupTest(Lockable, KeptTest):
             self.assertTrue(self.restore("bob", "--replace", "--yes")["replaced"])
             self.assertNotIn(b"PRIVATE KEY", old.read(), "what was there is overwritten")
         self.assertEqual(self.contents("bob")["history/0a.log"], before["history/0a.log"])
-        self.assertEqual(sorted(os.listdir(self.profiles)), ["alice", "bob"])
+        self.assertEqual(self.names(), ["alice", "bob"])
+
+    def names(self):
+        """Of all that is beside the profiles, and of these."""
+        return sorted(set(os.listdir(self.profiles)) - {trchat.RESTORE_LOCK})
 
     def state(self, name):
         """A text that stands for all that a profile holds."""
@@ -24022,7 +24069,7 @@ class BackupTest(Lockable, KeptTest):
         """Kills a restore at each of its calls; what the profile holds after the next start."""
         outcomes = []
         for number in range(1, 1000):
-            for name in os.listdir(self.profiles):
+            for name in self.names():
                 if name not in ("alice", "carol"):
                     shutil.rmtree(self.path(name))
             if "--replace" in words:
@@ -24046,7 +24093,7 @@ class BackupTest(Lockable, KeptTest):
         outcomes = self.killed_everywhere()
         self.assertEqual(sorted(set(outcomes)), sorted(["nothing", outcomes[-1]]))
         self.restore("new")
-        self.assertEqual(sorted(os.listdir(self.profiles)), ["alice", "bob", "new"])
+        self.assertEqual(self.names(), ["alice", "bob", "new"])
         self.assertEqual(self.state("bob"), self.state("new"))
 
     def test_killed_while_replacing(self):
@@ -24056,7 +24103,7 @@ class BackupTest(Lockable, KeptTest):
         outcomes = self.killed_everywhere("--replace", "--yes")
         self.assertEqual(sorted(set(outcomes)), sorted([self.state("carol"), outcomes[-1]]))
         self.assertEqual(outcomes[0], self.state("carol"))
-        self.assertEqual(sorted(os.listdir(self.profiles)), ["alice", "bob", "carol"])
+        self.assertEqual(self.names(), ["alice", "bob", "carol"])
 
     def test_what_a_kill_left_goes_with_the_next_restore(self):
         self.profile()
@@ -24073,6 +24120,57 @@ class BackupTest(Lockable, KeptTest):
             self.assertNotIn(b"PRIVATE", old.read())
             self.assertTrue(os.path.exists(busy), "that one is still going on")
         self.assertFalse(os.path.exists(left))
+
+    def test_what_a_kill_left_goes_with_the_next_start(self):
+        left = self.path("new~unpacking-x")
+        os.makedirs(os.path.join(left, "cert"))
+        os.makedirs(self.path("n w~unpacking-x"))  # not ours
+        key = os.path.join(left, "cert", "client_key.pem")
+        write_bytes(key, b"PRIVATE KEY")
+        with open(key, "rb") as old:
+            self.assertEqual(self.shell("settings", "--profile", "other")[0], 0)
+            self.assertNotIn(b"PRIVATE", old.read())
+        self.assertEqual(self.names(), ["n w~unpacking-x"])
+
+    def test_another_start_at_any_moment_of_a_restore(self):
+        """It takes nothing away: neither what is being unpacked nor what has just got its name."""
+        self.profile()
+        self.back_up()
+        self.restore("before")
+        starts, rename, unpack = [], os.rename, trchat.Restoring._unpack
+
+        def watched_rename(old, new):
+            if trchat.UNPACKING in old:  # the lock in that folder is released by now
+                starts.append(threading.Thread(target=trchat.remove_unpacked, args=(self.profiles,)))
+                starts[-1].start()
+            rename(old, new)
+
+        def watched_unpack(*given):
+            trchat.remove_unpacked(self.profiles)
+            unpacked = unpack(*given)
+            trchat.remove_unpacked(self.profiles)
+            return unpacked
+
+        with mock.patch.object(os, "rename", watched_rename):
+            with mock.patch.object(trchat.Restoring, "_unpack", watched_unpack):
+                self.restore("new")
+        self.assertEqual(len(starts), 1)
+        starts[0].join(PATIENCE)
+        self.assertEqual(self.state("new"), self.state("before"))
+
+    def test_another_profile_that_waits_to_be_replaced(self):
+        self.profile()
+        self.back_up()
+        for name in ("bob", "carol"):
+            self.furnish(name)
+        waiting = self.path("bob") + trchat.RESTORED
+        shutil.copytree(self.path("carol"), waiting)
+        lock = trchat.ProfileLock(trchat.Paths(self.profiles, "bob"), "client")
+        self.assertTrue(self.restore("carol", "--replace", "--yes")["replaced"])
+        self.assertTrue(os.path.exists(waiting))
+        lock.release()
+        self.assertEqual(self.shell("settings", "--profile", "other")[0], 0)
+        self.assertEqual(self.names(), ["alice", "bob", "carol"])
 
     def test_disk_full_and_interrupted(self):
         self.profile()
@@ -24099,7 +24197,7 @@ class BackupTest(Lockable, KeptTest):
         with mock.patch.object(trchat.Opener, "finish", mock.Mock(side_effect=KeyboardInterrupt)):
             code, output, _ = self.shell("restore", self.out, "--profile", "new", **self.OPEN)
             self.assertEqual((code, output), (130, ""))
-        self.assertEqual(os.listdir(self.profiles), ["alice"])
+        self.assertEqual(self.names(), ["alice"])
 
     def test_a_large_history_in_little_memory(self):
         self.profile()

@@ -734,6 +734,13 @@ def passphrase_key(passphrase: str, salt: bytes, log_n: int) -> bytes:
         raise ChatError("There is too little memory for scrypt.", "Close something.") from None
 
 
+def check_new_passphrase(passphrase: str) -> None:
+    """ChatError for what would not open a locked chat, but leave it."""
+    if passphrase == "BYE":
+        text = "BYE cannot be a passphrase, as it leaves a locked chat."
+        raise ChatError(text, "Take another; 'id passphrase' changes an old one.")
+
+
 def seal(key: bytes, nonce: bytes, plaintext: bytes, associated: bytes) -> bytes:
     """AES-256-GCM: ciphertext with its 16-byte tag."""
     return _aead.AESGCM(key).encrypt(nonce, plaintext, associated)
@@ -7525,6 +7532,7 @@ BACKUP_LOG_N = range(10, 21)  # what is taken: 1 MiB to 1 GiB of memory
 BACKUP_DEPTH, BACKUP_PATH_MOST = 32, 4096  # names in a path, bytes of it
 # Runs, not states: what a profile holds besides, and what others have sent unless it is asked for.
 NOT_BACKED_UP = ("logs", "tunnel.json", "mapping.json", "usb-attempts.json")
+PROFILE_FOLDERS = ("alerts", "cert", "history", "inbox", "logs", "outbox", "pictures", "sftp")
 NO_BACKUP = "This is no backup made by trchat, or its beginning is damaged."
 
 
@@ -7541,12 +7549,19 @@ def backup_key(head: bytes, passphrase: str) -> bytes:
 
 
 def belongs_in_backup(names: list, inbox: bool = True) -> bool:
-    """Whether a file or folder of a profile, by the names that lead to it, is backed up."""
-    top, name = names[0], names[-1]
+    """Whether a file or folder of a profile, by the names that lead to it, is backed up.
+
+    Names count as a file system compares them that is careless of case."""
+    top, name = fold_file_name(names[0]), fold_file_name(names[-1])
     if top == "inbox":
         return inbox
     passing = name.startswith(".") or name.endswith((".lock", NEW_ENDING))
     return not passing and name != COMMITTED and top not in NOT_BACKED_UP
+
+
+def is_in_a_folders_place(names: list) -> bool:
+    """Whether a file would stand where a profile has a folder."""
+    return len(names) == 1 and fold_file_name(names[0]) in PROFILE_FOLDERS
 
 
 def encode_entry(names: list, size: int) -> bytes:
@@ -7622,13 +7637,13 @@ class BackupReader:
         usual = len(path) <= BACKUP_PATH_MOST and len(names) <= BACKUP_DEPTH
         if not usual or any(safe_file_name(name) != name for name in names):
             raise RemoteProtocolError("A backup holds a file name that is not safe.")
-        if not belongs_in_backup(names):
+        if not belongs_in_backup(names) or is_in_a_folders_place(names):
             raise RemoteProtocolError("A backup holds a file that belongs into none.")
-        folded = [fold_file_name(name) for name in names]
-        above = {tuple(folded[:depth]) for depth in range(1, len(folded))}
-        if tuple(folded) in self._seen | self._folders or above & self._seen:
+        folded = tuple(fold_file_name(name) for name in names)
+        above = {folded[:depth] for depth in range(1, len(folded))}
+        if folded in self._seen or folded in self._folders or above & self._seen:
             raise RemoteProtocolError("A backup holds a file twice.")
-        self._seen.add(tuple(folded))
+        self._seen.add(folded)
         self._folders |= above
         return names
 
@@ -10091,6 +10106,7 @@ def home_folder(given: str | None = None) -> str:
 
 
 INBOX = "inbox"  # the folder of a profile for what has come
+DEPS = "deps"  # the folder beside the profiles for packages: see deps_folder
 
 
 class NoSecurityLog:
@@ -10127,6 +10143,9 @@ class Paths:
         if check_name(profile) != profile:
             hint = "Take letters, digits, dots, dashes or underscores."
             raise ChatError("The profile's name cannot be used.", hint, "name-invalid")
+        if profile.casefold() == DEPS:
+            text = f"No profile can be called {profile}, as trchat keeps its packages there."
+            raise ChatError(text, "Take another name.", "name-invalid")
         self.home, self.profile = home, profile
         self.folder = os.path.join(home, self.profile)
         self.security = NoSecurityLog()
@@ -10808,7 +10827,7 @@ def python_tag() -> str:
 
 def deps_folder(home: str) -> str:
     """The private folder for packages: compiled ones fit one Python on one platform."""
-    base = os.environ.get("TRCHAT_DEPS") or os.path.join(home, "deps")
+    base = os.environ.get("TRCHAT_DEPS") or os.path.join(home, DEPS)
     return os.path.join(os.path.abspath(os.path.expanduser(base)), python_tag())
 
 
@@ -12044,6 +12063,7 @@ class KeyPair:
     def store_key(self, key, passphrase: str, write=None) -> None:
         """Writes the key, sealed if there is a passphrase or a stick; `write` is replace_secret,
         or the put of a Replacement."""
+        check_new_passphrase(passphrase)
         form = (_serialization.PrivateFormat.PKCS8, _serialization.NoEncryption())
         if passphrase or self.stick_key:
             der = key.private_bytes(_serialization.Encoding.DER, *form)
@@ -12169,7 +12189,7 @@ def opener_for_server(private):
     return functools.partial(open_for_server, private)
 
 
-WIPED_ENDING = ".wiped"  # of a profile's folder whose destruction has begun
+WIPED_ENDING = "~wiped"  # of a profile's folder whose destruction has begun; no name has a "~"
 
 
 def destroy_profile(paths: Paths) -> None:
@@ -12188,9 +12208,8 @@ def finish_wipes(home: str) -> None:
     """Destroys what /wipe has begun with; also at a start after it was interrupted."""
     for name in os.listdir(home) if os.path.isdir(home) else ():
         folder = os.path.join(home, name)
-        if not name.endswith(WIPED_ENDING):
-            continue
-        _destroy_folder(folder)
+        if name.endswith(WIPED_ENDING):
+            _destroy_folder(folder)
 
 
 def _destroy_folder(folder: str) -> None:
@@ -15383,6 +15402,7 @@ class TransferBook:
 
 BACKUP_BLOCK = 256 << 10
 UNPACKING, RESTORED = "~unpacking-", "~restored"  # in names of folders that are no profiles yet
+RESTORE_LOCK = "~restoring.lock"  # beside the profiles: for whoever makes or moves such folders
 
 
 class NewFile:
@@ -15467,7 +15487,7 @@ def _find_files(folder: str, above: list, inbox: bool, found: list, left_out: li
             continue
         info = entry.stat(follow_symlinks=False)
         usual = safe_file_name(entry.name) == entry.name and len(names) <= BACKUP_DEPTH
-        if usual and stat.S_ISREG(info.st_mode):
+        if usual and stat.S_ISREG(info.st_mode) and not is_in_a_folders_place(names):
             found.append(names)
         elif usual and stat.S_ISDIR(info.st_mode) and not _is_link(info):
             _find_files(entry.path, names, inbox, found, left_out)
@@ -15594,22 +15614,27 @@ class Restoring:
         """Unpacks all of it, then puts it into its place; ChatError, and nothing has changed."""
         self._progress = progress
         make_private_folder(self._paths.home)
-        _remove_unpacked(self._paths.home)
-        prefix = self._paths.profile + UNPACKING
-        folder = tempfile.mkdtemp(prefix=prefix, dir=self._paths.home)
-        place = Paths(self._paths.home, self._paths.profile)
-        place.folder = folder
+        remove_unpacked(self._paths.home)
+        folder, lock = self._make_folder()
         try:
-            lock = ProfileLock(place, "client")
-            try:
-                unpacker = self._unpack(folder, passphrase)
-            finally:
-                lock.release()
-            self._put_in_place(folder, replace)
+            unpacker = self._unpack(folder, passphrase)
+            with _restore_lock(self._paths.home):
+                lock.release()  # Windows renames no folder with an open file
+                self._put_in_place(folder, replace)
         except BaseException:
+            lock.release()
             _destroy_folder(folder)
             raise
+        finish_wipes(self._paths.home)
         return unpacker
+
+    def _make_folder(self) -> tuple:
+        """(a new folder, a lock that says that something is being unpacked into it)."""
+        place = Paths(self._paths.home, self._paths.profile)
+        with _restore_lock(place.home):
+            prefix = place.profile + UNPACKING
+            place.folder = tempfile.mkdtemp(prefix=prefix, dir=place.home)
+            return place.folder, ProfileLock(place, "client")
 
     def _unpack(self, folder: str, passphrase: str) -> Unpacker:
         unpacker, file = Unpacker(folder), self._open_source()
@@ -15681,16 +15706,28 @@ class Restoring:
             _sync_folder(paths.home)
         except OSError as error:
             raise storage_error("Restoring to", paths.folder, error) from None
-        finish_restores(paths.home)
+        _finish_restore(paths)
+
+
+def _restore_lock(home: str) -> LockedFile:
+    return LockedFile(os.path.join(home, RESTORE_LOCK))
+
+
+def _folders_named(home: str, part: str) -> list:
+    """The names with `part` in them, which no profile's has."""
+    return [name for name in os.listdir(home) if part in name] if os.path.isdir(home) else []
 
 
 def finish_restores(home: str) -> None:
-    """Puts restored profiles in the place of others; also at a start after it was interrupted.
-
-    ChatError `usage` if one of those is in use, and later will do."""
-    for name in os.listdir(home) if os.path.isdir(home) else ():
-        if name.endswith(RESTORED):
-            _finish_restore(Paths(home, name[: -len(RESTORED)]))
+    """Puts restored profiles in the place of others, at a start after that was interrupted; later,
+    if one of those cannot be replaced now."""
+    if _folders_named(home, RESTORED):
+        with _restore_lock(home):
+            for name in _folders_named(home, RESTORED):
+                try:
+                    _finish_restore(Paths(home, name.partition(RESTORED)[0]))
+                except ChatError:
+                    continue  # it is in use, say
     finish_wipes(home)
 
 
@@ -15707,13 +15744,15 @@ def _finish_restore(paths: Paths) -> None:
         raise storage_error("Restoring to", paths.folder, error) from None
 
 
-def _remove_unpacked(home: str) -> None:
+def remove_unpacked(home: str) -> None:
     """Destroys what a kill has left of restoring, unless it is still going on."""
-    for name in os.listdir(home):
-        if UNPACKING in name:
-            place = Paths(home, name.partition(UNPACKING)[0])
-            place.folder = os.path.join(home, name)
+    if not _folders_named(home, UNPACKING):
+        return
+    with _restore_lock(home):
+        for name in _folders_named(home, UNPACKING):
             try:
+                place = Paths(home, name.partition(UNPACKING)[0])
+                place.folder = os.path.join(home, name)
                 ProfileLock(place, "client").release()
             except ChatError:
                 continue
@@ -27086,10 +27125,11 @@ class Session:
 
     def _finish_what_was_interrupted(self) -> None:
         finish_wipes(self.paths.home)
-        try:
-            finish_restores(self.paths.home)
-        except ChatError:
-            pass  # another process uses it now: later, then
+        for finish in (finish_restores, remove_unpacked):
+            try:
+                finish(self.paths.home)
+            except ChatError:
+                pass  # the disk cannot be written now, say: later, then
         finish_replacing(self.paths)
 
     def prepare(self) -> None:
@@ -28385,7 +28425,7 @@ def _menu_alerts(session: Session) -> list:
 
 
 # ==================================================================================================
-# Part 107. Backups in the shell | uses 1, 2, 16, 41, 49, 56, 60, 95, 102, 103
+# Part 107. Backups in the shell | uses 1, 2, 16, 41, 49, 54, 56, 60, 95, 102, 103
 #
 # `backup` and `restore`: what is asked of a person, and what they are told.
 # ==================================================================================================
@@ -28419,10 +28459,11 @@ def _shell_backup(session: Session) -> int:
 
 
 def _check_outside(out: str, paths: Paths) -> None:
-    folder, own = os.path.realpath(os.path.dirname(os.path.abspath(out))), paths.folder
-    if (folder + os.sep).startswith(os.path.realpath(own) + os.sep):
-        raise ChatError(f"{one_line(out)} would lie in the profile itself.", "Choose a place "
-                        "outside of it, best on another disk.")  # fmt: skip
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(out)))
+    above = [path for path in _ancestors(folder) if os.path.isdir(path)]
+    if any(os.path.samefile(path, paths.home) for path in above):
+        text = f"{one_line(out)} would lie in {paths.home}, where trchat keeps its profiles."
+        raise ChatError(text, "Choose a place outside of it, best on another disk.")
     if os.path.lexists(out):
         raise ChatError(f"{one_line(out)} exists already.", "Choose another name.")
 

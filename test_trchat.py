@@ -14071,6 +14071,18 @@ class Part21RelayServerTest(NetTest):
             with self.assertRaises((EOFError, OSError)):
                 self.wire(server, context=context).expect(trchat.GREETING)
 
+    def test_a_stranger_that_speaks_another_protocol_is_no_bug_of_ours(self):
+        server = self.serve()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with context.wrap_socket(self.plain(server.port)) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                self.assert_ended(sock)
+        event = server.log.wait(lambda event: event.get("what") == "let-go")
+        self.assertIn("the other side is no trchat", event["text"])
+        self.assertEqual([e for e in server.log.events if e["event"] == "error"], [])
+
     # Attackers
 
     def attackers(self, server, sources):
@@ -21693,6 +21705,17 @@ class HiddenMessagesHereTest(EndToEnd):
             self.hide(given=b"a" * (2 << 20) + b"\r\n")
             for text in (b"a" * (2 << 20) + b"a", b"a" * (5 << 20)):
                 self.assertIn("at most 2 MiB", self.refused("hide", self.cover, self.path("o"), given=text))
+
+    def test_ones_own_keys_stay_here(self):
+        paths = trchat.Paths(os.path.join(self.home, ".trchat"))
+        paths.make_folders()
+        with mock.patch.dict(os.environ, TRCHAT_PASSPHRASE=""):
+            furnish(paths, 0)
+        key = paths.file("cert", "client_key.pem")
+        said = self.refused("hide", self.cover, self.new, "--file", key)
+        self.assertIn("trchat's own keys", said)
+        self.assertIn("trchat's own keys", self.refused("hide", key, self.new, "--text", "x"))
+        self.assertFalse(os.path.exists(self.new))
 
     def test_nobody_is_no_contact(self):
         code, output, errors = self.run_with("hide", self.cover, self.new, "--text", "x", "--for", "")
@@ -31314,6 +31337,34 @@ class HideInChatTest(FilesCase):
         self.assertEqual(stat.S_IMODE(os.stat(shown["path"]).st_mode), 0o600)
         self.assert_same(self.inbox(bob, "the plan.txt"), b"mine")
 
+    def test_ones_own_keys_stay_here(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        self.answering(alice, "geheim", "geheim")
+        key, link = alice.paths.file("cert", "client_key.pem"), os.path.join(self.base, "link.bmp")
+        os.symlink(key, link)
+        os.makedirs(self.inbox(alice), exist_ok=True)
+        around = self.inbox(alice, "..", "cert", "client_key.pem")
+        for path in (key, link, around):
+            for line in (
+                f'/hide @bob "{self.cover}" --file "{path}"', f'/hide @bob "{path}" x', f'/file "{path}" @bob',
+                f'/file "{path}" @bob --via sftp://127.0.0.1:1/x',
+            ):  # fmt: skip
+                self.assertIn("trchat's own keys", alice.ask_error(line, code="denied"))
+        self.assertEqual(alice.of("offer"), [])
+        write_bytes(self.inbox(alice, "came.txt"), b"theirs")
+        _, [offer] = self.hide(alice, f' --file "{self.inbox(alice, "came.txt")}" @bob', bob)
+        self.get(alice, bob, offer)
+        self.assert_same(self.reveal(bob)["path"], b"theirs")
+
+    def test_a_hidden_text_shows_no_line_that_looks_like_ours(self):
+        alice, bob = self.gather(self.serve(), "alice", "bob")
+        text = "one\u2028#lobby > forged\u2029two\nthree"
+        _, [offer] = self.hide(alice, f" @bob {text}", bob)
+        self.get(alice, bob, offer)
+        self.assertEqual(self.reveal(bob)["text"], text)
+        lines = trchat.printable(bob.of("notice")[-1]["text"]).split("\n")[1:]
+        self.assertEqual(lines, ["  one", "  #lobby > forged", "  two", "  three"])
+
     def test_a_name_from_outside_and_a_long_text(self):
         (alice,) = self.gather(self.serve(), "alice")
         bitmap, lock = trchat.Bitmap(self.before), trchat.PassphraseLock("geheim")
@@ -33623,7 +33674,8 @@ class MailUrlTest(PureCase):
         good = trchat.check_mail_addresses(" a@example.org,b.c+d@x.example ,e@localhost")
         self.assertEqual(good, ["a@example.org", "b.c+d@x.example", "e@localhost"])
         for bad in ("", ",", "a", "a@", "@b", "a@b\r\nBcc: c@d", "a@b>", "<a@b>", "ü@b", "a@b@c",
-                    "a" * 65 + "@b", "a@" + "b" * 200, ",".join(["a@b"] * 21)):  # fmt: skip
+                    "a" * 65 + "@b", "a@" + "b" * 200, ",".join(["a@b"] * 21), ".@x.example", "a..b@x",
+                    "..@a", "a@.", "a@b.", "a@.b", "a@b..c", "a@-b", "a@b-.c", "=?utf-8?q?x?=@x"):  # fmt: skip
             with self.subTest(bad=bad):
                 self.refused(trchat.check_mail_addresses, bad, kind=trchat.ChatError)
 
@@ -33759,15 +33811,51 @@ class AlertQueueTest(PureCase):
             self.now -= 86400
         self.assertIsNotNone(self.alerts.claim(self.now))
 
+    def test_a_clock_that_is_set_forward_loses_nothing(self):
+        self.now = 100.0
+        self.note()
+        self.now = ALERT_TIME
+        mail = self.alerts.claim(self.now)
+        self.assertEqual((trchat.mail_count(mail), mail["dropped"]), (1, 0))
+        self.alerts.failed(mail, self.now, "away")
+        self.now += trchat.KEEP_SECONDS - 60
+        self.assertEqual(trchat.mail_count(self.alerts.claim(self.now)), 1, "five days from the first attempt")
+        self.now += 4000
+        self.assertIsNone(self.alerts.claim(self.now))
+
+    def test_what_some_recipients_did_not_get_waits_for_them_alone(self):
+        self.note()
+        mail = self.claim()
+        self.alerts.sent_to_some(mail, self.now, ["b@x"], "not b@x")
+        self.assertEqual(self.alerts.state["error"], "not b@x")
+        self.note("ban")
+        other = self.claim()
+        self.assertEqual((list(other["groups"]), other.get("to")), (["ban"], None))
+        self.alerts.sent(other, self.now)
+        for pause in (300, 900, 3600, 3600):
+            self.assertEqual(round(self.alerts.due(self.now) - self.now), pause if pause > 300 else 295)
+            again = self.claim()
+            self.assertEqual((again["to"], again["groups"]), (["b@x"], mail["groups"]))
+            self.alerts = self.reopened()
+            self.alerts.put_off(again, self.now, again["to"], "not yet")
+        self.now += trchat.KEEP_SECONDS
+        self.assertIsNone(self.alerts.claim(self.now))
+        self.assertEqual((self.alerts.mails, self.alerts.state["dropped"]), ([], 1))
+
     def test_a_damaged_file_is_forgotten(self):
         self.note(text="x")
         good = json.loads(json.dumps(self.alerts.state))
         states = [{name: bad} for name in good for bad in (None, "x", [1], {"a": 1})]
         mail = good["mails"][0]
         states += [{"mails": [{**mail, name: bad}]} for name in mail for bad in (None, [], "", {})]
+        odd = (10**400, float("nan"), float("inf"), -float("inf"), 1e30, True, "\udc80")
+        states += [{name: bad} for name in good for bad in odd]
+        states += [{"mails": [{**mail, name: bad}]} for name in [*mail, "tried", "attempts", "to"] for bad in odd]
+        states += [{"mails": [{**mail, "id": "1\r\nBcc: x"}]}, {"x": "\udc80"}, {"x": 10**5000}]
         group = {"count": 1, "samples": [{"time": "t", "kind": "k"}]}
         for bad in ({**group, "count": "1"}, {**group, "samples": []}, {**group, "samples": [{}]},
-                    {**group, "samples": [{"time": 1, "kind": "k"}]}, [], 1,
+                    {**group, "samples": [{"time": 1, "kind": "k"}]}, [], 1, {**group, "count": 10**400},
+                    {**group, "samples": [{"time": "t", "kind": "k", "name": "\udc80"}]},
                     {**group, "samples": [{"time": "t", "kind": "k", "more": "9"}]}):  # fmt: skip
             states.append({"mails": [{**mail, "groups": {"k": bad}}]})
         for state in states:
@@ -33775,7 +33863,10 @@ class AlertQueueTest(PureCase):
                 alerts = trchat.AlertQueue({**good, **state})
                 alerts.add(trchat.security_entry("ban", {}, ALERT_TIME), ALERT_TIME)
                 alerts.hurry(ALERT_TIME + 5000)
+                self.assertEqual(len(trchat.json_bytes(alerts.state).splitlines()), 1)
                 mail_now = alerts.claim(ALERT_TIME + 5000)
+                self.assertRegex(mail_now["id"], "^[0-9a-f]{16}$")
+                self.assertLess(alerts.due(ALERT_TIME + 5000), ALERT_TIME + 10_000)
                 trchat.alert_body(mail_now, "x") + trchat.alert_subject(mail_now)
 
     @EXAMPLES
@@ -33840,6 +33931,12 @@ class AlertMailTest(PureCase):
         self.assertIn("  2027-01-15 08:00:00 UTC  The login of bob was refused.\n", body)
         self.assertIn("profile 'default'", body)
         self.assertIn("alerts off", body)
+
+    def test_letters_of_others_pass_any_mail_server(self):
+        for name, encoding in (("bob", "7bit"), ("z\u00fc" * 100, "quoted-printable")):
+            message, data = self.written(self.entry(name=name))
+            self.assertEqual((message["Content-Transfer-Encoding"], data.isascii()), (encoding, True))
+            self.assertIn(name, message.get_content())
 
     def test_the_gravest_stands_in_the_subject(self):
         mail = self.mail(self.entry(), self.entry("server-stop"), self.entry("usb-pulled"))
@@ -33922,7 +34019,7 @@ class Mailbox:
             self.logins.append(login.login)
             return AuthResult(success=fits, handled=False)
 
-        self.mails, self.logins, self.unwanted = [], [], set()
+        self.mails, self.logins, self.unwanted, self.later = [], [], set(), set()
         self._news = threading.Condition()
         options.setdefault("authenticator", check)
         self._quiet = mock.patch("aiosmtpd.smtp.warn")  # its advice on how to run a mail server
@@ -33934,6 +34031,8 @@ class Mailbox:
         self.port = self._controller.port
 
     async def handle_RCPT(self, server, session, envelope, address, options):  # noqa: N802
+        if address in self.later:
+            return "450 4.2.0 Greylisted"
         if address in self.unwanted:
             return "550 5.1.1 No such user here"
         envelope.rcpt_tos.append(address)
@@ -34030,7 +34129,7 @@ class SendMailTest(MailCase):
     def test_over_tls_with_a_login(self):
         box = self.tls_mailbox(password="plain word")
         settings = self.settings(box.port, password="plain word", to=["a@example.org", "b@example.org"])
-        self.assertEqual(self.send(settings), [])
+        self.assertEqual(self.send(settings), {})
         ((sender, to, message),) = box.mails
         self.assertEqual((sender, to), ("me@example.org", ["a@example.org", "b@example.org"]))
         self.assertEqual(message["Auto-Submitted"], "auto-generated")
@@ -34102,7 +34201,7 @@ class SendMailTest(MailCase):
         box = self.tls_mailbox(password="pw")
         box.unwanted = {"gone@example.org"}
         to = ["gone@example.org", "you@example.org"]
-        self.assertEqual(self.send(self.settings(box.port, password="pw", to=to)), ["gone@example.org"])
+        self.assertEqual(self.send(self.settings(box.port, password="pw", to=to)), {"gone@example.org": 550})
         self.assertEqual(box.mails[0][1], ["you@example.org"])
         settings = self.settings(box.port, password="pw", to=to[:1])
         self.send_error(settings, "takes no mail for gone@example.org", "550 5.1.1 No such user here")
@@ -34112,8 +34211,8 @@ class SendMailTest(MailCase):
         (b"534 5.7.9 Application-specific password required.\r\n", "wants an app password"),
         (b"535 5.7.139 Authentication unsuccessful, basic authentication is disabled.\r\n", "Microsoft"),
         (b"535 no\r\n", "many providers want an app password"),
-        (b"421 too busy\r\n", "cannot take the mail at present: 421 too busy"),
-        (b"554 \x1b[31mgo\xff away\r\n", "refuses the mail: 554 [31mgo\ufffd away"),
+        (b"421 too busy\r\n", "refuses the login, with the code 421. It is tried again"),
+        (b"554 \x1b[31mgo\xff away\r\n", "refuses the login, with the code 554. Try again with 'alerts set'"),
         (b"gibberish\r\n", "localhost:"),
         (b"", "hung up"),
     )  # fmt: skip
@@ -34125,10 +34224,46 @@ class SendMailTest(MailCase):
                 server = self.scripted({**self.PLAIN, "AUTH": answer or hang_up})
                 self.send_error(self.settings(server.port, "smtp", password="pw"), part)
 
+    def test_what_servers_say_of_the_mail_itself_is_told(self):
+        for answer, part in (
+            (b"421 too busy\r\n", "cannot take the mail at present: 421 too busy"),
+            (b"554 \x1b[31mgo\xff away\r\n", "refuses the mail: 554 [31mgo\ufffd away"),
+        ):  # fmt: skip
+            server = self.scripted({**self.PLAIN, "MAIL": answer})
+            self.send_error(self.settings(server.port, "smtp", password="pw"), part)
+
+    def test_a_server_that_repeats_the_login_shows_no_password(self):
+        for code in (b"421", b"502", b"535", b"552"):
+            login = base64.b64encode(b"\0me@example.org\0very secret")
+            answers = {"EHLO": b"250-x\r\n250 AUTH PLAIN\r\n", "AUTH": code + b" Unknown: AUTH PLAIN " + login + b"\r\n"}
+            server = self.scripted({**self.PLAIN, **answers})
+            error = self.send_error(self.settings(server.port, "smtp", password="very secret"), "refuses the")
+            self.assertNotIn(login[:8].decode(), str(error))
+
+    def test_a_server_that_never_ends_its_answer_is_given_up(self):
+        def flood(sock):
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall((b"220-" + b"x" * 900 + b"\r\n") * 64)
+
+        for greeting, answers in ((flood, {}), (b"220 x\r\n", {"EHLO": flood})):
+            with mock.patch.object(trchat, "ANSWERS_MOST", 100_000):
+                server = self.scripted(answers, greeting=greeting)
+                self.send_error(self.settings(server.port, "smtp", ""), "never ends")
+                self.assertTrue(server.ended.wait(PATIENCE))
+
+        def lines(sock):
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall(b"221-bye\r\n" * 1000)
+
+        server = self.scripted({**self.PLAIN, "QUIT": lines})
+        self.assertEqual(self.send(self.settings(server.port, "smtp", password="pw")), {})
+
     def test_a_mail_that_was_taken_is_sent_whatever_comes_after(self):
         hang_up = lambda sock: sock.shutdown(socket.SHUT_RDWR)  # noqa: E731
         server = self.scripted({**self.PLAIN, "QUIT": hang_up})
-        self.assertEqual(self.send(self.settings(server.port, "smtp", password="pw")), [])
+        self.assertEqual(self.send(self.settings(server.port, "smtp", password="pw")), {})
 
     def test_a_server_that_drips_is_given_up(self):
         enough = threading.Event()
@@ -34308,6 +34443,47 @@ class AlertsTest(AlertsCase):
         self.assertIn("failed-login: 2", text)
         self.assertEqual((self.spool().mails, self.spool().state["error"]), ([], ""))
 
+    def test_whoever_the_server_does_not_take_yet_gets_it_later(self):
+        box = self.tls_mailbox(password="pw")
+        self.save(self.settings(box.port, password="pw", to=["a@example.org", "b@example.org", "c@example.org"]))
+        box.later, box.unwanted = {"b@example.org"}, {"c@example.org"}
+        log = self.log("client")
+        log.note("ban", name="eve")
+        log.close(PATIENCE)
+        self.assertEqual(box.mails[0][1], ["a@example.org"])
+        self.assertIn("took an alert, but not for c@example.org (550): it is not tried again", self.told[0].text)
+        self.assertEqual([m["to"] for m in self.spool().mails], [["b@example.org"]])
+        self.now += 400
+        self.log("client").close(PATIENCE)  # not yet, again
+        self.assertIn("could not be sent, and waits. localhost", self.told[1].text)
+        self.assertEqual(self.spool().state["not_before"], 0.0, "it holds up no other mail")
+        box.later = set()
+        self.now += 1000
+        self.log("client").close(PATIENCE)
+        self.assertEqual([to for _, to, _ in box.mails], [["a@example.org"], ["b@example.org"]])
+        self.assertEqual(self.spool().mails, [])
+
+    def test_a_bug_of_ours_is_not_tried_again_at_once(self):
+        self.save(self.settings(465))
+        with mock.patch.object(trchat, "make_mail", side_effect=RuntimeError("odd")):
+            log = self.log("client")
+            log.note("ban")
+            log.close(PATIENCE)
+        self.assertIn("Internal error (RuntimeError: odd)", self.told[0].text)
+        self.assertEqual((self.spool().state["failures"], len(self.spool().mails)), (1, 1))
+
+    def test_a_spool_that_makes_trouble_after_all_counts_as_empty(self):
+        self.save(self.settings(465))
+        log = self.log()
+        log.note("ban")
+        log.close(PATIENCE)
+        with mock.patch.object(trchat, "_check_queue"):
+            path = self.paths.file("alerts", "spool.json")
+            write_bytes(path, self.read("alerts", "spool.json").replace(b'"groups": {', b'"groups": {"x": 1, '))
+            counted = lambda alerts: [trchat.mail_count(m) for m in alerts.mails]  # noqa: E731
+            self.assertEqual(trchat.AlertSpool(self.paths).change(counted), [])
+            self.assertEqual(self.spool().mails, [])
+
     def test_a_thousand_failed_logins_are_few_mails(self):
         box = self.tls_mailbox(password="pw")
         self.save(self.settings(box.port, password="pw"))
@@ -34414,6 +34590,20 @@ class SecurityLogTest(AlertsCase):
             self.assertEqual(numbers, list(range(100 - len(numbers), 100)))
             self.assertGreater(len(numbers), 30)
             self.assertEqual([e["number"] for e in log.newest(15)], list(range(85, 100)))
+
+    def test_what_an_outage_held_back_makes_no_file_too_long(self):
+        log = self.log()
+        with mock.patch.object(trchat, "LOG_FILE_MOST", 20_000):
+            log._write([trchat.security_entry("ban", {"number": n, "x": "y" * 100}, ALERT_TIME) for n in range(500)])
+            self.assertIn("security.log.4", os.listdir(self.paths.file("logs")))
+            os.truncate(self.paths.file("logs", "security.log.3"), 50_000)
+            numbers = [e["number"] for e in trchat.LogFile(self.paths).newest(1000)]
+            self.assertEqual(numbers, [*range(100), *range(200, 500)])
+
+    def test_a_tampered_line_steers_no_terminal(self):
+        entry = {"time": "x\x1b[2J", "kind": "ban", "severity": "\x1b[31mred\n"}
+        row = trchat.security_row(entry, trchat.local_moment)
+        self.assertEqual(row, trchat.one_line(row))
 
     def test_a_line_that_was_cut_short_costs_only_itself(self):
         log = trchat.LogFile(self.paths)
@@ -34535,6 +34725,24 @@ class SecurityLogTest(AlertsCase):
 
 class SecurityOfAServerTest(NetTest):
     """What a running server notes, from logins as they really are."""
+
+    def test_no_line_ends_its_console(self):
+        server, events = self.serve(), []
+        console = trchat.ServerConsole(server.server, events.append, None, None, trchat.NoSecurityLog())
+        lines, quit_wanted = ["/log 000001" + "1" * 5000, "/log 1001", "/log 5", "/invite", "/users"], threading.Event()
+
+        class Face:
+            interactive = True
+
+            def read(self):
+                if not lines:
+                    raise EOFError
+                return lines.pop(0), False
+
+        trchat._console_lines(Face(), console, quit_wanted)
+        self.assertEqual([e.get("code") for e in events], ["usage", "usage", None, "protocol", None])
+        self.assertIn("Internal error", events[3]["text"])  # no make_token: as a bug would be
+        self.assertTrue(quit_wanted.is_set())
 
     def test_strangers_bans_and_start_and_stop(self):
         with tempfile.TemporaryDirectory() as home:
@@ -34694,12 +34902,14 @@ class AlertsCommandTest(EndToEnd):
             (["set", "smtp://me@example.org@mail.example.org"], "without encryption", "smtp+tls://"),
             (["set", self.url], "password is missing", "--password-file"),
             (["set"], "mail server is missing; write alerts set smtps://"),
-            (["set", self.url, "--password-file", "/nowhere/pw"], "There is no file"),
+            (["set", self.url, "--password-file", "/nowhere/pw"], "/nowhere/pw cannot be read: No such file"),
+            (["set", self.url, "--password-file", "/dev"], "it is no file", "Check its name"),
+            (["set", "smtps://localhost", "--from", "a@b", "--ca", "/dev/zero"], "it is no file"),
             (["set", "smtps://localhost", "--from", "x"], "no e-mail address"),
             (["set", "smtps://localhost"], "sender is missing; add --from"),
             (["set", "smtps://localhost", "--from", "a@b,c@d"], "several addresses"),
             (["set", "smtps://localhost", "--from", "a@b", "--events", "bam"], "the nearest is ban"),
-            (["set", "smtps://localhost", "--from", "a@b", "--ca", "/nowhere"], "There is no file"),
+            (["set", "smtps://localhost", "--from", "a@b", "--ca", "/nowhere"], "/nowhere cannot be read"),
             (["test"], "are off"),
         )
         for words, *parts in cases:
@@ -34816,9 +35026,17 @@ class AlertsMenuTest(EndToEnd):
         window.see("Set them up? [Y/n]")
         window.line("")
         window.see("Mail server, such as smtps://me@example.org@smtp.example.org:")
+        window.press("\x04")  # gives up, as Ctrl-C does
+        window.see("Your choice [2]:", 2)
+        window.line("8")
+        window.see("a  alerts", 2)
+        window.line("a")
+        window.see("Set them up? [Y/n]", 2)
+        window.line("")
+        window.see("Mail server, such as", 2)
         window.line("localhost")
         window.see("This is no address of a mail server.")
-        window.see("Mail server, such as", 2)
+        window.see("Mail server, such as", 3)
         window.line(f"smtp://me@example.org@localhost:{box.port}")
         window.see("Password of the mail account:")
         window.line("wrong")
@@ -34835,8 +35053,9 @@ class AlertsMenuTest(EndToEnd):
         window.line("secret word")
         window.see("has taken a test mail for you@example.org.")
         self.assertEqual(len(box.wait()), 1)
-        window.see("Your choice [2]:", 2)
-        self.assertNotIn("secret word", window.text())
+        window.see("Your choice [2]:", 3)
+        for word in ("secret word", "Internal error"):
+            self.assertNotIn(word, window.text())
         window.line("0")
         self.assertEqual(window.exit_code(), 0)
 

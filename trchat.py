@@ -9621,7 +9621,8 @@ def _who(entry: dict) -> str:
 
 def security_row(entry: dict, clock) -> str:
     """A line of /log; `clock(time)` gives a time for people."""
-    return f"{clock(entry['time'])}  {entry['severity']:<7}  {security_sentence(entry)}"
+    severity = one_line(str(entry["severity"]))[:7]
+    return f"{clock(entry['time'])}  {severity:<7}  {security_sentence(entry)}"
 
 
 SECURITY_DETAILS = ("name", "fingerprint", "address", "old", "new", "server")
@@ -9748,7 +9749,10 @@ email_utils = Lazy("email.utils")
 MAIL_URL = LazyPattern(
     r"(?i:(smtps|smtp\+tls|smtp))://(?:(.*)@)?(\[[^\]@]*\]|[^\[\]:/@?#]+)(?::([0-9]{1,5}))?/?\Z"
 )
-MAIL_ADDRESS = LazyPattern(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@(?=.{1,190}\Z)[A-Za-z0-9.-]+\Z")
+_ATOM, _LABEL = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+", r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+MAIL_ADDRESS = LazyPattern(  # RFC 5321, Dot-string and Domain, without encoded words (RFC 2047)
+    rf"(?=[^@]{{1,64}}@.{{1,190}}\Z)(?!.*=\?){_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})*\Z"
+)
 MAIL_PORTS = {"smtps": 465, "smtp+tls": 587, "smtp": 25}
 MAIL_URL_HINT = "Write smtps://me@example.org@smtp.example.org:465, or smtp+tls://...:587."
 RECIPIENTS_MOST = 20
@@ -9880,7 +9884,7 @@ MAIL_BURST, MAIL_PAUSE = 4, 600.0  # mails at once, then one in so many seconds
 MAILS_MOST = 30  # that wait
 SAMPLES = 5  # entries of one kind that a mail tells in full
 MAIL_RETRIES = (60.0, 300.0, 900.0, 3600.0)
-KEEP_SECONDS = 5 * 86400.0  # then a mail that could not go is dropped
+KEEP_SECONDS = 5 * 86400.0  # after its first attempt; then a mail that could not go is dropped
 CLAIM_SECONDS = 180.0  # how long one process has for a mail, before another may try
 
 
@@ -9889,15 +9893,50 @@ def _fresh_queue() -> dict:
             "failures": 0, "error": "", "dropped": 0, "sent": 0.0}  # fmt: skip
 
 
+def _is_amount(value, least: float = 0.0, most: float = 1e11) -> bool:
+    """Whether it is one, and finite, as every time and count of an AlertQueue is."""
+    return type(value) in (int, float) and least <= value <= most
+
+
+def _is_count(value, least: int) -> bool:
+    return type(value) is int and _is_amount(value, least)
+
+
+def _check_queue(state: dict) -> None:
+    """An Exception for what is no state of an AlertQueue."""
+    fit = _is_amount(state["tokens"], -1e6, MAIL_BURST) and type(state["error"]) is str
+    fit = fit and all(_is_amount(state[name]) for name in ("refilled", "not_before", "sent"))
+    fit = fit and all(_is_count(state[name], 0) for name in ("failures", "dropped"))
+    if not fit or type(state["mails"]) is not list:
+        raise ValueError
+    for mail in state["mails"]:
+        _check_mail(mail)
+    _check_plain(state)
+
+
+def _check_plain(value) -> None:
+    """An Exception for what JSON in UTF-8 cannot hold, or only as a number of absurd size."""
+    if type(value) is str:
+        value.encode("utf-8")
+    elif type(value) is dict:
+        _check_plain([*value, *value.values()])
+    elif type(value) is list:
+        for part in value:
+            _check_plain(part)
+    elif value is not None and type(value) is not bool and not _is_amount(value, -1e15, 1e15):
+        raise ValueError
+
+
 def _check_mail(mail: dict) -> None:
-    """ValueError, KeyError, TypeError or AttributeError for what is no mail of an AlertQueue."""
-    fit = all(type(mail[name]) in (int, float) for name in ("due", "claimed"))
-    fit = fit and type(mail["id"]) is str and bool(mail["groups"])
+    fit = all(_is_amount(mail[name]) for name in ("due", "claimed"))
+    fit = fit and _is_amount(mail.get("tried", 0.0)) and _is_count(mail.get("attempts", 0), 0)
+    fit = fit and bool(re.fullmatch("[0-9a-f]{16}", mail["id"])) and bool(mail["groups"])
+    fit = fit and all(type(address) is str for address in mail.get("to", []))
     for group in mail["groups"].values():
-        fit = fit and type(group["count"]) is int and bool(group["samples"])
+        fit = fit and _is_count(group["count"], 1) and bool(group["samples"])
         for entry in group["samples"]:
             fit = fit and type(entry["time"]) is type(entry["kind"]) is str
-            fit = fit and type(entry.get("more", 0)) is int
+            fit = fit and _is_count(entry.get("more", 0), 0)
     if not fit:
         raise ValueError
 
@@ -9912,6 +9951,7 @@ class AlertQueue:
 
     Times are Unix seconds, as they outlive the process; a clock that jumps delays a mail by an
     hour at most. A mail gathers events of all kinds as long as it waits, so that there are few.
+    One that only some of its recipients got waits for the others (`to`), and gathers no more.
     """
 
     def __init__(self, state: dict | None = None):
@@ -9921,12 +9961,8 @@ class AlertQueue:
     def _check(self) -> None:
         """What another program or a bug may have left in the file is forgotten."""
         try:
-            for name, value in _fresh_queue().items():
-                if not isinstance(self.state[name], (type(value), int)):
-                    raise ValueError
-            for mail in self.state["mails"]:
-                _check_mail(mail)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            _check_queue(self.state)
+        except Exception:  # anything may stand there
             self.state = _fresh_queue()
 
     @property
@@ -9935,7 +9971,8 @@ class AlertQueue:
 
     def add(self, entry: dict, now: float) -> None:
         """One more event to be mailed."""
-        mail = next((m for m in self.mails if not m["claimed"]), None)
+        waiting = (m for m in self.mails if not (m["claimed"] or m.get("to")))
+        mail = next(waiting, None)
         if mail is None:
             due = now + self._pause(now)
             mail = {"id": random_bytes(8).hex(), "due": due, "claimed": 0.0, "groups": {}}
@@ -9962,9 +9999,14 @@ class AlertQueue:
             self.mails.remove(mail)
 
     def _expire(self, now: float) -> None:
-        """Forgets what nobody took for days."""
-        limit = rfc3339(now - KEEP_SECONDS)
+        """Forgets what nobody took for days.
+
+        What was never tried stays, as the clock may only have been set since.
+        """
+        limit = rfc3339(max(0.0, now - KEEP_SECONDS))
         for mail in list(self.mails):
+            if not 0 < mail.get("tried", 0.0) < now - KEEP_SECONDS:
+                continue
             for kind, group in list(mail["groups"].items()):
                 if group["samples"][-1]["time"] < limit:
                     self.state["dropped"] += mail["groups"].pop(kind)["count"]
@@ -9996,17 +10038,38 @@ class AlertQueue:
                 return {**mail, "dropped": self.state["dropped"]}
         return None
 
-    def sent(self, mail: dict, now: float) -> None:
-        """The mail server has taken it."""
+    def sent(self, mail: dict, now: float, problem: str = "") -> None:
+        """The mail server has taken it, with or without a `problem` that is worth to be kept."""
         self.state["mails"] = [m for m in self.mails if m["id"] != mail["id"]]
+        self._taken(mail, now, problem)
+
+    def _taken(self, mail: dict, now: float, problem: str) -> None:
         self.state["dropped"] = max(0, self.state["dropped"] - mail["dropped"])
-        self.state.update(failures=0, not_before=0.0, error="", sent=now)
+        self.state.update(failures=0, not_before=0.0, error=problem, sent=now)
+
+    def sent_to_some(self, mail: dict, now: float, later: list, problem: str) -> None:
+        """The mail server has taken it, but not for these recipients, who get it later."""
+        self._taken(mail, now, problem)
+        self.put_off(mail, now, later, problem)
+
+    def put_off(self, mail: dict, now: float, later: list, problem: str) -> None:
+        """It is tried again for these recipients; other mails need not wait for that."""
+        for waiting in self._tried(mail, now):
+            attempts = waiting.get("attempts", 0)
+            pause = MAIL_RETRIES[min(attempts + 1, len(MAIL_RETRIES) - 1)]
+            waiting.update(to=later, due=now + pause, attempts=attempts + 1)
+        self.state["error"] = problem
+
+    def _tried(self, mail: dict, now: float) -> list:
+        """The mail as it waits, if it still does, marked as tried."""
+        found = [waiting for waiting in self.mails if waiting["id"] == mail["id"]]
+        for waiting in found:
+            waiting.update(claimed=0.0, tried=waiting.get("tried") or now)
+        return found
 
     def failed(self, mail: dict, now: float, problem: str) -> None:
         """It was not taken: the next attempt is put off, longer each time."""
-        for waiting in self.mails:
-            if waiting["id"] == mail["id"]:
-                waiting["claimed"] = 0.0
+        self._tried(mail, now)
         pause = MAIL_RETRIES[min(self.state["failures"], len(MAIL_RETRIES) - 1)]
         self.state["failures"] += 1
         self.state.update(not_before=now + pause, error=problem)
@@ -10032,6 +10095,7 @@ def alert_body(mail: dict, profile: str) -> str:
     lines = [f"This happened to the trchat profile '{profile}':", ""]
     for kind, group in mail["groups"].items():
         count, samples = group["count"], group["samples"]
+        kind = one_line(str(kind))
         lines.append(f"{kind}: {count}" if count > 1 else kind)
         lines += [f"  {_utc(s['time'])}  {security_sentence(s)}" for s in samples]
         left = count - len(samples) - sum(s.get("more", 0) for s in samples)
@@ -10059,7 +10123,7 @@ def make_mail(settings: AlertSettings, subject: str, body: str, number: str, now
     message["Date"] = email_utils.format_datetime(moment)
     message["Message-ID"] = f"<{number}@{settings.sender.rpartition('@')[2]}>"
     message["Auto-Submitted"] = "auto-generated"
-    message.set_content(body)
+    message.set_content(body, cte="7bit" if body.isascii() else "quoted-printable")
     return message
 
 
@@ -18531,8 +18595,11 @@ smtplib = Lazy("smtplib")
 
 MAIL_SECONDS = 60.0  # for a whole mail, from the first packet on
 MAIL_STEP_SECONDS = 30.0  # for each answer
+ANSWERS_MOST = 256 << 10  # bytes of all that a mail server says
 
 APP_PASSWORD = "Take an app password, which needs 2-step verification there: "
+LOGIN_HINT = "Try again with 'alerts set'; "
+LOGIN_HINT += "many providers want an app password, made in their settings."
 # (SMTP code, 0 for any; what the server says) -> what is wrong, what to do. The first that fits.
 MAIL_ADVICE = (
     (
@@ -18557,7 +18624,7 @@ MAIL_ADVICE = (
         535,
         r"",
         "{place} refuses the user name or password.",
-        "Try again with 'alerts set'; many providers want an app password, made in their settings.",
+        LOGIN_HINT,
     ),
     (
         530,
@@ -18592,29 +18659,32 @@ MAIL_ADVICE = (
 )
 
 
-def send_mail(settings: AlertSettings, message, seconds: float = MAIL_SECONDS) -> list:
-    """Hands a mail to its server; the recipients that were refused. ChatError if it is not taken.
+def send_mail(
+    settings: AlertSettings, message, seconds: float = MAIL_SECONDS, to: list | None = None
+) -> dict:
+    """Hands a mail to its server, for all recipients or those of `to`. ChatError if not taken.
 
-    Another thread does it, so that a server that drips its answers cannot hold the caller.
+    Returns those that it refused: address -> the SMTP code. Another thread does it, so that a
+    server that drips its answers cannot hold the caller.
     """
     settings.server.check()
-    call = SmtpCall(settings, message)
+    call = SmtpCall(settings, message, to or settings.recipients)
     spawn("smtp", call._routine_send)
     try:
         refused, error = call.outcome.get(timeout=seconds)
     except queue.Empty:
         call.abort()
-        refused, error = [], socket.timeout("deadline")
+        refused, error = {}, socket.timeout("deadline")
     if error is not None:
         raise mail_error(settings.server, error) from None
     return refused
 
 
 class SmtpCall:
-    """One conversation with a mail server; `outcome` gets (refused recipients, error or None)."""
+    """One conversation with a mail server; `outcome` gets ({refused: code}, error or None)."""
 
-    def __init__(self, settings: AlertSettings, message):
-        self._settings, self._message = settings, message
+    def __init__(self, settings: AlertSettings, message, to: list):
+        self._settings, self._message, self._to = settings, message, to
         self.outcome = queue.SimpleQueue()
         self._context: Any = None
         self._held: Any = None  # the connection's socket once more, for `abort`
@@ -18624,7 +18694,7 @@ class SmtpCall:
         try:
             self.outcome.put((self._send(), None))
         except Exception as error:  # mail_error says what it means
-            self.outcome.put(([], error))
+            self.outcome.put(({}, error))
         finally:
             if self._held is not None:
                 self._held.close()
@@ -18638,23 +18708,24 @@ class SmtpCall:
         except OSError:
             pass  # it has ended meanwhile
 
-    def _send(self) -> list:
+    def _send(self) -> dict:
         """It says nothing of this computer's name (local_hostname is what EHLO says)."""
         settings, server = self._settings, self._settings.server
         self._context = mail_context(settings.ca)
         smtp = smtplib.SMTP(local_hostname="[127.0.0.1]", timeout=MAIL_STEP_SECONDS)
         smtp._host = server.host  # STARTTLS compares the certificate with it
         smtp._get_socket = self._connect
+        smtp.getreply = functools.partial(self._get_reply, smtp)
         try:
             code, words = smtp.connect(server.host, server.port)
             if code != 220:
                 raise smtplib.SMTPConnectError(code, words)
             self._log_in(smtp)
-            refused = smtp.send_message(self._message, settings.sender, settings.recipients)
+            refused = smtp.send_message(self._message, settings.sender, self._to)
             self._say_goodbye(smtp)
         finally:
             smtp.close()
-        return list(refused)
+        return {address: code for address, (code, _) in refused.items()}
 
     def _connect(self, host: str, port: int, timeout: float):
         """The socket for smtplib, which would keep it to itself until TLS stands."""
@@ -18667,18 +18738,45 @@ class SmtpCall:
             sock = self._context.wrap_socket(sock, server_hostname=host)
         return sock
 
+    def _get_reply(self, smtp) -> tuple:
+        """smtplib's own, which would take an answer of any length."""
+        if smtp.file is None and smtp.sock is not None:
+            smtp.file = AnswerReader(smtp.sock.makefile("rb"), self._settings.server)
+        return smtplib.SMTP.getreply(smtp)
+
     def _log_in(self, smtp) -> None:
         server = self._settings.server
         if server.mode == "smtp+tls":
             smtp.starttls(context=self._context)  # SMTPException if that is not offered
         if server.user:
-            smtp.login(server.user, self._settings.password)
+            try:
+                smtp.login(server.user, self._settings.password)
+            except smtplib.SMTPResponseException as error:
+                raise _login_refusal(server, error) from None
 
     def _say_goodbye(self, smtp) -> None:
         try:
             smtp.quit()
-        except (smtplib.SMTPException, OSError):
+        except (smtplib.SMTPException, OSError, ChatError):
             pass  # the mail is with its server already
+
+
+class AnswerReader:
+    """What a mail server says, line by line; ChatError once it is more than any would say."""
+
+    def __init__(self, file, server: MailServer):
+        self._file, self._server, self._left = file, server, ANSWERS_MOST
+
+    def readline(self, most: int) -> bytes:
+        line = self._file.readline(most)
+        self._left -= len(line)
+        if self._left < 0:
+            text = f"{self._server.place()} does not talk as a mail server does: it never ends."
+            raise ChatError(text, "Check the address with 'alerts show'.", "unreachable")
+        return line
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def mail_context(ca: str = ""):
@@ -18720,6 +18818,16 @@ def _smtp_refusal(server: MailServer, code: int, words) -> ChatError:
             filled = text.format(place=server.place(), words=shown)
             return ChatError(filled, hint, "denied" if code in (530, 534, 535) else "unreachable")
     raise LocalProtocolError("the last row fits all")
+
+
+def _login_refusal(server: MailServer, error) -> ChatError:
+    """Nothing of what the server said: some repeat the line they refuse, with the password."""
+    said = _smtp_refusal(server, error.smtp_code, error.smtp_error)
+    if said.code == "denied":  # words of ours alone
+        return said
+    text = f"{server.place()} refuses the login, with the code {error.smtp_code}."
+    hint = "It is tried again by itself." if 400 <= error.smtp_code < 500 else LOGIN_HINT
+    return ChatError(text, hint, "unreachable")
 
 
 def _refused_recipients(server: MailServer, error) -> ChatError:
@@ -18771,6 +18879,7 @@ def _is_login_text(error: Exception) -> bool:
 # ==================================================================================================
 
 ALERT_ROLES = ("client", "server")
+QUIET_CLOSE_SECONDS = 0.5  # after which the end of a program says what it waits for
 LOOK_SECONDS = 60.0  # how often the spool is looked at for what other processes left there
 
 
@@ -18856,8 +18965,13 @@ class AlertSpool:
     def _change(self, function, args: tuple):
         alerts = self.look()
         before = json_bytes(alerts.state)
-        answer = function(alerts, *args)
-        after = json_bytes(alerts.state)
+        try:
+            answer = function(alerts, *args)
+            after = json_bytes(alerts.state)
+        except Exception:  # what was left there cannot be worked with after all
+            alerts = AlertQueue()
+            answer = function(alerts, *args)
+            after = json_bytes(alerts.state)
         if after != before or self._unsaved is not None:
             self._unsaved = alerts.state
             try:
@@ -18935,7 +19049,10 @@ class Alerts:
             self._closing, thread = True, self._thread
             self._news.notify_all()
         if thread is not None:
-            thread.join(seconds)
+            thread.join(min(seconds, QUIET_CLOSE_SECONDS))
+            if thread.is_alive() and sys.stderr.isatty():
+                sys.stderr.write("Sending the last alert ...\n")
+            thread.join(max(0.0, seconds - QUIET_CLOSE_SECONDS))
 
     def _routine_alerts(self) -> None:
         due: float | None = 0.0
@@ -18970,24 +19087,42 @@ class Alerts:
 
     def _try(self, mail: dict) -> None:
         try:
-            self.mail(mail)
-        except ChatError as error:
-            self.spool.change(AlertQueue.failed, mail, self._clock(), str(error))
-            self._report(error)
+            refused = self._mail(mail)
+        except Exception as error:
+            if not isinstance(error, ChatError):  # a bug of ours: not at once again
+                error = ChatError(internal_error(error), code="protocol")
+            if mail.get("to"):  # the others have it, so it holds up no other mail
+                self.spool.change(AlertQueue.put_off, mail, self._clock(), mail["to"], str(error))
+            else:
+                self.spool.change(AlertQueue.failed, mail, self._clock(), str(error))
+            text = f"An e-mail alert could not be sent, and waits. {error.text}"
+            self._report(ChatError(text, error.hint, error.code))
         else:
-            self._told = ""
-            self.spool.change(AlertQueue.sent, mail, self._clock())
+            self._taken(mail, refused)
 
-    def mail(self, mail: dict) -> AlertSettings:
-        """Sends one mail at once, under the settings of now, which are returned."""
+    def _mail(self, mail: dict) -> dict:
+        """Sends one mail at once, under the settings of now; {refused recipient: code}."""
         settings = self._open()
         texts = (alert_subject(mail), alert_body(mail, self._profile))
-        number = f"{mail['id']}.{mail_count(mail)}"
-        refused = send_mail(settings, make_mail(settings, *texts, number, self._clock()))
-        if refused:
-            text = f"The mail server took no alert for {', '.join(map(one_line, refused))[:200]}."
-            self._report(ChatError(text, "Change that with 'alerts set'.", "unreachable"))
-        return settings
+        message = make_mail(settings, *texts, f"{mail['id']}.{mail_count(mail)}", self._clock())
+        to = [address for address in mail.get("to", []) if address in settings.recipients]
+        if mail.get("to") and not to:
+            return {}  # nobody wants it any more
+        return send_mail(settings, message, to=to)
+
+    def _taken(self, mail: dict, refused: dict) -> None:
+        """Notes that a mail was sent, and what becomes of recipients that were refused."""
+        later = [address for address, code in refused.items() if 400 <= code < 500]
+        problem = _partly_refused(refused, later)
+        words, now = str(problem) if problem else "", self._clock()
+        if later:
+            self.spool.change(AlertQueue.sent_to_some, mail, now, later, words)
+        else:
+            self.spool.change(AlertQueue.sent, mail, now, words)
+        if problem:
+            self._report(problem)
+        else:
+            self._told = ""
 
     def _open(self) -> AlertSettings:
         """The settings as they are by now; while the keys are locked, as they were."""
@@ -19003,8 +19138,21 @@ class Alerts:
     def _report(self, error: ChatError) -> None:
         if self.tell is not None and error.text != self._told:
             self._told = error.text
-            text = f"An e-mail alert could not be sent, and waits. {error.text}"
-            self.tell(ChatError(text, error.hint, error.code))
+            self.tell(error)
+
+
+def _partly_refused(refused: dict, later: list) -> ChatError | None:
+    """What to tell of the recipients that did not get a mail which others got."""
+    never = [address for address in refused if address not in later]
+    if not refused:
+        return None
+    shown = ", ".join(f"{one_line(a)[:80]} ({refused[a]})" for a in never or later)
+    if never:
+        text, hint = "it is not tried again", "Change the recipients with 'alerts set'."
+    else:
+        text, hint = "it is tried again later", "Nothing needs to be done."
+    text = f"The mail server took an alert, but not for {shown}: {text}."
+    return ChatError(text, hint, "unreachable")
 
 
 def _add_all(alerts: AlertQueue, entries: list, now: float) -> None:
@@ -19022,6 +19170,7 @@ def _add_all(alerts: AlertQueue, entries: list, now: float) -> None:
 LOG_FILE_MOST = 1 << 20  # bytes of one file
 OLD_LOGS = 4  # files that are kept beside the newest
 UNWRITTEN_MOST = 1000  # entries that wait for a disk
+ENTRIES_AT_ONCE = 100  # that are written, so that no file becomes much longer than it may
 LOG_AGAIN_SECONDS = 30.0  # after which it is tried again
 LOG_SHOWN_MOST = 1000  # entries that /log shows
 CLOSE_ALERTS_SECONDS = 6.0  # how long the end of a program waits for a mail server
@@ -19075,7 +19224,12 @@ class LogFile:
         """The last entries, the oldest of them first; a damaged line is passed over."""
         found: list = []
         for number in range(OLD_LOGS + 1):
-            data = read_file(self._file(number), 2 * LOG_FILE_MOST) or b""
+            try:
+                data = read_file(self._file(number), 2 * LOG_FILE_MOST) or b""
+            except ChatError:
+                if number == 0:
+                    raise
+                continue  # what is newer can be shown all the same
             entries = map(_log_entry, data.split(b"\n"))
             found = [entry for entry in entries if entry is not None] + found
             if len(found) >= count:
@@ -19186,9 +19340,9 @@ class SecurityLog(NoSecurityLog):
         failed_before = bool(self._unwritten)
         self._unwritten = [*self._unwritten, *entries][-UNWRITTEN_MOST:]
         try:
-            if self._unwritten:
-                self._file.append(self._unwritten)
-                self._unwritten = []
+            while self._unwritten:
+                self._file.append(self._unwritten[:ENTRIES_AT_ONCE])
+                del self._unwritten[:ENTRIES_AT_ONCE]
         except ChatError as error:
             if not failed_before and self.alerts.tell is not None:
                 self.alerts.tell(error)
@@ -19207,7 +19361,8 @@ def log_report(entries: list) -> tuple:
 
 def log_count(rest: str) -> int:
     """What stands behind /log: how many entries are wanted."""
-    if rest and not (rest.isascii() and rest.isdigit() and 0 < int(rest[:6]) <= LOG_SHOWN_MOST):
+    is_number = rest.isascii() and rest.isdigit() and len(rest) <= len(str(LOG_SHOWN_MOST))
+    if rest and not (is_number and 0 < int(rest) <= LOG_SHOWN_MOST):
         text = f"It shows 1 to {LOG_SHOWN_MOST} entries."
         raise ChatError(text, "Write /log, or /log 50.")
     return int(rest or 20)
@@ -19768,7 +19923,8 @@ def _end_reason(error: Exception) -> str:
     if isinstance(error, EOFError):
         return "it hung up"
     if isinstance(error, ssl.SSLError):
-        return "its TLS is not ours (" + one_line(str(error.reason or error)).lower() + ")"
+        reason = getattr(error, "reason", None)  # one that we raised ourselves has none
+        return "its TLS is not ours (" + one_line(str(reason or error)).lower() + ")"
     return one_line(getattr(error, "strerror", None) or str(error)).lower()
 
 
@@ -20797,6 +20953,13 @@ def check_not_ours(path: str, home: str) -> None:
         raise ChatError(text, "Choose another folder.", "denied")
 
 
+def check_may_leave(path: str, paths: Paths) -> None:
+    """The same for a file that is to go to others; what has come from others may."""
+    inbox = os.path.realpath(paths.file(INBOX))
+    if not os.path.realpath(path).startswith(inbox + os.sep):
+        check_not_ours(path, paths.home)
+
+
 def measure(path: str) -> tuple:
     """(name, size, files, stamp) of what is to be offered; ChatError if it cannot be."""
     full = os.path.abspath(path)
@@ -21427,6 +21590,7 @@ class ByServer:
 
     def send(self, path: str, connection, target: str, url: str, accept_key: str) -> None:
         """Offers a file to somebody, once it lies on the server."""
+        check_may_leave(path, self._paths)
         place = SftpPlace.parse(url)
         transfer = Transfer(
             random_bytes(16).hex(), 0, True, os.path.basename(path), 0, 0, "",
@@ -21706,7 +21870,7 @@ class FileReceiver:
 
 
 # ==================================================================================================
-# Part 83. File desk | uses 1, 2, 8, 16, 26, 30, 41, 44, 59, 76, 79-82
+# Part 83. File desk | uses 1, 2, 8, 16, 26, 30, 44, 59, 76, 79-82
 #
 # Which files are offered, wanted and on their way, in the owner thread of a chat. What takes time
 # (disks, streams, other programs) is done by threads that answer to the owner's inbox.
@@ -21850,8 +22014,7 @@ class FileDesk:
 
     def offer(self, path: str, connection, target: str) -> None:
         """Offers a file or a folder to a room ("#room") or a person."""
-        if not path.startswith(self._profile.paths.file(INBOX) + os.sep):
-            check_not_ours(path, self._profile.paths.home)
+        check_may_leave(path, self._profile.paths)
         spawn("measure", self._routine_measure, path, connection, target)
 
     def _routine_measure(self, path: str, connection, target: str) -> None:
@@ -24508,7 +24671,7 @@ chat_commands(
 
 
 # ==================================================================================================
-# Part 92. Chat commands: hidden messages | uses 1, 2, 16, 41, 43, 53, 84, 87, 88, 90
+# Part 92. Chat commands: hidden messages | uses 1, 2, 16, 41, 43, 53, 79, 84, 87, 88, 90
 #
 # `/hide` makes a picture and offers it as a file; `/reveal` shows what is hidden in one that came.
 # ==================================================================================================
@@ -24552,9 +24715,11 @@ def _chat_hide(client, rest: str) -> None:
     if text is None and path is None and client.ask_person is None:
         raise ChatError("There is nothing to hide.", f"Write {HIDE_USAGE}.")
     connection, target, key, name = _hide_receiver(client, target or client.current)
-    folder = _desk(client).pictures
-    cover = os.path.expanduser(cover)
-    order = HideOrder(cover, path and os.path.expanduser(path), text, key, name, folder)
+    folder, paths = _desk(client).pictures, client.records.require().paths
+    cover, path = os.path.expanduser(cover), path and os.path.expanduser(path)
+    for leaving in filter(None, (cover, path)):
+        check_may_leave(leaving, paths)
+    order = HideOrder(cover, path, text, key, name, folder)
     done = functools.partial(_offer_hidden, client, connection, target)
     _start_picture(client, functools.partial(hide_in_chat, order), done)
 
@@ -24623,7 +24788,7 @@ def _show_revealed(client, outcome: tuple) -> None:
     text, path = revealed["text"], revealed["path"]
     what = f"the file {revealed['name']}" if revealed["name"] else "a text"
     how = ", for your key (not signed: anybody can have hidden it)" if is_ours else ""
-    shown = path if text is None else text.replace("\n", "\n  ")
+    shown = path if text is None else printable(text).replace("\n", "\n  ")
     size = f" of {size_words(revealed['size'])}" if path else ""
     head = f"{one_line(name)} holds {what}{size}{how}:"
     client.show_notice(f"{head}\n  {shown}", revealed=revealed)
@@ -26382,14 +26547,15 @@ def _routine_console(face, console: ServerConsole, quit_wanted) -> None:
 
 
 def _console_lines(face, console: ServerConsole, quit_wanted) -> None:
-    try:
-        while not quit_wanted.is_set():
+    while not quit_wanted.is_set():
+        try:
             line, _ = face.read()
-            if line.strip():
-                _console_line(console, line.strip())
-    except (EOFError, OSError, ValueError):
-        if face.interactive:
-            quit_wanted.set()  # Ctrl-D at the terminal; a closed pipe does not stop a server
+        except (EOFError, OSError, ValueError):
+            if face.interactive:
+                quit_wanted.set()  # Ctrl-D at the terminal; a closed pipe does not stop a server
+            return
+        if line.strip():
+            _console_line(console, line.strip())
 
 
 def _console_line(console: ServerConsole, line: str) -> None:
@@ -26400,6 +26566,8 @@ def _console_line(console: ServerConsole, line: str) -> None:
         console.server.call(run_line, "console", console, line)
     except ChatError as error:
         console.emit({"event": "error", "code": error.code, "text": str(error)})
+    except Exception as error:  # a bug of ours: the server goes on, and its console, too
+        console.emit({"event": "error", "code": "protocol", "text": internal_error(error)})
 
 
 def describe_server(event: dict):
@@ -27157,8 +27325,7 @@ class Session:
             sys.stdout.write("Type y or n.\n")
 
     def ask_text(self, question: str) -> str:
-        with Terminal(sys.stdin, sys.stdout) as terminal:
-            return terminal.read_line(question, remember=False)[0]
+        return at_terminal(lambda terminal: terminal.read_line(question, remember=False)[0])
 
     def ask_passphrase(self, question: str) -> str:
         given = os.environ.get("TRCHAT_PASSPHRASE")
@@ -27171,15 +27338,15 @@ class Session:
 
     def ask_new_secret(self, question: str) -> str:
         """A passphrase that is typed twice."""
-        with Terminal(sys.stdin, sys.stdout) as terminal:
-            new = terminal.read_secret(question)
-            if new != terminal.read_secret("The same again: "):
-                raise ChatError("These were not the same.", "Nothing was changed; try again.")
+        new, again = at_terminal(lambda terminal: [
+            terminal.read_secret(question), terminal.read_secret("The same again: "),
+        ])  # fmt: skip
+        if new != again:
+            raise ChatError("These were not the same.", "Nothing was changed; try again.")
         return new
 
     def ask_secret(self, question: str) -> str:
-        with Terminal(sys.stdin, sys.stdout) as terminal:
-            return terminal.read_secret(question)
+        return at_terminal(lambda terminal: terminal.read_secret(question))
 
     def note_error(self, error: ChatError) -> None:
         """Notes what ended a command, if that concerns anybody's safety."""
@@ -27203,6 +27370,18 @@ class Session:
                 text = wrap_text(text, shutil.get_terminal_size().columns)
             sys.stdout.write(text + "\n")
         return 0
+
+
+def at_terminal(read):
+    """What `read(Terminal)` returns; Ctrl-D gives up as Ctrl-C does."""
+    with Terminal(sys.stdin, sys.stdout) as terminal:
+        try:
+            return read(terminal)
+        except EOFError:
+            if sys.stdin.isatty():
+                raise KeyboardInterrupt from None
+    hint = "Run it at a terminal, or see --help for what can be given with it."
+    raise ChatError("The input ended where an answer was needed.", hint)
 
 
 def say_aside(text: str) -> None:
@@ -27679,7 +27858,7 @@ def run_command(session: Session, name: str) -> int:
 
 
 # ==================================================================================================
-# Part 104. Hidden messages in the shell | uses 1, 2, 32, 33, 49, 53, 84, 102, 103
+# Part 104. Hidden messages in the shell | uses 1, 2, 32, 33, 49, 53, 79, 84, 102, 103
 #
 # `hide` and `reveal`: what is asked of a person, and what is answered.
 # ==================================================================================================
@@ -27692,6 +27871,7 @@ def _shell_hide(session: Session) -> int:
     if given.contact is not None and not given.contact.strip():
         raise UsageError("hide: --for takes a contact's name; without it a passphrase is asked for")
     _check_free(given.out)
+    check_may_leave(given.cover, session.paths)
     bitmap = Bitmap(read_chosen(given.cover, PICTURE_MOST))
     contact = _contact_with_key(session, given.contact) if given.contact else None
     layout = Layout(bitmap.count, (ContactLock if contact else PassphraseLock).wrapped)
@@ -27735,6 +27915,7 @@ def _message_to_hide(session: Session) -> HiddenMessage:
         text = session.ask_text("Text (Enter takes a file instead): ")
         path = session.ask_text("File: ").strip() if not text else None
     if path is not None:
+        check_may_leave(path, session.paths)
         return file_to_hide(path)
     content = _read_text() if text is None else _as_utf8(text)
     if not content:
@@ -28160,7 +28341,7 @@ def _usb_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 106. Alerts in the shell | uses 1-3, 39-41, 49, 70, 71, 102, 103
+# Part 106. Alerts in the shell | uses 1-3, 39, 40, 49, 53, 70, 71, 102, 103
 #
 # `alerts set`, `show`, `test` and `off`, with their questions. A password never comes from the
 # command line: it is asked for, or stands in the environment or in a file.
@@ -28264,12 +28445,7 @@ SERVER_QUESTION = "Mail server, such as smtps://me@example.org@smtp.example.org:
 def _mail_password(session: Session) -> str:
     path = session.arguments.password_file
     if path:
-        data = read_file(path, 4096)
-        if data is None:
-            raise ChatError(
-                f"There is no file {one_line(path)}.", "Check --password-file.", "storage"
-            )
-        return data.decode("utf-8", "replace").strip("\r\n")
+        return read_chosen(path, 1 << 20).decode("utf-8", "replace").strip("\r\n")
     password = os.environ.get("TRCHAT_SMTP_PASSWORD", "")
     if not password and session.interactive:
         password = session.ask_secret("Password of the mail account: ")
@@ -28304,10 +28480,7 @@ def _own_authority(path: str | None) -> str:
     """The PEM of --ca, which must be one that TLS can use."""
     if not path:
         return ""
-    data = read_file(path, 1 << 20)
-    if data is None:
-        raise ChatError(f"There is no file {one_line(path)}.", "Check --ca.", "storage")
-    pem = data.decode("ascii", "replace")
+    pem = read_chosen(path, 1 << 20).decode("ascii", "replace")
     mail_context(pem)
     return pem
 
@@ -28767,7 +28940,7 @@ def _common_options(parser, top: bool) -> None:
 
 
 # ==================================================================================================
-# Part 109. Menu | uses 1, 2, 4, 38, 41, 43, 44, 49, 62, 75, 87, 89, 95-97, 102, 103, 105, 106, 108
+# Part 109. Menu | uses 1, 2, 4, 38, 41, 43, 44, 49, 62, 75, 87, 89, 96, 97, 102, 103, 105, 106, 108
 #
 # The numbered menu for people, and `main`: errors end here as one line on stderr and an exit code.
 # ==================================================================================================
@@ -28942,9 +29115,9 @@ def _menu_hide(session: Session) -> list:
 
 
 def _menu_shred(session: Session) -> list:
-    with Terminal(sys.stdin, sys.stdout) as terminal:
-        question = "Files or folders to destroy (Enter goes back; Tab completes): "
-        answer = terminal.read_line(question, complete_path, remember=False)[0]
+    question = "Files or folders to destroy (Enter goes back; Tab completes): "
+    more = {"complete": complete_path, "remember": False}
+    answer = at_terminal(lambda terminal: terminal.read_line(question, **more)[0])
     paths = [os.path.expanduser(path) for path in split_paths(answer)]
     return ["shred", "--", *paths] if paths else []
 

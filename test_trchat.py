@@ -30992,6 +30992,31 @@ class SftpProgramTest(SharedFolderChatTest):
         self.assertEqual(output.count("ermission denied"), 3, output)
         self.assertEqual(sorted(os.listdir(self.folder)), ["a", "sub"])
 
+    def test_sshfs_mounts_it(self):
+        if not (shutil.which("sshfs") and os.access("/dev/fuse", os.R_OK | os.W_OK)):
+            self.skipTest("needs sshfs and /dev/fuse")
+        self.opened("--write")
+        point, child = self.local("mounted"), self.pipes()
+        os.makedirs(point)
+        sshfs = subprocess.Popen(["sshfs", "-f", "-o", "passive", "alice:", point],
+                                 stdin=child.stdout, stdout=child.stdin)  # fmt: skip
+        self.addCleanup(sshfs.wait, PATIENCE)
+        self.addCleanup(subprocess.run, ["umount", "-l", point], stderr=subprocess.DEVNULL)
+        child.stdin.close()
+        child.stdout.close()
+        limit = time.monotonic() + PATIENCE
+        while not os.path.ismount(point) and sshfs.poll() is None and time.monotonic() < limit:
+            time.sleep(0.02)  # nothing else tells
+        if not os.path.ismount(point) and sshfs.poll() is not None:
+            self.skipTest("nothing can be mounted here")
+        self.assert_same(os.path.join(point, "a"))
+        write_bytes(os.path.join(point, "new"), b"by sshfs")
+        os.mkdir(os.path.join(point, "folder"))
+        os.rename(os.path.join(point, "new"), os.path.join(point, "folder", "moved"))
+        subprocess.run(["umount", point], check=True)
+        self.assertEqual((sshfs.wait(PATIENCE), child.wait(PATIENCE)), (0, 0))
+        self.assert_same(os.path.join(self.folder, "folder", "moved"), b"by sshfs")
+
     def test_openssh_writes_where_it_may(self):
         self.opened("--write")
         os.mkdir(self.local())

@@ -17329,14 +17329,14 @@ class StickCase(PureCase):
     def enrol(self):
         """Enrols the stick without the command; its recovery code."""
         code, usb = trchat.create_recovery_code(), trchat.UsbKey(self.paths)
-        together = trchat.Replacement(self.paths)
-        usb.enrol(self.volumes.found[0], b"K" * 32, code, together.put)
-        for role in ("server", "client"):
-            pair = trchat.KeyPair(self.paths, role)
-            key, _ = pair.load(lambda question: "")
-            pair.stick_key = b"K" * 32
-            pair.store_key(key, "", together.put)
-        together.commit()
+        with trchat.Replacement(self.paths) as together:
+            usb.enrol(self.volumes.found[0], b"K" * 32, code, together.put)
+            for role in ("server", "client"):
+                pair = trchat.KeyPair(self.paths, role)
+                key, _ = pair.load(lambda question: "")
+                pair.stick_key = b"K" * 32
+                pair.store_key(key, "", together.put)
+            together.commit()
         return code
 
     def key_files(self):
@@ -17490,7 +17490,9 @@ class StickTest(StickCase):
         self.volumes.found.clear()
         self.volumes.add(other, "RED")
         self.assertIn("recovery code is needed", self.bad("usb", "recover"))
-        made = self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+        old = trchat.read_file(self.paths.file("usb.json"))
+        self.assertIn("passphrase", self.bad("usb", "recover", TRCHAT_RECOVERY_CODE=code))
+        made = self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code, TRCHAT_PASSPHRASE="x")
         self.assertEqual((made["path"], made["label"]), (other, "RED"))
         self.assertNotEqual(made["recovery"], code)
         self.good("id", TRCHAT_PASSPHRASE="x")
@@ -17498,6 +17500,74 @@ class StickTest(StickCase):
         self.volumes.found.clear()
         self.volumes.add(self.stick)
         self.assertIn("RED", self.bad("id", TRCHAT_PASSPHRASE="x"))
+        write_bytes(self.paths.file("usb.json"), old)  # and the old code opens nothing by it
+        both = {"TRCHAT_RECOVERY_CODE": code, "TRCHAT_PASSPHRASE": "x"}
+        self.assertIn("does not belong", self.bad("usb", "recover", "--remove", **both))
+
+    def test_recovering_seals_a_server_key_that_needed_no_stick(self):
+        plain = read_bytes(self.paths.file("cert", "server_key.pem"))
+        code = self.enrol()
+        write_bytes(self.paths.file("cert", "server_key.pem"), plain)
+        code_, events, _ = self.run_usb("server", "--port", "0")
+        self.assertEqual(code_, 1)
+        texts = [event["text"] for event in events if event["event"] == "error"]
+        self.assertIn("without the USB key that the identity needs", texts[-1])
+        self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+        pair = trchat.KeyPair(self.paths, "server")
+        pair.load(None)
+        pair.check_like_identity()
+        self.assertTrue(pair.needs_stick())
+
+    def test_many_attempts_at_once_are_counted_one_by_one(self):
+        start, let_through, attempts = threading.Barrier(16), [], trchat.Attempts(self.paths)
+
+        def attempt():
+            start.wait()
+            with contextlib.suppress(trchat.ChatError):
+                attempts.begin()
+                let_through.append(1)
+
+        threads = [threading.Thread(target=attempt) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(len(let_through), trchat.FREE_ATTEMPTS)
+        path = self.paths.file("usb-attempts.json")
+        self.assertEqual(trchat.read_json(path, {})["failures"], trchat.FREE_ATTEMPTS)
+
+    def test_what_is_damaged_and_has_no_substitute(self):
+        self.enrol()
+        for name in ("usb.json", "cert/client_key.pem"):
+            path = self.paths.file(*name.split("/"))
+            good = read_bytes(path)
+            for content in (good[: len(good) // 2], good.replace(b"E", b"\0")):
+                write_bytes(path, content)
+                text = self.bad("id")
+                self.assertRegex(text, "is damaged.*Restore it from a backup")
+                self.assertNotIn("anew", text)
+            write_bytes(path, good)
+        self.assertEqual(self.opens(), "")
+
+    def test_a_backup_that_nothing_could_open_is_refused(self):
+        self.enrol()
+        os.unlink(self.paths.file("usb.json"))
+        out = os.path.join(self.base, "backup")
+        text = self.bad("backup", out, TRCHAT_NEW_PASSPHRASE="b")
+        self.assertIn("usb.json is missing", text)
+        self.assertFalse(os.path.exists(out))
+
+    def test_what_a_kill_has_left_of_restoring_goes_at_the_next_start(self):
+        left = trchat.Paths(self.paths.home, "other")
+        left.folder += "~unpacking-x"
+        lock = trchat.ProfileLock(left, "client")
+        key = left.file("cert", "client_key.pem")
+        write_bytes(key, b"PRIVATE KEY")
+        self.good("id")
+        self.assertTrue(os.path.exists(key), "it is still going on")
+        lock.release()
+        self.good("id")
+        self.assertFalse(os.path.lexists(left.folder))
 
     def test_recovering_without_a_stick(self):
         code = self.good("usb", "enrol")["recovery"]
@@ -17567,7 +17637,10 @@ class StickTest(StickCase):
     def test_a_damaged_count_of_attempts_locks_nobody_out(self):
         self.good("id", "passphrase", TRCHAT_NEW_PASSPHRASE="x")
         self.good("usb", "enrol", TRCHAT_PASSPHRASE="x")
-        for content in (b"", b"\xff", b"[]", b'{"failures": "x"}', b'{"failures": -1, "last": 0}'):
+        huge = b"9" * 400
+        for content in (b"", b"\xff", b"[]", b'{"failures": "x"}', b'{"failures": -1, "last": 0}',
+                        b'{"failures": 9, "last": %s}' % huge, b'{"failures": %s, "last": 1}' % huge,
+                        b'{"failures": 9, "last": -%s}' % huge):  # fmt: skip
             write_bytes(self.paths.file("usb-attempts.json"), content)
             self.good("id", TRCHAT_PASSPHRASE="x")
 
@@ -17577,6 +17650,142 @@ class StickTest(StickCase):
             self.assertIn("not a recovery code", self.bad("usb", "recover",
                                                           TRCHAT_RECOVERY_CODE=code[1:]))  # fmt: skip
         self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+
+
+class KeysLockTest(StickCase):
+    """Several processes replace keys at the same time."""
+
+    def beside(self, act):
+        """Has a thread do this; returns, with the thread, once it waits for a lock or has ended."""
+        there, real, waits = threading.Event(), trchat.LockedFile.__enter__, []
+
+        def enter(lock):
+            if threading.current_thread() is thread:
+                waits.append(lock)
+                there.set()
+            return real(lock)
+
+        def run():
+            try:
+                act()
+            finally:
+                there.set()
+
+        thread = threading.Thread(target=run)
+        patch = mock.patch.object(trchat.LockedFile, "__enter__", enter)
+        patch.start()
+        self.addCleanup(patch.stop)
+        thread.start()
+        there.wait()
+        return thread
+
+    def no_server_key(self):
+        for name in ("server_key.pem", "server_cert.pem"):
+            os.unlink(self.paths.file("cert", name))
+
+    def test_a_server_key_is_made_while_a_stick_is_enrolled(self):
+        self.no_server_key()
+        outcome, threads, real = [], [], trchat.StickShell._seal
+
+        def make():
+            try:
+                outcome.append(trchat.KeyPair(self.paths, "server").load(None))
+            except trchat.ChatError as error:
+                outcome.append(str(error))
+
+        def seal(*args):
+            threads.append(self.beside(make))
+            real(*args)
+
+        with mock.patch.object(trchat.StickShell, "_seal", seal):
+            code = self.good("usb", "enrol")["recovery"]
+        threads[0].join()
+        self.assertEqual(outcome, ["The identity was sealed with a USB key just now. Try again."])
+        self.assertEqual(self.opens(), "")
+        trchat.UsbKey(self.paths).recover(trchat.parse_recovery_code(code))
+        pair = trchat.KeyPair(self.paths, "server")
+        pair.load(None)
+        self.assertTrue(pair.needs_stick())
+
+    def test_one_replacement_waits_for_the_other(self):
+        path, order = self.paths.file("contacts.json"), []
+
+        def second():
+            with trchat.Replacement(self.paths) as together:
+                order.append(read_bytes(path))
+                together.put(path, b"second")
+                together.commit()
+
+        with trchat.Replacement(self.paths) as together:
+            together.put(path, b"first")
+            thread = self.beside(second)
+            together.commit()
+        thread.join()
+        self.assertEqual((order, read_bytes(path)), ([b"first"], b"second"))
+
+    def test_a_renewal_waits_until_all_is_in_its_place(self):
+        """Else it would write what opened before over what was put there meanwhile."""
+        code, threads, real = self.enrol(), [], trchat._put_in_place
+
+        def put(new, path):
+            if path.endswith("usb.json") and not threads:
+                threads.append(self.beside(trchat.UsbKey(self.paths).roll))
+            real(new, path)
+
+        with mock.patch.object(trchat, "_put_in_place", put):
+            self.good("usb", "recover", TRCHAT_RECOVERY_CODE=code)
+            threads[0].join()
+        self.assertEqual(self.opens(), "")
+
+    def test_two_make_the_same_key(self):
+        self.no_server_key()
+        made, threads, real = [], [], trchat.KeyPair.store_key
+
+        def load():
+            made.append(trchat.KeyPair(self.paths, "server").load(None)[1])
+
+        def store(pair, *args):
+            if not threads:
+                threads.append(None)
+                threads[0] = self.beside(load)
+            real(pair, *args)
+
+        with mock.patch.object(trchat.KeyPair, "store_key", store):
+            load()
+            threads[0].join()
+        self.assertEqual(made[0], made[1])
+
+    def test_a_new_file_that_disappears_changes_nothing(self):
+        before = snapshot(self.paths.folder)
+        paths = [self.paths.file(*name.split("/")) for name in ("usb.json", "cert/client_key.pem")]
+        with trchat.Replacement(self.paths) as together:
+            for path in paths:
+                together.put(path, b"x")
+            os.unlink(paths[0] + ".new")
+            self.refused(together.commit, kind=trchat.ChatError)
+        trchat.remove_leftovers(self.paths)
+        after = snapshot(self.paths.folder)
+        self.assertEqual({n: c for n, c in after.items() if not n.endswith(".lock")},
+                         {n: c for n, c in before.items() if not n.endswith(".lock")})  # fmt: skip
+        with trchat.Replacement(self.paths):
+            pass  # nobody is kept out
+
+    def test_a_failure_lets_the_next_one_in(self):
+        for place in ("_remove_leftovers", "write_file"):
+            with mock.patch.object(trchat, place, side_effect=ProcessGone), \
+                 contextlib.suppress(ProcessGone), \
+                 trchat.Replacement(self.paths) as together:  # fmt: skip
+                together.put(self.paths.file("usb.json"), b"x")
+            with trchat.Replacement(self.paths):
+                pass
+
+    def test_no_server_runs_while_keys_are_sealed_anew(self):
+        lock = trchat.ProfileLock(self.paths, "server")
+        self.addCleanup(lock.release)
+        for words in (["usb", "enrol"], ["usb", "remove"], ["usb", "recover"], ["id", "passphrase"]):
+            text = self.bad(*words, TRCHAT_NEW_PASSPHRASE="x")
+            self.assertIn("in use by another trchat server", text)
+        self.good("usb")
 
 
 class HostileStickTest(StickCase):
@@ -17639,7 +17848,8 @@ class HostileStickTest(StickCase):
     def test_usb_json_of_another_profile(self):
         self.enrol()
         usb = trchat.UsbKey(self.paths)
-        usb.enrol(self.volumes.found[0], b"J" * 32, trchat.create_recovery_code())
+        code = trchat.create_recovery_code()
+        usb.enrol(self.volumes.found[0], b"J" * 32, code, trchat.replace_secret)
         pair = trchat.KeyPair(self.paths, "client")
         error = self.refused(pair.load, None, kind=trchat.ChatError)
         self.assertIn("does not belong to", error.text)
@@ -17854,7 +18064,9 @@ class InterruptedStickTest(StickCase):
             for text in made:
                 with contextlib.suppress(trchat.ChatError):
                     opened.append(usb.recover(trchat.parse_recovery_code(text)))
-            self.assertEqual(opened, [b"K" * 32])
+            self.assertEqual(len(opened), 1)
+            for role in ("client", "server"):
+                trchat.KeyPair(self.paths, role, opened[0]).load(None)
 
 
 class StickWatchTest(StickCase):
@@ -23547,6 +23759,15 @@ class LockTest(Lockable, KeptTest):
                 profile.contacts, profile.outbox, profile.transfers, client.connection)  # fmt: skip
         return [weakref.ref(thing) for thing in held], profile.history._key
 
+    def until_gone(self, references):
+        """The threads that write and open may hold them a moment longer."""
+        limit = time.monotonic() + PATIENCE
+        while any(r() is not None for r in references) and time.monotonic() < limit:
+            time.sleep(0.02)  # nothing tells of it
+            gc.collect()
+        left = [type(r()).__name__ for r in references if r() is not None]
+        self.assertEqual(left, [])
+
     def test_dropped_keys_leave_nothing_behind(self):
         server = self.serve()
         alice, bob = self.enter_sealed("alice", server), self.enter("bob", server)
@@ -23559,9 +23780,7 @@ class LockTest(Lockable, KeptTest):
         self.watch(alice)
         self.drop(alice)
         bob.wait_for("left", name="alice")
-        gc.collect()
-        left = [type(r()).__name__ for r in references if r() is not None]
-        self.assertEqual(left, [])
+        self.until_gone(references)
         self.assertEqual([type(r) for r in gc.get_referrers(key) if r is not sys._getframe()], [])
         self.assertEqual(alice.client.connections, [])
         self.assertFalse(alice.client.trust.contacts)
@@ -23610,8 +23829,7 @@ class LockTest(Lockable, KeptTest):
             alice.wait_hidden("_checking")
             self.drop(alice)
             go_on.set()
-        gc.collect()
-        self.assertEqual([r() for r in references if r() is not None], [])
+        self.until_gone(references)
         self.until_idle(alice)
         self.assertTrue(alice.client.locking.locked)
         self.assertEqual(self.unlock(alice)["messages"], 1)
@@ -23803,7 +24021,8 @@ class PassphraseKillTest(Lockable, KeptTest):
             pair.load(ask)
         self.assertFalse(pair.exists())
         pair.load(ask)
-        self.assertEqual(asked, ["Passphrase of the client key: "] * 2)
+        question = "Passphrase of the client key, which seals the new server key, too: "
+        self.assertEqual(asked, [question] * 2)
         self.assertTrue(pair.sealed())
         pair.load(lambda question: self.PASSPHRASE)
 

@@ -10329,9 +10329,10 @@ def parse_json(data: bytes, path: str, *kinds):
 
 
 def damaged_file(path: str) -> ChatError:
-    return ChatError(
-        f"{path} is damaged.", "Restore it from a backup, or move it away to start anew.", "storage"
-    )
+    hint = "Restore it from a backup, or move it away to start anew."
+    if path.endswith(("usb.json", "_key.pem")):
+        hint = "Restore it from a backup; nothing else takes its place."
+    return ChatError(f"{path} is damaged.", hint, "storage")
 
 
 def write_json(path: str, value, indent: int | None = 1) -> None:
@@ -10493,7 +10494,7 @@ class ServerList:
 
 
 # ==================================================================================================
-# Part 42. Secret files | uses 3, 31, 41
+# Part 42. Secret files | uses 1, 3, 31, 41
 #
 # The files of which no old state may stay on the disk: each is replaced whole, several of them
 # together or not at all, and what was there before is overwritten, as far as a disk does that.
@@ -10502,7 +10503,23 @@ class ServerList:
 
 def remove_leftovers(paths: Paths) -> None:
     """Finishes what a kill has interrupted, or overwrites and removes what it left of secrets."""
-    finish_replacing(paths)
+    with _keys_lock(paths):
+        _remove_leftovers(paths)
+
+
+def _keys_lock(paths: Paths) -> LockedFile:
+    """For who replaces secret files, or removes leftovers, which are another's new files until it
+    has committed. Whoever needs usb.lock, too, enters that one second."""
+    return LockedFile(paths.file("keys.lock"))
+
+
+def usb_lock(paths: Paths) -> LockedFile:
+    """For who reads and writes usb.json and the stick; a moment only."""
+    return LockedFile(paths.file("usb.lock"))
+
+
+def _remove_leftovers(paths: Paths) -> None:
+    _finish_replacing(paths)
     for path in [*secret_files(paths), paths.file(COMMITTED)]:
         _remove_secret(path + NEW_ENDING, path)
         if path != paths.file("usb.json"):  # which others may be writing now: see UsbKey
@@ -10549,31 +10566,58 @@ def _remove_secret(path: str, current: str) -> None:
 
 class Replacement:
     """Replaces several of the secret files together: after a kill at any moment all of them are
-    the old ones or, once finish_replacing has run, all the new ones."""
+    the old ones or, once finish_replacing has run, all the new ones.
+
+    Entered with `with`, by one thread of one process at a time; nobody is asked meanwhile."""
 
     def __init__(self, paths: Paths):
-        self._paths = paths
-        paths.make_folders()
-        remove_leftovers(paths)
+        self._paths, self._lock = paths, _keys_lock(paths)
+        self._put: list = []
+
+    def __enter__(self):
+        self._paths.make_folders()
+        self._lock.__enter__()
+        try:
+            _remove_leftovers(self._paths)
+        except BaseException:
+            self._lock.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._lock.__exit__()
 
     def put(self, path: str, data: bytes) -> None:
         """Writes what is to take a file's place; ChatError `storage` as write_file."""
         write_file(path + NEW_ENDING, data)
+        self._put.append(path + NEW_ENDING)
 
     def commit(self) -> None:
+        """ChatError `storage`, and all is as before, if a file that was put is not there."""
+        gone = [path for path in self._put if not os.path.exists(path)]
+        if gone:
+            text = f"{gone[0]} disappeared, and nothing was changed."
+            raise ChatError(text, "Look who removes files there, and try again.", "storage")
         write_file(self._paths.file(COMMITTED), b"")
-        finish_replacing(self._paths)
+        _finish_replacing(self._paths)
 
 
 def finish_replacing(paths: Paths) -> None:
     """Puts the new files in their places, once all of them are there; also after a kill."""
+    if os.path.exists(paths.file(COMMITTED)):
+        with _keys_lock(paths):
+            _finish_replacing(paths)
+
+
+def _finish_replacing(paths: Paths) -> None:
     mark = paths.file(COMMITTED)
     if not os.path.exists(mark):
         return
     try:
-        for path in secret_files(paths):
-            if os.path.exists(path + NEW_ENDING):
-                _put_in_place(path + NEW_ENDING, path)
+        with usb_lock(paths):  # who renews usb.json now must not write an old one over the new
+            for path in secret_files(paths):
+                if os.path.exists(path + NEW_ENDING):
+                    _put_in_place(path + NEW_ENDING, path)
         os.unlink(mark)
         _sync_folder(paths.folder)
     except FileNotFoundError:
@@ -11750,7 +11794,7 @@ class UsbKey:
 
     def _alone(self) -> LockedFile:
         """Keeps other processes from stick and usb.json for a moment."""
-        return LockedFile(self._paths.file("usb.lock"))
+        return usb_lock(self._paths)
 
     def lock(self) -> StickLock | None:
         """What usb.json says; None if there is none."""
@@ -11806,8 +11850,8 @@ class UsbKey:
         self.attempts.succeed()
         return stick_key
 
-    def enrol(self, volume: Volume, stick_key: bytes, code: str, write=None) -> StickLock:
-        """Writes a key file and, with replace_secret or `write`, what belongs to it here."""
+    def enrol(self, volume: Volume, stick_key: bytes, code: str, write) -> StickLock:
+        """Writes a key file and, with the put of a Replacement, what belongs to it here."""
         with self._alone():
             key_file = create_key_file()
             path = key_path(volume, key_file.id)
@@ -11817,7 +11861,7 @@ class UsbKey:
                 _remove_quietly(path)
                 raise storage_error("Writing", path, error) from None
             lock = create_stick_lock(stick_key, key_file, code, volume.label)
-            (write or replace_secret)(self.path, json_bytes(lock.to_json(), 1))
+            write(self.path, json_bytes(lock.to_json(), 1))
         return lock
 
     def end(self, before: StickLock | None, text: str) -> None:
@@ -11890,6 +11934,7 @@ class Attempts:
 
     def __init__(self, paths: Paths):
         self._path, self._security = paths.file("usb-attempts.json"), paths.security
+        self._lock = paths.file("usb-attempts.lock")
 
     def check(self) -> None:
         """ChatError `locked` if one has to wait."""
@@ -11902,8 +11947,9 @@ class Attempts:
 
     def begin(self) -> None:
         """Counts an attempt as failed before it is made."""
-        self.check()
-        write_json(self._path, {"failures": self._read()[0] + 1, "last": int(time.time())})
+        with LockedFile(self._lock):  # else many at once would count as one
+            self.check()
+            write_json(self._path, {"failures": self._read()[0] + 1, "last": int(time.time())})
 
     def succeed(self) -> None:
         _remove_quietly(self._path)
@@ -11914,7 +11960,8 @@ class Attempts:
         except ChatError:
             data = {}  # it shall not lock out anybody that it is damaged
         failures, last = data.get("failures", 0), data.get("last", 0)
-        good = type(failures) is int and type(last) is int and failures >= 0
+        good = type(failures) is int and type(last) is int
+        good = good and 0 <= failures < COUNTER_MOST and abs(last) < COUNTER_MOST
         return (failures, last) if good else (0, 0)
 
 
@@ -12107,11 +12154,15 @@ class KeyPair:
         key = generate_rsa() if client else _ec.generate_private_key(_ec.SECP256R1())
         certificate = self_signed(key, f"trchat {self.role}")
         passphrase = self._new_passphrase(ask_passphrase)
-        both = Replacement(self._paths)
-        self.store_key(key, passphrase, both.put)
-        both.put(self.certificate_path, certificate.public_bytes(_serialization.Encoding.PEM))
-        both.commit()
-        return key, certificate.public_bytes(_serialization.Encoding.DER)
+        with Replacement(self._paths) as both:
+            if not self.exists():
+                self.check_like_identity()
+                self.store_key(key, passphrase, both.put)
+                pem = certificate.public_bytes(_serialization.Encoding.PEM)
+                both.put(self.certificate_path, pem)
+                both.commit()
+                return key, certificate.public_bytes(_serialization.Encoding.DER)
+        return self.load(ask_passphrase)  # another process was faster
 
     def _new_passphrase(self, ask_passphrase) -> str:
         """A server's key that is made beside a sealed identity is sealed like that."""
@@ -12120,7 +12171,8 @@ class KeyPair:
         without = self.role == "client" or not identity.sealed()
         if without or given and not identity.needs_stick():
             return given
-        identity.load(ask_passphrase)
+        question = "Passphrase of the client key, which seals the new server key, too: "
+        identity.load(lambda _: ask_passphrase(question))
         self.stick_key = identity.stick_key
         return identity.passphrase or given
 
@@ -12165,6 +12217,16 @@ class KeyPair:
     def check_stick(self) -> None:
         """ChatError unless the stick key that was given is the one that it takes."""
         self._take_stick(parse_sealed_key(read_file(self.key_path) or b"", self.key_path).check)
+
+    def check_like_identity(self) -> None:
+        """ChatError if the identity needs a stick, and a server's key beside it would not."""
+        identity = KeyPair(self._paths, "client")
+        if self.stick_key or self.role == "client" or not identity.needs_stick():
+            return
+        text = f"{self.key_path} would open without the USB key that the identity needs."
+        if self.exists():
+            raise ChatError(text, "Seal both: 'usb remove', then 'usb enrol'.", "locked")
+        raise ChatError("The identity was sealed with a USB key just now.", "Try again.", "locked")
 
     def needs_stick(self) -> bool:
         return needs_stick(read_file(self.key_path) or b"", self.key_path)
@@ -26418,7 +26480,9 @@ class RunningServer:
     ):
         paths.make_folders()
         self._users_path = paths.file("users.json")
-        key, certificate = KeyPair(paths, "server").load(ask_passphrase)
+        pair = KeyPair(paths, "server")
+        key, certificate = pair.load(ask_passphrase)
+        pair.check_like_identity()
         self._security, self._tell = paths.security, publish
         self._security.unlock("server", opener_for_server(key))
         self._security.tell(self._tell_error)
@@ -27397,7 +27461,7 @@ def say_error(error: ChatError) -> None:
 
 
 # ==================================================================================================
-# Part 103. Shell | uses 1, 2, 4, 35, 38, 41, 42, 44, 49, 55-58, 64, 67, 75, 78, 87, 89, 97-102
+# Part 103. Shell | uses 1, 2, 4, 35, 38, 41, 42, 44, 49, 55-58, 60, 64, 67, 75, 78, 87, 89, 97-102
 #
 # What may stand behind `python3 trchat.py`: each command with its options and its exit code.
 # ==================================================================================================
@@ -27680,11 +27744,12 @@ def _shell_id(session: Session) -> int:
         return _export_certificate(session, pair)  # it is no secret: no passphrase is asked
     identity = load_identity(session.paths, session.ask_passphrase)[0]
     if action == "passphrase":
-        lock = ProfileLock(session.paths, "client")  # a chat would write its contacts as before
+        locks = lock_profile(session.paths)  # a chat would write its contacts as before
         try:
             return _change_passphrase(session)
         finally:
-            lock.release()
+            for lock in locks:
+                lock.release()
     if action == "export":
         return _export_certificate(session, pair)
     return _show_identity(session, pair, identity)
@@ -27721,13 +27786,13 @@ def _change_passphrase(session: Session) -> int:
             text = "A new passphrase is needed."
             raise ChatError(text, "Set TRCHAT_NEW_PASSPHRASE in the environment.")
         new = session.ask_new_secret("New passphrase (empty for none): ")
-    together = Replacement(session.paths)
-    for pair, key in zip(pairs, keys):
-        pair.store_key(key, new, together.put)
     box = ContactsBox(vault_key)
     sealed = bool(new or pairs[0].stick_key)
-    ContactsFile(session.paths.file("contacts.json"), box, sealed).save(contacts, together.put)
-    together.commit()
+    with Replacement(session.paths) as together:
+        for pair, key in zip(pairs, keys):
+            pair.store_key(key, new, together.put)
+        ContactsFile(session.paths.file("contacts.json"), box, sealed).save(contacts, together.put)
+        together.commit()
     text = "The keys are sealed." if new else "The keys are no longer sealed."
     if sealed and not new:
         text = "The keys are sealed by the USB key alone."
@@ -28089,7 +28154,7 @@ def _reveal_options(parser) -> None:
 
 
 # ==================================================================================================
-# Part 105. USB keys in the shell | uses 1-4, 16, 29, 35, 41, 42, 47-49, 57, 58, 78
+# Part 105. USB keys in the shell | uses 1-4, 16, 29, 35, 41, 42, 47-49, 57, 58, 60, 78
 #
 # `usb`: what is asked of a person, and in which order keys are sealed anew, so that whatever an
 # interruption leaves opens with what one has. The recovery code is shown before anything needs it.
@@ -28179,26 +28244,27 @@ class StickShell:
             hint = "'usb remove' ends that; 'usb recover' enrols another stick in its place."
             raise ChatError(f"The USB key {self._usb.require().id} is enrolled already.", hint)
         volume = self._choose_volume()
-        keys = [pair.load(self._session.ask_passphrase)[0] for pair in pairs]
-        code, stick_key, before = self._show_code(), random_bytes(32), self._usb.lock()
-        together = Replacement(self._paths)
-        lock = self._usb.enrol(volume, stick_key, code, together.put)
-        for pair in pairs:
-            pair.stick_key = stick_key
-        self._seal(pairs, keys, together)
-        self._usb.end(before, self._opens_text(lock, volume))
+        lock, code = self._put_on(volume, pairs)
         text = f"From now on this profile opens only with the stick {volume.path} (key {lock.id})."
         return self._answer(lock, volume, code, text)
+
+    def _put_on(self, volume: Volume, pairs: list) -> tuple:
+        """(StickLock, recovery code) of a new stick key, which from now on seals the pairs."""
+        keys = [pair.load(self._session.ask_passphrase)[0] for pair in pairs]
+        code, stick_key, before = self._show_code(), random_bytes(32), self._usb.lock()
+        with Replacement(self._paths) as together:
+            lock = self._usb.enrol(volume, stick_key, code, together.put)
+            for pair in pairs:
+                pair.stick_key = stick_key
+            self._seal(pairs, keys, together)
+        self._usb.end(before, f"the key {lock.id} on {volume.path} opens it from now on")
+        return lock, code
 
     def _answer(self, lock: StickLock, volume: Volume, code: str, text: str) -> int:
         fields = {**self._fields(lock), "present": True, "path": volume.path, "recovery": code}
         if not self._session.interactive:
             text = f"{text}\n{WRITE_DOWN}\n{code}"
         return self._session.answer("usb", fields, text)
-
-    @staticmethod
-    def _opens_text(lock: StickLock, volume: Volume) -> str:
-        return f"the key {lock.id} on {volume.path} opens it from now on"
 
     def _seal(self, pairs: list, keys: list, together: Replacement) -> None:
         """Stores the keys as their pairs say, and the contacts likewise."""
@@ -28294,7 +28360,8 @@ class StickShell:
         keys = [pair.load(self._session.ask_passphrase)[0] for pair in pairs]
         for pair in pairs:
             pair.stick_key = b""
-        self._seal(pairs, keys, Replacement(self._paths))
+        with Replacement(self._paths) as together:
+            self._seal(pairs, keys, together)
         self._usb.forget()
         how = "its passphrase" if pairs[-1].passphrase else "nothing else: its keys are not sealed"
         text = f"The USB key is no longer needed; the profile opens with {how}."
@@ -28307,9 +28374,7 @@ class StickShell:
         if self._session.arguments.remove or not self._wants_new_stick():
             return self._remove(stick_key)
         volume = self._choose_volume()
-        code, before = self._show_code(), self._usb.lock()
-        lock = self._usb.enrol(volume, stick_key, code)
-        self._usb.end(before, self._opens_text(lock, volume))
+        lock, code = self._put_on(volume, self._pairs(stick_key))
         text = f"The stick {volume.path} (key {lock.id}) takes the place of the one before, and a "
         text += "new recovery code that of the old one."
         return self._answer(lock, volume, code, text)
@@ -28325,11 +28390,12 @@ def _shell_usb(session: Session) -> int:
     action = session.arguments.action
     if action == "check":
         return StickShell(session).check()
-    lock = ProfileLock(session.paths, "client")  # a chat would write its contacts as before
+    locks = lock_profile(session.paths)  # a chat would write its contacts as before
     try:
         return getattr(StickShell(session), action)()
     finally:
-        lock.release()
+        for lock in locks:
+            lock.release()
 
 
 def _usb_options(parser) -> None:
@@ -28598,7 +28664,7 @@ def _menu_alerts(session: Session) -> list:
 
 
 # ==================================================================================================
-# Part 107. Backups in the shell | uses 1, 2, 16, 41, 49, 54, 56, 60, 95, 102, 103
+# Part 107. Backups in the shell | uses 1, 2, 16, 41, 48, 49, 54, 56, 60, 95, 102, 103
 #
 # `backup` and `restore`: what is asked of a person, and what they are told.
 # ==================================================================================================
@@ -28613,6 +28679,8 @@ def _shell_backup(session: Session) -> int:
     session.prepare()
     locks = lock_profile(paths)
     try:
+        if any(KeyPair(paths, role).needs_stick() for role in ("client", "server")):
+            UsbKey(paths).require()  # else nobody could ever open what is backed up
         backup = Backup(paths, given.inbox)
         passphrase = _backup_passphrase(session)
         with Progress("Backing up") as progress:

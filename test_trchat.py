@@ -25928,12 +25928,12 @@ class MountsTest(PureCase):
     def test_macos(self):
         mounts = trchat.parse_mount_output(MAC_MOUNTS)
         for path, kind in (
-            ("/Users/me", "apfs"), ("/Volumes/Old (of mine)/x", "hfs"), ("/Volumes/share/x", "smbfs"),
+            ("/Library/x", "apfs"), ("/Volumes/Old (of mine)/x", "hfs"), ("/Volumes/share/x", "smbfs"),
         ):  # fmt: skip
             self.assertEqual(trchat.find_mount(mounts, path).kind, kind)
         with mock.patch.object(sys, "platform", "darwin"), \
                 mock.patch.object(trchat, "_mount_output", lambda: MAC_MOUNTS):  # fmt: skip
-            self.assertEqual(trchat.medium_of("/Users/me/x").in_place, "no")
+            self.assertEqual(trchat.medium_of("/Library/x").in_place, "no")
             self.assertEqual(trchat.medium_of("/Volumes/Old (of mine)/x").in_place, "unknown")
             with mock.patch.object(trchat, "_mount_output", lambda: ""):
                 self.assertEqual(trchat.medium_of("/x").in_place, "unknown")
